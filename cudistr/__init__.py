@@ -1,0 +1,20 @@
+"""cudistr: attention for CuPy arrays, exact and with a reduced score product, without PyTorch."""
+
+from cudistr import reference
+from cudistr.api import attention, group, merge
+from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
+from cudistr.reductions import LSH
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LSH",
+    "CompileError",
+    "CudaUnavailableError",
+    "UnsupportedDeviceError",
+    "__version__",
+    "attention",
+    "group",
+    "merge",
+    "reference",
+]

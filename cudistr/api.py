@@ -1,0 +1,203 @@
+"""The public functions: normalize, plan and launch in that order, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cudistr import launch, normalize
+from cudistr.reductions import LSH
+
+__all__ = ["attention", "group", "merge"]
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    reduction: LSH | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """Softmax attention, exact or with a reduced score product.
+
+    ``S = scale * Q K^T``, ``P = softmax(S)`` over the visible keys, ``out = P V``, per batch entry and head.
+
+    Parameters
+    ----------
+    q : array (batch, heads, seqlen_q, head_dim)
+        float16, bfloat16 (``ml_dtypes``) or float32. A CuPy array, a NumPy array, or any array with
+        ``__dlpack__`` (torch, jax), taken without a copy. head_dim is a multiple of 8 up to 256.
+    k : array (batch, heads_kv, seqlen_k, head_dim)
+        heads must be a multiple of heads_kv: query head h reads KV head ``h // (heads // heads_kv)``.
+    v : array (batch, heads_kv, seqlen_k, head_dim_v)
+        head_dim_v is a multiple of 8 up to 256 and need not be head_dim.
+    reduction : None or cudistr.LSH, optional
+        None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention: an approximation whose error
+        depends on the data.
+    causal : bool, default False
+        Query i sees key j when ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right, so that the
+        last query sees every key. For seqlen_q = 2 and seqlen_k = 4 (1 is visible)::
+
+            1 1 1 0
+            1 1 1 1
+
+    window : (left, right), optional
+        Query i sees the keys from ``i + off - left`` to ``i + off + right``, with
+        ``off = seqlen_k - seqlen_q``. None on a side is no bound; with ``causal`` the right side is 0.
+    scale : float, optional
+        Factor on the scores, ``1 / sqrt(head_dim)`` unless given.
+    softcap : float, optional
+        If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
+    return_lse : bool, default False
+        Whether to return ``lse`` too.
+    out : array (batch, heads, seqlen_q, head_dim_v), optional
+        Where to write the result: q's kind, dtype and device, last axis contiguous, no memory shared with
+        q, k or v. It is returned.
+
+    Returns
+    -------
+    out : array (batch, heads, seqlen_q, head_dim_v)
+        q's dtype and kind of array. A row that sees no key is 0. Empty axes give an empty or zero result.
+    lse : float32 array (batch, heads, seqlen_q)
+        Only with ``return_lse``: natural logarithm of the sum of exponentials of the row's scores; minus
+        infinity for a row that sees no key.
+
+    Raises
+    ------
+    TypeError
+        For kinds of arrays and dtypes.
+    ValueError
+        For shapes, devices, layouts and values out of range.
+    UnsupportedDeviceError
+        If the GPU has a compute capability below 8.0.
+    CudaUnavailableError
+        If CuPy's CUDA or NVRTC cannot be used.
+    CompileError
+        If a kernel does not compile; the message has the compiler's log.
+
+    Notes
+    -----
+    Any strides do, as long as the last axis is contiguous: (batch, seqlen, heads, head_dim) data is a
+    transpose away, without a copy. An array whose last axis is not contiguous is copied once.
+
+    Work is queued on CuPy's current stream (torch tensors: on torch's) without synchronisation, so that a
+    CUDA graph can capture a call after a first one has compiled the kernels. Results are the same bits from
+    run to run. Sums are accumulated in float32; float32 input gives float32-grade results unless
+    ``CUPY_TF32=1`` is set, as for CuPy's own products. NumPy arrays are computed by the float64 reference.
+
+    References
+    ----------
+    Exact: Dao et al., *FlashAttention-2*, arXiv 2307.08691. Reduced: Jin et al., *DistrAttention*,
+    arXiv 2507.17245.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q = np.ones((1, 2, 3, 8), np.float32)
+    >>> out, lse = cudistr.attention(q, q, q, causal=True, return_lse=True)
+    >>> out.shape, lse.shape
+    ((1, 2, 3, 8), (1, 2, 3))
+    """
+    given = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    adopted = normalize.adopt(**given)
+    q_in, k_in, v_in = inputs = adopted.arrays[:3]
+    problem = normalize.problem(
+        q_in, k_in, v_in, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
+    )
+    target = None
+    if out is not None:
+        target = adopted.arrays[3]
+        normalize.check_out(target, problem, inputs)
+    result, lse = launch.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
+    if adopted.restore is not None:
+        result = adopted.restore(result) if out is None else out
+        lse = None if lse is None else adopted.restore(lse)
+    return (result, lse) if return_lse else result
+
+
+def group(q: Any, reduction: LSH) -> Any:
+    """The column order that a reduction finds for every block of queries, for people who want to look.
+
+    Group t of a block is ``permutation[t * group_size : (t + 1) * group_size]``; its first entry is the
+    sampled column. See arXiv 2507.17245, section 3, and the method page of the documentation.
+
+    Parameters
+    ----------
+    q : array (batch, heads, seqlen_q, head_dim)
+        As for :func:`attention`.
+    reduction : cudistr.LSH
+        ``block_q``, ``n_proj`` and ``seed`` decide the order.
+
+    Returns
+    -------
+    uint8 array (batch, heads, ceil(seqlen_q / block_q), head_dim)
+        A permutation of the columns per block, of q's kind of array. The GPU gives the same bits as NumPy.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedDeviceError, CudaUnavailableError, CompileError
+        As :func:`attention`.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q = np.zeros((1, 1, 64, 16), np.float32)
+    >>> cudistr.group(q, cudistr.LSH(group_size=2)).shape
+    (1, 1, 1, 16)
+    """
+    adopted = normalize.adopt(q=q)
+    normalize.check_group(adopted.arrays[0], reduction)
+    result = launch.group(adopted.arrays[0], reduction, adopted.stream)
+    return result if adopted.restore is None else adopted.restore(result)
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any], *, return_lse: bool = False) -> Any:
+    """Combine attention over shards of the keys into attention over all of them.
+
+    ``lse = log sum_s exp(lse_s)``, ``out = sum_s exp(lse_s - lse) out_s``.
+
+    Parameters
+    ----------
+    outs : sequence of arrays (batch, heads, seqlen_q, head_dim_v)
+        What :func:`attention` returned for each shard of k and v, at most 32.
+    lses : sequence of float32 arrays (batch, heads, seqlen_q)
+        The ``lse`` that belongs to each.
+    return_lse : bool, default False
+        Whether to return the combined ``lse`` too.
+
+    Returns
+    -------
+    out : array (batch, heads, seqlen_q, head_dim_v)
+        Dtype and kind of the shards. A row that sees no key in any shard is 0.
+    lse : float32 array (batch, heads, seqlen_q)
+        Only with ``return_lse``.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedDeviceError, CudaUnavailableError, CompileError
+        As :func:`attention`.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q = np.ones((1, 1, 2, 8), np.float32)
+    >>> shards = [cudistr.attention(q, q, q, return_lse=True) for _ in range(2)]
+    >>> cudistr.merge([out for out, lse in shards], [lse for out, lse in shards]).shape
+    (1, 1, 2, 8)
+    """
+    outs, lses = list(outs), list(lses)
+    named = {f"outs[{i}]": x for i, x in enumerate(outs)} | {f"lses[{i}]": x for i, x in enumerate(lses)}
+    adopted = normalize.adopt(**named)
+    outs, lses = adopted.arrays[: len(outs)], adopted.arrays[len(outs) :]
+    normalize.check_merge(outs, lses)
+    out, lse = launch.merge(outs, lses, return_lse, adopted.stream)
+    if adopted.restore is not None:
+        out = adopted.restore(out)
+        lse = None if lse is None else adopted.restore(lse)
+    return (out, lse) if return_lse else out

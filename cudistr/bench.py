@@ -1,0 +1,740 @@
+"""``cudistr bench``: time attention beside its peers and write a record.
+
+Every candidate gets the same arrays. Rounds go A B C, A B C, ..., so that a drift of the clock or of the
+temperature hits all alike; a figure is the median over the rounds of one run. Everything that a call does is
+counted: for DistrAttention also hashing, sorting, transposing and allocating. Nothing clears the L2 cache:
+each candidate finds it as the one before left it.
+
+A record is a JSON object ``{device, commit, command, versions, rows}``; :func:`validate` states its form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+import cudistr
+from cudistr import normalize, plan
+from cudistr.errors import CudaUnavailableError
+
+__all__ = [
+    "Case",
+    "Timings",
+    "add_arguments",
+    "host_overhead",
+    "interleave",
+    "make_rows",
+    "plain_attention",
+    "run",
+    "validate",
+]
+
+PEERS = ("flash2", "cudnn", "fa3", "cupy")
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+KERNELS = ("portable", "hopper")
+SCORES_LIMIT = 4 << 30  # bytes of scores up to which the plain CuPy peer is timed
+WARMUP_CALLS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 400
+HOST_BATCHES, HOST_CALLS = 20, 100  # 100 launches are far from filling the driver's queue, which would block
+COMMIT_VARIABLE = "CUDISTR_COMMIT"
+
+Call = Callable[[], object]
+Factory = Callable[[], Call]
+Timer = Callable[[Call], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem that all candidates solve."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    heads: int
+    heads_kv: int
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool
+
+
+# --- measuring: no GPU in here -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Median milliseconds of each candidate, and a message for each that could not be timed."""
+
+    ms: Mapping[str, float] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
+
+
+def interleave(
+    factories: Mapping[str, Factory],
+    timer: Timer,
+    *,
+    seconds: float = 0.4,
+    warmup: int = WARMUP_CALLS,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+) -> Timings:
+    """Time candidates in turns.
+
+    Parameters
+    ----------
+    factories : mapping of name to factory
+        A factory makes the call that is timed; what it does itself (layouts, conversions) is not counted.
+    timer : callable
+        Runs a call and returns its milliseconds.
+    seconds : float
+        Rounds stop once the candidates have been timed for this long on average, after ``min_rounds`` at
+        least and ``max_rounds`` at most.
+    warmup : int
+        Calls before the first round, at least 1.
+
+    Returns
+    -------
+    Timings
+        A candidate that raises at any point is in ``failed`` and takes no further part.
+    """
+    calls: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+    for name, factory in factories.items():
+        try:
+            call = factory()
+            for _ in range(warmup):
+                timer(call)
+        except Exception as error:
+            failed[name] = _message(error)
+        else:
+            calls[name] = call
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    spent = 0.0
+    for finished in range(max_rounds):
+        if not calls or (finished >= min_rounds and spent >= 1e3 * seconds * len(calls)):
+            break
+        for name, call in list(calls.items()):
+            try:
+                elapsed = timer(call)
+            except Exception as error:
+                failed[name] = _message(error)
+                del calls[name]
+                continue
+            times[name].append(elapsed)
+            spent += elapsed
+    return Timings({name: statistics.median(times[name]) for name in calls}, failed)
+
+
+def host_overhead(
+    calls: Mapping[str, Call],
+    synchronize: Callable[[], object],
+    *,
+    batches: int = HOST_BATCHES,
+    per_batch: int = HOST_CALLS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Microseconds that the host spends in one warm call, while the device works behind it.
+
+    Parameters
+    ----------
+    calls : mapping of name to call
+        Calls that only queue work.
+    synchronize : callable
+        Waits for the device; called before and after each batch, outside the measured time.
+    clock : callable
+        Seconds.
+
+    Returns
+    -------
+    dict of name to float
+        Median over batches of the mean of a batch; the batches of the calls take turns.
+    """
+    for call in calls.values():
+        for _ in range(per_batch):
+            call()
+    synchronize()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(batches):
+        for name, call in calls.items():
+            start = clock()
+            for _ in range(per_batch):
+                call()
+            stop = clock()
+            synchronize()
+            times[name].append(1e6 * (stop - start) / per_batch)
+    return {name: statistics.median(batch) for name, batch in times.items()}
+
+
+# --- what is measured --------------------------------------------------------------------------------------
+
+
+def reduction_of(method: str) -> cudistr.LSH | None:
+    """The reduction that a method's name stands for: "exact" none, "lsh4" ``LSH(group_size=4)``.
+
+    Raises
+    ------
+    ValueError
+        If the name is neither.
+    """
+    if method == "exact":
+        return None
+    match = re.fullmatch(r"lsh([1-9]\d*)", method)
+    if match is None:
+        raise ValueError(
+            f"method must be 'exact' or 'lsh' with a group size, such as 'lsh2' and 'lsh4', got {method!r}."
+        )
+    return cudistr.LSH(group_size=int(match[1]))
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The problems that the options span, in the order in which they are timed."""
+    found = []
+    for dtype, head_dim, causal, seqlen in itertools.product(
+        args.dtype, args.head_dim, args.causal, args.seqlen
+    ):
+        heads = max(1, args.hidden // head_dim)
+        found.append(
+            Case(
+                dtype=dtype,
+                head_dim=head_dim,
+                head_dim_v=args.head_dim_v or head_dim,
+                heads=heads,
+                heads_kv=args.kv_heads or heads,
+                batch=max(1, args.tokens // seqlen),
+                seqlen_q=seqlen,
+                seqlen_k=seqlen,
+                causal=bool(causal),
+            )
+        )
+    return found
+
+
+def plain_attention(q: Any, k: Any, v: Any, causal: bool, xp: Any) -> Any:
+    """What one writes without cudistr: product, softmax, product, each in the arrays' dtype.
+
+    Parameters
+    ----------
+    q, k, v : arrays
+        As for :func:`cudistr.attention`.
+    xp : module
+        cupy or numpy.
+    """
+    dtype, shared = q.dtype, q.shape[1] // k.shape[1]
+    if shared > 1:
+        k, v = xp.repeat(k, shared, axis=1), xp.repeat(v, shared, axis=1)
+    scores = xp.matmul(q, k.swapaxes(2, 3)) * dtype.type(q.shape[3] ** -0.5)
+    if causal:
+        seqlen_q, seqlen_k = scores.shape[2:]
+        seen = xp.tri(seqlen_q, seqlen_k, seqlen_k - seqlen_q, dtype=bool)
+        scores = xp.where(seen, scores, dtype.type(-np.inf))
+    weights = xp.exp(scores - scores.max(axis=3, keepdims=True))
+    weights /= weights.sum(axis=3, keepdims=True)
+    return xp.matmul(weights.astype(dtype, copy=False), v)
+
+
+def kernel_family(kernel: str) -> str:
+    """Family of a kernel by its name: "hopper" is what needs sm_90a, "portable" runs from sm_80 on."""
+    return "hopper" if kernel.startswith("sm90_") else "portable"
+
+
+def make_rows(
+    case: Case, kernels: Mapping[str, str], timings: Timings, peers: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One row per method: its own time as "cudistr", and the peers' times of the same rounds beside it.
+
+    ``kernels`` has the methods that were timed, each with its family of kernels. The row of the method
+    "group" has the times of the attention methods beside it instead.
+    """
+    rows = []
+    for method, kernel in kernels.items():
+        others = [m for m in kernels if m != "group"] if method == "group" else list(peers)
+        names = {"cudistr": method, **{name: name for name in others}}
+        row: dict[str, Any] = {"method": method, "kernel": kernel, **asdict(case)}
+        row["ms"] = {key: round(timings.ms[name], 5) for key, name in names.items() if name in timings.ms}
+        failed = {key: timings.failed[name] for key, name in names.items() if name in timings.failed}
+        if failed:
+            row["failed"] = failed
+        rows.append(row)
+    return rows
+
+
+# --- the record --------------------------------------------------------------------------------------------
+
+_HEAD = ("device", "commit", "command", "versions", "rows")
+_CASE_KINDS: dict[str, type] = {
+    "dtype": str,
+    "head_dim": int,
+    "head_dim_v": int,
+    "heads": int,
+    "heads_kv": int,
+    "batch": int,
+    "seqlen_q": int,
+    "seqlen_k": int,
+    "causal": bool,
+}
+
+
+def _refuse(where: str, got: Any, allowed: str) -> NoReturn:
+    raise ValueError(f"record: {where} must be {allowed}, got {got!r}.")
+
+
+def _check_names(where: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    if not isinstance(value, dict):
+        _refuse(where, value, "an object")
+    needed = set(required)
+    missing, unknown = sorted(needed - set(value)), sorted(set(value) - needed - set(optional))
+    if missing or unknown:
+        _refuse(
+            where, sorted(value), f"an object with {sorted(needed)} (missing {missing}, unknown {unknown})"
+        )
+
+
+def _check_texts(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        _refuse(where, value, "an object")
+    for name, entry in value.items():
+        if not isinstance(entry, str) or not entry:
+            _refuse(f"{where}[{name!r}]", entry, "text")
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        _refuse(where, value, "an object")
+    for name, entry in value.items():
+        if type(entry) not in (int, float) or not 0 < entry < math.inf:
+            _refuse(f"{where}[{name!r}]", entry, "a positive number")
+
+
+def _check_case(where: str, value: Mapping[str, Any]) -> None:
+    for name, kind in _CASE_KINDS.items():
+        if type(value[name]) is not kind:  # not isinstance: a bool is no length
+            _refuse(f"{where}.{name}", value[name], f"of type {kind.__name__}")
+        if kind is int and value[name] < 1:
+            _refuse(f"{where}.{name}", value[name], "at least 1")
+    if value["dtype"] not in DTYPES:
+        _refuse(f"{where}.dtype", value["dtype"], f"one of {', '.join(DTYPES)}")
+
+
+def _check_row(where: str, row: Any) -> None:
+    _check_names(where, row, ("method", "kernel", *_CASE_KINDS, "ms"), ("failed",))
+    _check_case(where, row)
+    method = row["method"]
+    if not isinstance(method, str) or re.fullmatch(r"exact|group|lsh[1-9]\d*", method) is None:
+        _refuse(f"{where}.method", method, "'exact', 'lsh' with a group size, or 'group'")
+    if row["kernel"] not in KERNELS:
+        _refuse(f"{where}.kernel", row["kernel"], f"one of {', '.join(KERNELS)}")
+    _check_numbers(f"{where}.ms", row["ms"])
+    _check_texts(f"{where}.failed", row.get("failed", {}))
+    if ("cudistr" in row["ms"]) == ("cudistr" in row.get("failed", {})):
+        _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
+
+
+def validate(record: Any) -> None:
+    """Check the form of a record.
+
+    ``device``, ``commit`` and ``command`` are strings, ``versions`` maps names to strings, and ``rows`` is a
+    list of objects with the fields of a :class:`Case`, ``method`` ("exact", "lsh2", ..., or "group"),
+    ``kernel`` ("portable" or "hopper"), ``ms`` (candidate to milliseconds) and, if something could not be
+    timed, ``failed`` (candidate to message). "cudistr" is in one of the two. A record of host overhead has
+    ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well.
+
+    Raises
+    ------
+    ValueError
+        Naming the field, what it holds and what is allowed.
+    """
+    host = ("host_us", "host_case")
+    _check_names("the record", record, _HEAD, host)
+    for name in ("device", "commit", "command"):
+        _check_texts("the record", {name: record[name]})
+    _check_texts("versions", record["versions"])
+    if not isinstance(record["rows"], list):
+        _refuse("rows", record["rows"], "a list")
+    for i, row in enumerate(record["rows"]):
+        _check_row(f"rows[{i}]", row)
+    if any(name in record for name in host):
+        _check_names("the record", record, (*_HEAD, *host))
+        _check_numbers("host_us", record["host_us"])
+        _check_names("host_case", record["host_case"], _CASE_KINDS)
+        _check_case("host_case", record["host_case"])
+
+
+def commit_of(folder: pathlib.Path, environ: Mapping[str, str]) -> str:
+    """The commit that is measured.
+
+    ``CUDISTR_COMMIT`` if it is set, for machines to which only the files travelled; else git's, with
+    "-dirty" if the sources differ from it; "unknown" if ``folder`` is not the root of a git checkout.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(folder), *words), capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    if environ.get(COMMIT_VARIABLE):
+        return environ[COMMIT_VARIABLE]
+    try:
+        # an installed package may lie inside a checkout of something else
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return "unknown"
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", "cudistr", "kernels_cu") else commit
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """The command as one can repeat it anywhere: without the folder that the record went to."""
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--output":
+            next(rest, None)
+        elif not word.startswith("--output="):
+            words.append(word)
+    return shlex.join(["python", "-m", "cudistr", *words])
+
+
+def slug(device: str) -> str:
+    """A device's name as a folder: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def default_output(folder: pathlib.Path) -> pathlib.Path:
+    """docs/benchmarks in a checkout of cudistr, benchmarks elsewhere."""
+    is_checkout = (folder / "kernels_cu").is_dir() and (folder / "docs").is_dir()
+    return folder / "docs" / "benchmarks" if is_checkout else folder / "benchmarks"
+
+
+def write(record: dict[str, Any], folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Write a valid record to ``folder/<device>/<name>.json``, one row per line, and return the path."""
+    validate(record)
+    path = folder / slug(record["device"]) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
+    rows = f"[\n{lines}\n ]" if lines else "[]"
+    path.write_text(f'{head[:-2]},\n "rows": {rows}\n}}\n', encoding="utf-8")  # [:-2]: without its "\n}"
+    return path
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as text, one line each; milliseconds, and a dash where a candidate was not timed."""
+    names = list(dict.fromkeys(name for row in rows for name in (*row["ms"], *row.get("failed", {}))))
+    head = ["method", "kernel", "dtype", "d", "dv", "heads", "kv", "batch", "seqlen", "causal"]
+    lines = [[*head, *(f"{name} ms" for name in names)]]
+    for row in rows:
+        cells = [row["method"], row["kernel"], row["dtype"], row["head_dim"], row["head_dim_v"], row["heads"]]
+        cells += [row["heads_kv"], row["batch"], row["seqlen_q"], "yes" if row["causal"] else "no"]
+        cells += [f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names]
+        lines.append([str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    failed = {f"{name}: {why}" for row in rows for name, why in row.get("failed", {}).items()}
+    return "\n".join([*text, *(f"not timed: {line}" for line in sorted(failed))])
+
+
+# --- the GPU -----------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """CuPy, torch if it is there, and the one stream on which everything runs and is timed.
+
+    Raises
+    ------
+    CudaUnavailableError
+        If there is no CuPy, or no GPU that it can use.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise CudaUnavailableError(
+                "bench needs CuPy and a GPU, and CuPy cannot be imported. 'cudistr doctor' says what to do."
+            ) from error
+        if not cupy.cuda.is_available():
+            raise CudaUnavailableError(
+                "bench needs a GPU, and CuPy sees none. 'cudistr doctor' says what to do."
+            )
+        self.cupy = cupy
+        self.torch: Any = None
+        if importlib.util.find_spec("torch") is not None:
+            import torch
+
+            self.torch = torch if torch.cuda.is_available() else None
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._start, self._stop = cupy.cuda.Event(), cupy.cuda.Event()
+
+    def __enter__(self) -> Machine:
+        self.stream.__enter__()
+        if self.torch is not None:
+            self._torch_stream = self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.stream.ptr))
+            self._torch_stream.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self.torch is not None:
+            self._torch_stream.__exit__(*reason)
+        self.stream.__exit__(*reason)
+
+    @property
+    def device(self) -> str:
+        """The current device's name."""
+        name = self.cupy.cuda.runtime.getDeviceProperties(self.cupy.cuda.Device().id)["name"]
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def versions(self) -> dict[str, str]:
+        """Versions of all that takes part, as far as it is there."""
+        from cupy.cuda import nvrtc
+
+        def cuda(version: int) -> str:
+            return f"{version // 1000}.{version % 1000 // 10}"
+
+        runtime = self.cupy.cuda.runtime
+        found = {
+            "cudistr": cudistr.__version__,
+            "numpy": np.__version__,
+            "cupy": self.cupy.__version__,
+            "cuda_runtime": cuda(runtime.runtimeGetVersion()),
+            "cuda_driver": cuda(runtime.driverGetVersion()),
+            "nvrtc": ".".join(map(str, nvrtc.getVersion())),
+        }
+        if self.torch is not None:
+            found["torch"] = str(self.torch.__version__)
+            if self.torch.backends.cudnn.is_available():
+                version = self.torch.backends.cudnn.version()
+                found["cudnn"] = f"{version // 10000}.{version % 10000 // 100}.{version % 100}"
+        if "fa3" in self.importable(("fa3",)):
+            try:
+                found["fa3"] = importlib.metadata.version("fa3-fwd")
+            except importlib.metadata.PackageNotFoundError:
+                found["fa3"] = "unknown"
+        return found
+
+    def importable(self, peers: Iterable[str]) -> list[str]:
+        """Those of the peers that can be tried here."""
+        has_torch = self.torch is not None
+        has = {
+            "flash2": has_torch,
+            "cudnn": has_torch,
+            "fa3": has_torch and importlib.util.find_spec("fa3_fwd_interface") is not None,
+            "cupy": True,
+        }
+        return [peer for peer in peers if has[peer]]
+
+    def timer(self, call: Call) -> float:
+        """Milliseconds between an event before the call and one after what it queued."""
+        self._start.record(self.stream)
+        call()
+        self._stop.record(self.stream)
+        self._stop.synchronize()
+        return float(self.cupy.cuda.get_elapsed_time(self._start, self._stop))
+
+    def inputs(self, case: Case) -> tuple[list[Any], list[Any]]:
+        """Standard normal q, k, v as torch tensors (empty without torch), and the same memory as CuPy arrays."""
+        shapes = (
+            (case.batch, case.heads, case.seqlen_q, case.head_dim),
+            (case.batch, case.heads_kv, case.seqlen_k, case.head_dim),
+            (case.batch, case.heads_kv, case.seqlen_k, case.head_dim_v),
+        )
+        self.cupy.get_default_memory_pool().free_all_blocks()  # what the last case's plain peer left behind
+        if self.torch is not None:
+            random = self.torch.Generator(device="cuda").manual_seed(0)
+            dtype = getattr(self.torch, case.dtype)
+            tensors = [self.torch.randn(s, device="cuda", generator=random).to(dtype) for s in shapes]
+            return tensors, [self.cupy.from_dlpack(tensor) for tensor in tensors]
+        normal = self.cupy.random.RandomState(0).standard_normal
+        return [], [normal(s, dtype=np.float32).astype(DTYPES[case.dtype]) for s in shapes]
+
+    def family(self, arrays: Sequence[Any], case: Case, method: str) -> str:
+        """The family of kernels that the planner takes for a method; "portable" if it refuses the problem."""
+        if method == "group":
+            return "portable"
+        device = self.cupy.cuda.Device()
+        seen = plan.Device(int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"])
+        try:
+            problem = normalize.problem(*arrays, causal=case.causal, reduction=reduction_of(method))
+            return kernel_family(plan.plan(problem, seen).attention.name)
+        except (TypeError, ValueError):
+            return "portable"  # the row says under "failed" what was wrong
+
+
+def make_factories(
+    case: Case,
+    methods: Iterable[str],
+    peers: Iterable[str],
+    tensors: Sequence[Any],
+    arrays: Sequence[Any],
+    xp: Any,
+) -> dict[str, Factory]:
+    """Candidates of a case, each with what makes its call. ``xp`` is the module of ``arrays``."""
+    factories: dict[str, Factory] = {}
+    for method in methods:
+        make = _make_group if method == "group" else _make_cudistr
+        factories[method] = functools.partial(make, arrays, case, method)
+    for peer in peers:
+        if peer == "cupy":
+            factories[peer] = functools.partial(_make_plain, arrays, case, xp)
+        elif peer == "fa3":
+            factories[peer] = functools.partial(_make_fa3, tensors, case)
+        else:
+            factories[peer] = functools.partial(_make_sdpa, tensors, case, peer)
+    return factories
+
+
+def _make_cudistr(arrays: Sequence[Any], case: Case, method: str) -> Call:
+    q, k, v = arrays
+    reduction = reduction_of(method)
+    return lambda: cudistr.attention(q, k, v, causal=case.causal, reduction=reduction)
+
+
+def _make_group(arrays: Sequence[Any], case: Case, method: str) -> Call:
+    q, reduction = (
+        arrays[0],
+        cudistr.LSH(group_size=1),
+    )  # the order does not depend on it, and 1 fits every head_dim
+    return lambda: cudistr.group(q, reduction)
+
+
+def _make_plain(arrays: Sequence[Any], case: Case, cupy: Any) -> Call:
+    size = case.batch * case.heads * case.seqlen_q * case.seqlen_k * np.dtype(DTYPES[case.dtype]).itemsize
+    if size > SCORES_LIMIT:
+        raise MemoryError(f"the scores take {size / 2**30:.0f} GiB, more than {SCORES_LIMIT >> 30}")
+    q, k, v = arrays
+    return lambda: plain_attention(q, k, v, case.causal, cupy)
+
+
+def _make_sdpa(tensors: Sequence[Any], case: Case, peer: str) -> Call:
+    import torch.nn.functional as functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {"flash2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[peer]
+    q, k, v = tensors
+    grouped = q.shape[1] != k.shape[1]
+
+    def call() -> object:
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped)
+
+    return call
+
+
+def _make_fa3(tensors: Sequence[Any], case: Case) -> Call:
+    attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in tensors)
+    return lambda: attend(q, k, v, causal=case.causal)
+
+
+def _progress(items: Sequence[Case]) -> Iterable[Case]:
+    """The cases behind a progress bar, where tqdm is installed and someone is looking."""
+    if importlib.util.find_spec("tqdm") is None:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, unit="case", disable=None)  # type: ignore[no-any-return]
+
+
+HOST_CASE = Case("float16", 64, 64, 4, 4, 1, 128, 128, False)  # small: the device keeps up with the host
+
+
+def _measure_host(machine: Machine, methods: Sequence[str]) -> dict[str, float]:
+    _, arrays = machine.inputs(HOST_CASE)
+    calls = {method: _make_cudistr(arrays, HOST_CASE, method) for method in methods}
+    return {name: round(us, 3) for name, us in host_overhead(calls, machine.stream.synchronize).items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``cudistr bench``."""
+    many: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": _positive}
+    parser.add_argument("--head-dim", default=[64, 128], **many)
+    parser.add_argument("--head-dim-v", type=_positive, metavar="N", help="if it is not head_dim")
+    parser.add_argument("--seqlen", default=[2048, 4096, 8192, 16384], **many)
+    parser.add_argument(
+        "--tokens", type=_positive, default=16384, metavar="N", help="batch * seqlen (%(default)s)"
+    )
+    parser.add_argument(
+        "--hidden", type=_positive, default=2048, metavar="N", help="heads * head_dim (%(default)s)"
+    )
+    parser.add_argument("--kv-heads", type=_positive, metavar="N", help="if not as many as query heads")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
+    parser.add_argument("--method", nargs="+", default=["exact", "lsh2", "lsh4"], metavar="exact|lshG")
+    parser.add_argument(
+        "--peers", nargs="*", default=list(PEERS), choices=PEERS, help="timed where importable"
+    )
+    parser.add_argument("--grouping", action="store_true", help="time cudistr.group alone as well")
+    parser.add_argument("--host", action="store_true", help="measure the host's time per call instead")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of timing per candidate (%(default)s)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FOLDER", help="where the folder of the device goes"
+    )
+    parser.add_argument("--name", help="of the record (attention; host with --host)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table and write the record. 0, or 1 if cudistr itself could not be timed somewhere."""
+    chosen = list(dict.fromkeys(args.method))
+    for method in chosen:
+        reduction_of(method)  # refuse a wrong name before anything is timed
+    record: dict[str, Any] = {"device": "", "commit": "", "command": command_of(args.argv)}
+    rows: list[dict[str, Any]] = []
+    with Machine() as machine:
+        peers = machine.importable(args.peers)
+        absent = [peer for peer in args.peers if peer not in peers]
+        if absent and not args.host:
+            print(f"not importable here: {', '.join(absent)}", file=sys.stderr)
+        record["device"], record["versions"] = machine.device, machine.versions()
+        record["commit"] = commit_of(pathlib.Path(cudistr.__file__).parents[1], os.environ)
+        if args.host:
+            record["host_us"] = _measure_host(machine, chosen)
+            record["host_case"] = asdict(HOST_CASE)
+        else:
+            methods = [*chosen, "group"] if args.grouping else chosen
+            for case in _progress(cases(args)):
+                tensors, arrays = machine.inputs(case)
+                kernels = {method: machine.family(arrays, case, method) for method in methods}
+                factories = make_factories(case, methods, peers, tensors, arrays, machine.cupy)
+                timings = interleave(factories, machine.timer, seconds=args.seconds)
+                rows += make_rows(case, kernels, timings, peers)
+    record["rows"] = rows
+    name = args.name or ("host" if args.host else "attention")
+    path = write(record, args.output or default_output(pathlib.Path.cwd()), name)
+    print(record["device"])
+    for method, us in record.get("host_us", {}).items():
+        print(f"{method:>8}  {us:.1f} us on the host per call")
+    if rows:
+        print(table(rows))
+    print(f"record: {path}")
+    return int(any("cudistr" in row.get("failed", {}) for row in rows))

@@ -1,0 +1,370 @@
+"""Plan and arrays in, results out: allocate, take the stream, launch. No synchronisation, no host read of device data.
+
+What a call needs beyond its pointers depends on the :class:`Problem` alone and is prepared once, as a recipe: a warm
+call copies a parameter block, fills in addresses and launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cudistr import compiler, reference
+from cudistr.errors import CudaUnavailableError
+from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
+from cudistr.plan import (
+    DTYPE_NUMBER,
+    ITEMSIZE,
+    MERGE_ROWS,
+    TRANSPOSE_TILE,
+    Device,
+    Kernel,
+    check_blocks,
+    check_device,
+    group_kernel,
+    merge_kernel,
+    plan,
+)
+from cudistr.reductions import LSH, MAX_PROJ, projections
+
+LOG2_E = math.log2(math.e)
+UNBOUNDED = 2**40  # further than any key, near enough that sums with positions stay in 64 bits
+
+
+def _parameters(*fields: tuple[str, str]) -> np.dtype[Any]:
+    """The layout of a kernel's parameter struct: pointers and 64-bit integers first, so that nothing is padded."""
+    return np.dtype([(name, kind) for names, kind in fields for name in names.split()], align=True)
+
+
+# Twins of the structs at the head of each kernel.
+_ATTENTION = _parameters(
+    ("q k v out lse permutation", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
+    ("band_low band_high", "i8"),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks group_blocks tiles_per_block key_columns out_aligned",
+        "i4",
+    ),
+    ("scale softcap score_scale", "f4"),
+)
+_GROUP = _parameters(
+    ("q projections permutation", "u8"),
+    ("q_batch q_head q_row", "i8"),
+    ("heads seqlen_q block_q group_blocks", "i4"),
+)
+_TRANSPOSE = _parameters(
+    ("k out", "u8"),
+    ("k_batch k_head k_row", "i8"),
+    ("heads_kv seqlen_k head_dim key_columns key_blocks column_blocks", "i4"),
+)
+_MERGE = _parameters(
+    (" ".join(f"out{s}" for s in range(MAX_SHARDS)), "u8"),
+    (" ".join(f"lse{s}" for s in range(MAX_SHARDS)), "u8"),
+    ("out lse", "u8"),
+    ("rows shards", "i8"),
+)
+
+
+class _Launch(NamedTuple):
+    """A kernel ready to go: call it with the addresses that its parameters begin with."""
+
+    function: Any
+    blocks: int
+    threads: int
+    shared_bytes: int
+    addresses: struct.Struct
+    rest: bytes  # the parameters behind the addresses
+
+    def __call__(self, *addresses: int) -> None:
+        # The driver takes an array of pointers to parameters, and there is one: the struct. Calling CuPy's function
+        # object with a NumPy array as a struct does the same, and costs three microseconds more.
+        parameters = _Pointers(self.addresses.pack(*addresses) + self.rest)
+        driver, stream = _driver_and_stream()
+        driver.launchKernel(
+            self.function.ptr, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
+            ctypes.addressof(parameters), 0,
+        )  # fmt: skip
+
+
+_Pointers = ctypes.c_char_p * 1
+
+
+def _driver_and_stream() -> tuple[Any, int]:
+    import cupy
+
+    return cupy.cuda.driver, cupy.cuda.get_current_stream().ptr
+
+
+def _launch(
+    kernel: Kernel, blocks: int, device: Device, index: int, layout: np.dtype[Any], values: dict[str, Any]
+) -> _Launch:
+    record = np.zeros(1, layout)
+    for name, value in values.items():
+        record[name] = value
+    addresses = struct.Struct("Q" * sum(layout[name] == np.uint64 for name in layout.names or ()))
+    return _Launch(
+        compiler.function(kernel, device.capability, index),
+        blocks,
+        kernel.threads,
+        kernel.shared_bytes,
+        addresses,
+        record.tobytes()[addresses.size :],
+    )
+
+
+class _Recipe(NamedTuple):
+    attention: _Launch
+    group: _Launch | None
+    transpose: _Launch | None
+    projections: Any
+    transposed_bytes: int
+    scratch_bytes: int  # the transposed K, and the column orders behind it
+
+
+@functools.cache
+def device_properties(index: int) -> Device:
+    """What the plan needs to know of a GPU.
+
+    Raises
+    ------
+    CudaUnavailableError
+        If the driver does not answer.
+    """
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    try:
+        shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
+        return Device(int(cupy.cuda.Device(index).compute_capability), int(shared))
+    except runtime.CUDARuntimeError as error:
+        raise CudaUnavailableError(
+            f"the CUDA driver does not answer for device {index} ({error}). Run `python -m cudistr doctor`."
+        ) from error
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _placed(index: int, stream: Any) -> Any:
+    """A context in which the current device and stream are those of the call."""
+    import cupy
+
+    other = cupy.cuda.runtime.getDevice() != index
+    if stream is None:
+        return cupy.cuda.Device(index) if other else _HERE
+    stack = contextlib.ExitStack()
+    if other:
+        stack.enter_context(cupy.cuda.Device(index))
+    stack.enter_context(stream)
+    return stack
+
+
+@functools.lru_cache(maxsize=1024)
+def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -> _Recipe:
+    """Compile and prepare a problem. ``out_strides`` are in elements."""
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    check_device(device, problem.device)
+    chosen = plan(problem, device)
+    reduction = problem.reduction
+    seen = dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True))
+    seen |= dict(zip(("v_batch", "v_head", "v_row"), problem.v_strides, strict=True))
+    keys = dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True))
+    offset = problem.seqlen_k - problem.seqlen_q
+    plain = problem.softcap is None and problem.scale > 0
+    values: dict[str, Any] = {
+        **seen,
+        **keys,
+        **dict(zip(("out_batch", "out_head", "out_row"), out_strides, strict=True)),
+        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
+        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "row_blocks": chosen.row_blocks,
+        "out_aligned": out_aligned,
+        "scale": problem.scale,
+        "softcap": problem.softcap or 0.0,
+        "score_scale": problem.scale * LOG2_E if plain else LOG2_E,
+    }
+    if reduction is None:
+        attention_launch = _launch(
+            chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
+        )
+        return _Recipe(attention_launch, None, None, None, 0, 0)
+
+    assert chosen.group is not None and chosen.transpose is not None
+    columns = chosen.key_columns
+    itemsize = ITEMSIZE[problem.dtype]
+    transposed_bytes = problem.batch * problem.heads_kv * problem.head_dim * columns * itemsize
+    permutation_bytes = problem.batch * problem.heads * chosen.group_blocks * problem.head_dim
+    values |= {
+        "k_batch": problem.heads_kv * problem.head_dim * columns,
+        "k_head": problem.head_dim * columns,
+        "k_row": columns,
+        "group_blocks": chosen.group_blocks,
+        "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
+        "key_columns": columns,
+    }
+    key_blocks = -(-columns // TRANSPOSE_TILE)
+    column_blocks = -(-problem.head_dim // TRANSPOSE_TILE)
+    transpose_values = {
+        **keys,
+        "heads_kv": problem.heads_kv,
+        "seqlen_k": problem.seqlen_k,
+        "head_dim": problem.head_dim,
+        "key_columns": columns,
+        "key_blocks": key_blocks,
+        "column_blocks": column_blocks,
+    }
+    transpose_blocks = check_blocks(key_blocks * column_blocks * problem.batch * problem.heads_kv)
+    shape = (problem.batch, problem.heads, problem.seqlen_q, problem.head_dim)
+    group_launch, vectors = _group_recipe(
+        problem.dtype, shape, problem.q_strides, problem.aligned, reduction, problem.device
+    )
+    return _Recipe(
+        _launch(chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values),
+        group_launch,
+        _launch(chosen.transpose, transpose_blocks, device, problem.device, _TRANSPOSE, transpose_values),
+        vectors,
+        transposed_bytes,
+        transposed_bytes + permutation_bytes,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _group_recipe(
+    dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, reduction: LSH, index: int
+) -> tuple[_Launch, Any]:
+    device = device_properties(index)
+    check_device(device, index)
+    batch, heads, seqlen_q, head_dim = shape
+    group_blocks = -(-seqlen_q // reduction.rows_per_block)
+    values = {
+        **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
+        "heads": heads,
+        "seqlen_q": seqlen_q,
+        "block_q": reduction.rows_per_block,
+        "group_blocks": group_blocks,
+    }
+    blocks = check_blocks(batch * heads * group_blocks)
+    launch = _launch(group_kernel(dtype, head_dim, aligned), blocks, device, index, _GROUP, values)
+    vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
+    return launch, vectors
+
+
+@functools.lru_cache(maxsize=64)
+def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any:
+    """The projections on the current device as (block_q, 16), padded with zero vectors, whose bits are zero."""
+    import cupy
+
+    padded = np.zeros((block_q, MAX_PROJ), np.float32)
+    padded[:, :n_proj] = projections(n_proj, block_q, seed).T
+    vectors = cupy.asarray(padded)
+    cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
+    return vectors
+
+
+def attention(
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any
+) -> tuple[Any, Any]:
+    """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
+    if problem.device is None:
+        result, lse = reference.solve(q, k, v, problem)
+        if out is None:
+            out = np.empty(problem.out_shape, q.dtype)
+        with np.errstate(over="ignore"):
+            out[...] = result
+        return out, lse.astype(np.float32) if return_lse else None
+    with _placed(problem.device, stream):
+        return _attention(problem, q, k, v, out, return_lse)
+
+
+def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+    import cupy
+
+    _, heads, seqlen_q, head_dim_v = problem.out_shape
+    if out is None:
+        out = cupy.ndarray(problem.out_shape, q.dtype)
+        strides = (heads * seqlen_q * head_dim_v, seqlen_q * head_dim_v, head_dim_v)
+        aligned = True
+    else:
+        strides = row_strides(out.shape, out.strides, out.itemsize)
+        aligned = rows_aligned(out.data.ptr, strides, out.itemsize)
+    lse = cupy.ndarray(problem.out_shape[:3], np.float32) if return_lse else None
+    if problem.empty:
+        check_device(device_properties(problem.device or 0), problem.device or 0)
+        out.fill(0)
+        if lse is not None:
+            lse.fill(-np.inf)
+        return out, lse
+
+    recipe = _recipe(problem, strides, aligned)
+    lse_address = 0 if lse is None else lse.data.ptr
+    if recipe.group is None or recipe.transpose is None:
+        recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
+        return out, lse
+    scratch = cupy.ndarray(recipe.scratch_bytes, np.uint8)  # back in CuPy's pool when this returns: stream-ordered
+    transposed = scratch.data.ptr
+    permutation = transposed + recipe.transposed_bytes
+    recipe.group(q.data.ptr, recipe.projections.data.ptr, permutation)
+    recipe.transpose(k.data.ptr, transposed)
+    recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
+    return out, lse
+
+
+def group(q: Any, reduction: LSH, stream: Any) -> Any:
+    """Column order of every block of checked queries."""
+    if type(q) is np.ndarray:
+        return reference.solve_group(q, reduction)
+    import cupy
+
+    index = q.device.id
+    with _placed(index, stream):
+        strides = row_strides(q.shape, q.strides, q.itemsize)
+        aligned = rows_aligned(q.data.ptr, strides, q.itemsize)
+        blocks = -(-q.shape[2] // reduction.rows_per_block)
+        permutation = cupy.ndarray((*q.shape[:2], blocks, q.shape[3]), np.uint8)
+        if permutation.size:
+            recipe, vectors = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index)
+            recipe(q.data.ptr, vectors.data.ptr, permutation.data.ptr)
+        return permutation
+
+
+def _dtype_name(array: Any) -> str:
+    return next(name for name in DTYPE_NUMBER if name == array.dtype.name)
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: Any) -> tuple[Any, Any]:
+    """Merge checked shards. Returns (out, lse); lse is None unless asked for."""
+    first = outs[0]
+    if type(first) is np.ndarray:
+        result, lse = reference.solve_merge(outs, lses)
+        return result.astype(first.dtype), lse.astype(np.float32) if return_lse else None
+    import cupy
+
+    index = first.device.id
+    with _placed(index, stream):
+        device = device_properties(index)
+        check_device(device, index)
+        out = cupy.ndarray(first.shape, first.dtype)
+        merged = cupy.ndarray(first.shape[:3], np.float32) if return_lse else None
+        rows = math.prod(first.shape[:3])
+        if rows:
+            outs = [cupy.ascontiguousarray(x) for x in outs]
+            lses = [cupy.ascontiguousarray(x) for x in lses]
+            unused = [0] * (MAX_SHARDS - len(outs))
+            addresses = [x.data.ptr for x in outs] + unused + [x.data.ptr for x in lses] + unused
+            kernel = merge_kernel(_dtype_name(first), first.shape[3])
+            blocks = check_blocks(-(-rows // MERGE_ROWS))
+            launch = _launch(kernel, blocks, device, index, _MERGE, {"rows": rows, "shards": len(outs)})
+            launch(*addresses, out.data.ptr, 0 if merged is None else merged.data.ptr)
+        return out, merged

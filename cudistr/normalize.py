@@ -1,0 +1,623 @@
+"""Arrays and options in, a frozen, printable :class:`Problem` out: the only place that refuses user input."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cudistr.reductions import LSH
+
+__all__ = ["Adopted", "Problem", "adopt", "check_group", "check_merge", "check_out", "problem"]
+
+MAX_HEAD_DIM = 256  # the output row of a warp has to stay in registers
+MAX_SEQLEN = (
+    2**31 - 1024
+)  # positions are 32-bit inside a kernel; the margin keeps sums with a tile from wrapping
+MAX_SHARDS = 32  # pointers that the merge kernel takes in its parameter block
+
+_DTYPES = {
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+    np.dtype(np.float32): "float32",
+}
+_DTYPES_REFERENCE = {**_DTYPES, np.dtype(np.float64): "float64"}
+_DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was asked for. Strides are in elements, for the axes (batch, head, position).
+
+    Attributes
+    ----------
+    left, right : int or None
+        Keys visible on either side of a query's own position, bottom-right aligned; None is unbounded.
+        ``causal`` has become ``right = 0``.
+    aligned : bool
+        Whether every row of q, k and v starts at a multiple of 16 bytes, so that it can be copied
+        asynchronously in chunks of 16 bytes.
+    tf32 : bool
+        Whether float32 products may round their operands to TF32, as ``CUPY_TF32=1`` asks for.
+    device : int or None
+        CUDA device of the arrays, None for NumPy arrays.
+    """
+
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    scale: float
+    softcap: float | None
+    left: int | None
+    right: int | None
+    reduction: LSH | None
+    q_strides: tuple[int, int, int]
+    k_strides: tuple[int, int, int]
+    v_strides: tuple[int, int, int]
+    aligned: bool
+    tf32: bool
+    device: int | None
+
+    def __post_init__(self) -> None:
+        # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
+        fields = tuple(vars(self).values())
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        return self.__dict__["_hash"]  # type: ignore[no-any-return]
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the output: (batch, heads, seqlen_q, head_dim_v)."""
+        return (self.batch, self.heads, self.seqlen_q, self.head_dim_v)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute: the output has no element, or no query has a key."""
+        return 0 in self.out_shape or self.seqlen_k == 0
+
+
+class Adopted(NamedTuple):
+    """Arrays of the caller as CuPy or NumPy arrays, and the way back.
+
+    ``restore`` turns a result into the caller's kind of array (None: it already is), ``stream`` is the
+    CuPy stream to work on (None: CuPy's current one).
+    """
+
+    arrays: list[Any]
+    restore: Callable[[Any], Any] | None
+    stream: Any
+
+
+def _library(array: Any) -> str:
+    library = type(array).__module__.partition(".")[0]
+    return "jax" if library == "jaxlib" else library  # jax's arrays are defined in its compiled half
+
+
+def _kind(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+
+
+def adopt(**named: Any) -> Adopted:
+    """Take the caller's arrays: CuPy and NumPy arrays as they are, others through DLPack without a copy.
+
+    Raises
+    ------
+    TypeError
+        If something is not an array, arrays of several libraries are mixed, or an array's library cannot
+        hand it over.
+    """
+    loaded = sys.modules.get("cupy")  # nobody can hold a CuPy array without having imported it
+    arrays = list(named.values())
+    kinds = {type(x) for x in arrays}
+    if not arrays or kinds == {np.ndarray}:
+        return Adopted(arrays, None, None)
+    if loaded is not None and kinds == {loaded.ndarray}:
+        return Adopted([_whole_rows(n, x) for n, x in named.items()], None, None)
+    for name, array in named.items():
+        if not hasattr(array, "__dlpack__") or not hasattr(array, "shape"):
+            raise TypeError(
+                f"{name} must be an array (CuPy, NumPy, or any with __dlpack__, such as torch and jax), "
+                f"got {_kind(array)}. Convert it, for example with cupy.asarray({name})."
+            )
+    libraries = {name: _library(x) for name, x in named.items()}
+    if len(set(libraries.values())) > 1:
+        came = ", ".join(f"{name}: {library}" for name, library in libraries.items())
+        raise TypeError(
+            f"arrays of different libraries are mixed ({came}). Bring them to one library and one device first, "
+            "for example with cupy.asarray(...)."
+        )
+    library = next(iter(libraries.values()))
+    if library in ("numpy", "cupy"):  # subclasses; only the plain array has the plain meaning
+        name, array = next(
+            (n, x) for n, x in named.items() if _kind(x) not in ("numpy.ndarray", "cupy.ndarray")
+        )
+        raise TypeError(
+            f"{name} must be a plain array, got {_kind(array)}. Pass a view with {library}.asarray."
+        )
+    devices = {name: array.__dlpack_device__() for name, array in named.items()}
+    kinds_of_device = {int(kind) for kind, _ in devices.values()}
+    if kinds_of_device == {_DLPACK_CPU}:
+        return Adopted([_import_host(n, x) for n, x in named.items()], _restorer(library), None)
+    if not kinds_of_device <= {_DLPACK_CUDA, _DLPACK_CUDA_MANAGED}:
+        raise TypeError(
+            "q, k, v (and out) must be all on one CUDA device or all on the host, got DLPack devices "
+            f"{ {n: (int(a), int(b)) for n, (a, b) in devices.items()} }. Move them to one device."
+        )
+    import cupy
+
+    index = int(next(iter(devices.values()))[1])
+    stream = _foreign_stream(library, index)
+    with cupy.cuda.Device(index):
+        if stream is None:
+            imported = [_whole_rows(n, _import_device(n, x)) for n, x in named.items()]
+        else:
+            with stream:
+                imported = [_whole_rows(n, _import_device(n, x)) for n, x in named.items()]
+    return Adopted(imported, _restorer(library), stream)
+
+
+def _whole_rows(name: str, array: Any) -> Any:
+    """The array itself, or a copy if its last axis is not contiguous. ``out`` is never copied."""
+    if not array.size or not array.strides or array.strides[-1] == array.itemsize or name == "out":
+        return array
+    import cupy
+
+    with array.device:
+        return cupy.ascontiguousarray(array)
+
+
+def _handover_error(name: str, array: Any, error: Exception) -> TypeError:
+    remedy = "Detach it (cudistr has no backward pass) or convert it to a supported dtype first."
+    if "bfloat16" in str(getattr(array, "dtype", "")):
+        remedy = (
+            "bfloat16 cannot travel to NumPy through DLPack: move it to the GPU, or convert it to float32."
+        )
+    return TypeError(
+        f"{name}: {_library(array)} could not hand the array over through DLPack ({error}). {remedy}"
+    )
+
+
+def _import_host(name: str, array: Any) -> Any:
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _handover_error(name, array, error) from error
+
+
+def _import_device(name: str, array: Any) -> Any:
+    import cupy
+
+    try:
+        return cupy.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _handover_error(name, array, error) from error
+
+
+def _foreign_stream(library: str, device: int) -> Any:
+    """The stream that the arrays' own library works on, so that its allocator may reuse their memory safely."""
+    if library != "torch":
+        return None  # jax keeps its streams to itself; DLPack orders CuPy's stream after the producer
+    import cupy
+
+    handle = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    if handle == 0:
+        return cupy.cuda.Stream.null
+    return _external_stream(handle, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _external_stream(handle: int, device: int) -> Any:
+    import cupy
+
+    class Foreign:  # CuPy 14 wants the protocol object instead of the bare handle
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return (0, handle)
+
+    with cupy.cuda.Device(device):
+        if hasattr(cupy.cuda.Stream, "from_external"):
+            return cupy.cuda.Stream.from_external(Foreign())
+        return cupy.cuda.ExternalStream(handle, device)
+
+
+def _restorer(library: str) -> Callable[[Any], Any]:
+    for module in (library, f"{library}.dlpack"):  # jax keeps it in jax.dlpack
+        try:
+            return importlib.import_module(module).from_dlpack  # type: ignore[no-any-return]
+        except (ImportError, AttributeError):
+            continue
+    raise TypeError(
+        f"{library} has no from_dlpack, so that a result cannot be given back as one of its arrays. "
+        "Pass CuPy or NumPy arrays, for example with cupy.from_dlpack(...)."
+    )
+
+
+def _real(name: str, value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number ({what}), got {_kind(value)}. Pass a Python float.")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite ({what}), got {number}.")
+    return number
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    form = "Pass (left, right): keys visible before and after a query's own position, None for no bound."
+    if isinstance(window, str | bytes) or not isinstance(window, Sequence) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right), got {window!r}. {form}")
+    sides: list[int | None] = []
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is None:
+            sides.append(None)
+            continue
+        if isinstance(side, bool):
+            raise TypeError(f"window: {name} must be an integer or None, got bool {side!r}. {form}")
+        try:
+            number = operator.index(side)
+        except TypeError:
+            raise TypeError(
+                f"window: {name} must be an integer or None, got {type(side).__name__} {side!r}. {form}"
+            ) from None
+        if number < 0:
+            raise ValueError(f"window: {name} must not be negative, got {number}. {form}")
+        sides.append(number)
+    return sides[0], sides[1]
+
+
+def _tf32() -> bool:
+    """CuPy's own switch for its float32 products."""
+    return os.environ.get("CUPY_TF32", "0") not in ("", "0")
+
+
+def _device(array: Any) -> int | None:
+    return None if type(array) is np.ndarray else int(array.device.id)
+
+
+def problem(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    reduction: LSH | None = None,
+    causal: Any = False,
+    window: Any = None,
+    scale: Any = None,
+    softcap: Any = None,
+    reference: bool = False,
+) -> Problem:
+    """Check CuPy or NumPy arrays and options; see :func:`cudistr.attention` for what is allowed.
+
+    ``reference`` admits float64 NumPy arrays, and nothing but NumPy arrays.
+
+    Raises
+    ------
+    TypeError
+        For kinds and dtypes.
+    ValueError
+        For shapes, devices and values.
+    """
+    if reduction is not None and type(reduction) is not LSH:
+        raise TypeError(
+            f"reduction must be None (exact) or a cudistr.LSH, got {_kind(reduction)}. "
+            "Pass, for example, cudistr.LSH(group_size=2)."
+        )
+    if causal is not True and causal is not False:
+        if not isinstance(causal, np.bool_):
+            raise TypeError(f"causal must be True or False, got {_kind(causal)} {causal!r}.")
+        causal = bool(causal)
+    if window is not None:
+        window = _window(window)
+    if scale is not None:
+        scale = _real("scale", scale, "the factor on the scores, 1/sqrt(head_dim) if None")
+    if softcap is not None:
+        softcap = _real("softcap", softcap, "scores become softcap * tanh(scores / softcap), None for no cap")
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}. Pass None for no cap.")
+    on_host = type(q) is np.ndarray
+    if reference and not (on_host and type(k) is np.ndarray and type(v) is np.ndarray):
+        raise TypeError(
+            f"cudistr.reference takes NumPy arrays, got {_kind(q)}, {_kind(k)}, {_kind(v)}. "
+            "Bring them to the host, for example with cupy.asnumpy."
+        )
+    if on_host:
+        device, pointers = None, 0
+    else:
+        device = q.device.id
+        for name, array in (("k", k), ("v", v)):
+            if array.device.id != device:
+                raise ValueError(
+                    f"q, k and v must be on one device, got q on {device} and {name} on {array.device.id}. "
+                    f"Move {name} with cupy.asarray under cupy.cuda.Device({device})."
+                )
+        pointers = q.data.ptr | k.data.ptr | v.data.ptr
+    return _problem(
+        q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype,
+        pointers % 16 == 0, q.dtype == np.float32 and _tf32(), device, reduction, causal, window, scale, softcap, reference,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    q_bytes: tuple[int, ...],
+    k_bytes: tuple[int, ...],
+    v_bytes: tuple[int, ...],
+    q_dtype: np.dtype[Any],
+    k_dtype: np.dtype[Any],
+    v_dtype: np.dtype[Any],
+    pointers_aligned: bool,
+    tf32: bool,
+    device: int | None,
+    reduction: LSH | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float | None,
+    reference: bool,
+) -> Problem:
+    """The checks that depend on values alone, so that a repeated call pays for them once."""
+    dtype = _check_dtype("q", q_dtype, reference)
+    layouts = (
+        ("q", q_shape, "(batch, heads, seqlen_q, head_dim)"),
+        ("k", k_shape, "(batch, heads_kv, seqlen_k, head_dim)"),
+        ("v", v_shape, "(batch, heads_kv, seqlen_k, head_dim_v)"),
+    )
+    for name, shape, layout in layouts:
+        if len(shape) != 4:
+            raise ValueError(
+                f"{name} must have 4 axes {layout}, got {len(shape)} with shape {shape}. "
+                "Add the missing axes with [None], or reshape."
+            )
+    for name, other in (("k", k_dtype), ("v", v_dtype)):
+        if other != q_dtype:
+            raise TypeError(
+                f"q, k and v must have one dtype, got q {q_dtype} and {name} {other}. Convert with {name}.astype."
+            )
+    batch, heads, seqlen_q, head_dim = q_shape
+    heads_kv, seqlen_k, head_dim_v = k_shape[1], k_shape[2], v_shape[3]
+    for name, shape in (("k", k_shape), ("v", v_shape)):
+        if shape[0] != batch:
+            raise ValueError(f"{name}: batch must be that of q, {batch}, got {shape[0]} (shape {shape}).")
+    if v_shape[1:3] != k_shape[1:3]:
+        raise ValueError(
+            f"v must have the heads_kv and seqlen_k of k, {k_shape[1:3]}, got {v_shape[1:3]} (shape {v_shape})."
+        )
+    if k_shape[3] != head_dim:
+        raise ValueError(f"k: head_dim must be that of q, {head_dim}, got {k_shape[3]} (shape {k_shape}).")
+    if heads and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(
+            f"heads of q must be a multiple of heads of k and v (grouped-query attention), got {heads} and {heads_kv}."
+        )
+    for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        _check_head_dim(name, size)
+    for name, size in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+        if size > MAX_SEQLEN:
+            raise ValueError(
+                f"{name} must be at most {MAX_SEQLEN}, got {size}. Split it and use cudistr.merge."
+            )
+    if reduction is not None:
+        _check_group_size(reduction, head_dim)
+    left, right = window if window is not None else (None, None)
+    if causal:
+        right = 0
+    span = seqlen_q + seqlen_k  # a wider bound sees no more
+    left = None if left is None or left >= span else left
+    right = None if right is None or right >= span else right
+    itemsize = q_dtype.itemsize
+    strides = [
+        row_strides(s, b, itemsize) for s, b in ((q_shape, q_bytes), (k_shape, k_bytes), (v_shape, v_bytes))
+    ]
+    return Problem(
+        batch=batch,
+        heads=heads,
+        heads_kv=heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+        softcap=softcap,
+        left=left,
+        right=right,
+        reduction=None if reduction is not None and reduction.group_size == 1 else reduction,
+        q_strides=strides[0],
+        k_strides=strides[1],
+        v_strides=strides[2],
+        aligned=pointers_aligned and all(rows_aligned(0, s, itemsize) for s in strides),
+        tf32=tf32,
+        device=device,
+    )
+
+
+def row_strides(shape: tuple[int, ...], in_bytes: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
+    """Strides in elements; an axis of length 1 is never stepped over, so its stride says nothing."""
+    b, h, n = (s // itemsize if size > 1 else 0 for s, size in zip(in_bytes[:3], shape[:3], strict=True))
+    return b, h, n
+
+
+def rows_aligned(pointer: int, strides: tuple[int, int, int], itemsize: int) -> bool:
+    """Whether every row starts at a multiple of 16 bytes; strides are in elements."""
+    return pointer % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in strides)
+
+
+def _check_dtype(name: str, dtype: np.dtype[Any], reference: bool) -> str:
+    allowed = _DTYPES_REFERENCE if reference else _DTYPES
+    try:
+        return allowed[dtype]
+    except KeyError:
+        raise TypeError(
+            f"{name} must be {', '.join(allowed.values())}, got {dtype}. Convert it with {name}.astype."
+        ) from None
+
+
+def _check_head_dim(name: str, size: int) -> None:
+    if size < 8 or size > MAX_HEAD_DIM or size % 8:
+        nearest = min(MAX_HEAD_DIM, max(8, -(-size // 8) * 8))
+        remedy = (
+            "Split the head."
+            if size > MAX_HEAD_DIM
+            else f"Pad with zeros to {nearest} (and pass the scale you mean)."
+        )
+        raise ValueError(f"{name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {size}. {remedy}")
+
+
+def _check_group_size(reduction: LSH, head_dim: int) -> None:
+    if head_dim % reduction.group_size or head_dim // reduction.group_size % 8:
+        allowed = [g for g in range(1, head_dim // 8 + 1) if head_dim % g == 0 and head_dim // g % 8 == 0]
+        raise ValueError(
+            f"reduction: group_size must divide head_dim {head_dim} into a multiple of 8 columns, got "
+            f"{reduction.group_size}. Allowed here: {', '.join(map(str, allowed))}."
+        )
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """First byte and one past the last byte that an array touches."""
+    start = array.ctypes.data if type(array) is np.ndarray else array.data.ptr
+    if array.size == 0:
+        return start, start
+    spans = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    return start + sum(s for s in spans if s < 0), start + sum(s for s in spans if s > 0) + array.itemsize
+
+
+def check_out(out: Any, problem: Problem, inputs: Sequence[Any], *, dtype: str | None = None) -> None:
+    """Refuse an ``out`` that cannot take the result: kind, dtype, shape, device, layout, overlap.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if type(out) is not type(inputs[0]):
+        raise TypeError(f"out must be of the kind of q, {_kind(inputs[0])}, got {_kind(out)}.")
+    wanted = dtype or problem.dtype
+    if _DTYPES_REFERENCE.get(out.dtype) != wanted:
+        raise TypeError(f"out must have dtype {wanted}, got {out.dtype}.")
+    if out.shape != problem.out_shape:
+        raise ValueError(
+            f"out must have shape (batch, heads, seqlen_q, head_dim_v) = {problem.out_shape}, got {out.shape}."
+        )
+    if _device(out) != problem.device:
+        raise ValueError(f"out must be on the device of q, {problem.device}, got {out.device.id}.")
+    if type(out) is np.ndarray and not out.flags.writeable:
+        raise ValueError(
+            "out must be writable, got a read-only array. Pass a writable one; jax arrays never are, so leave out away."
+        )
+    if out.size and out.strides[3] != out.itemsize:
+        raise ValueError(
+            f"out: the last axis must be contiguous, got strides {out.strides} bytes. "
+            "Allocate it with empty(shape), or a transposed view of (batch, seqlen_q, heads, head_dim_v)."
+        )
+    if out.size and _self_overlap(out):
+        raise ValueError(
+            f"out must not overlap itself, got strides {out.strides} bytes. Pass an array of its own."
+        )
+    low, high = _bounds(out)
+    for name, array in zip(("q", "k", "v"), inputs, strict=True):
+        start, stop = _bounds(array)
+        if start < stop and low < high and low < stop and start < high:
+            raise ValueError(
+                f"out must not share memory with {name}: bytes {low:#x}-{high:#x} and {start:#x}-{stop:#x} overlap. "
+                "Pass an array of its own; one that is interleaved with an input counts as overlapping."
+            )
+
+
+def _self_overlap(array: Any) -> bool:
+    """Whether two indices share an element, for the layouts that slicing and transposing make."""
+    axes = sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
+    reach = array.itemsize
+    for stride, size in axes:
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def check_group(q: Any, reduction: Any, *, reference: bool = False) -> None:
+    """Refuse bad arguments of :func:`cudistr.group`.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if type(reduction) is not LSH:
+        raise TypeError(
+            f"reduction must be a cudistr.LSH, got {_kind(reduction)}. Pass, for example, cudistr.LSH(group_size=2)."
+        )
+    if reference and type(q) is not np.ndarray:
+        raise TypeError(f"cudistr.reference takes NumPy arrays, got {_kind(q)}. Use cupy.asnumpy.")
+    if len(q.shape) != 4:
+        raise ValueError(
+            f"q must have 4 axes (batch, heads, seqlen_q, head_dim), got {len(q.shape)} with shape {q.shape}."
+        )
+    _check_dtype("q", q.dtype, reference)
+    _check_head_dim("head_dim", q.shape[3])
+    _check_group_size(reduction, q.shape[3])
+    if q.shape[2] > MAX_SEQLEN:
+        raise ValueError(f"seqlen_q must be at most {MAX_SEQLEN}, got {q.shape[2]}.")
+
+
+def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = False) -> None:
+    """Refuse bad arguments of :func:`cudistr.merge`; the shards are CuPy or NumPy arrays by now.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if len(outs) != len(lses) or not outs:
+        raise ValueError(
+            f"outs and lses must be lists of one length, at least 1, got {len(outs)} and {len(lses)}. "
+            "Pass what attention(..., return_lse=True) returned for each shard of the keys."
+        )
+    if len(outs) > MAX_SHARDS:
+        raise ValueError(
+            f"at most {MAX_SHARDS} shards are merged at once, got {len(outs)}. Merge in two rounds."
+        )
+    first = outs[0]
+    if reference and type(first) is not np.ndarray:
+        raise TypeError(
+            f"cudistr.reference takes NumPy arrays, got outs[0] {_kind(first)}. Use cupy.asnumpy."
+        )
+    for named, arrays in (("outs", outs), ("lses", lses)):
+        for i, array in enumerate(arrays):
+            if type(array) is not type(first):
+                raise TypeError(
+                    f"{named}[{i}] must be of the kind of outs[0], {_kind(first)}, got {_kind(array)}. Convert it."
+                )
+            if _device(array) != _device(first):
+                raise ValueError(
+                    f"{named}[{i}] must be on the device of outs[0], {_device(first)}, "
+                    f"got {_device(array)}. Move it there first."
+                )
+    if len(first.shape) != 4:
+        raise ValueError(
+            f"outs[0] must have 4 axes (batch, heads, seqlen_q, head_dim_v), got {len(first.shape)} "
+            f"with shape {first.shape}."
+        )
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _check_dtype(f"outs[{i}]", out.dtype, reference)
+        if out.dtype != first.dtype:
+            raise TypeError(f"outs must have one dtype, got {first.dtype} and outs[{i}] {out.dtype}.")
+        if lse.dtype != np.float32 and not (reference and lse.dtype == np.float64):
+            raise TypeError(f"lses[{i}] must be float32, as attention returns it, got {lse.dtype}.")
+        if out.shape != first.shape:
+            raise ValueError(f"outs must have one shape, got {first.shape} and outs[{i}] {out.shape}.")
+        if lse.shape != first.shape[:3]:
+            raise ValueError(
+                f"lses[{i}] must have shape (batch, heads, seqlen_q) = {first.shape[:3]}, got {lse.shape}."
+            )

@@ -1,0 +1,288 @@
+"""Problem and device in, a frozen, printable :class:`Plan` out: pure functions of values, tested without a GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cudistr.errors import UnsupportedDeviceError
+from cudistr.normalize import Problem
+from cudistr.reductions import BLOCK_Q_DEFAULT
+
+__all__ = ["Device", "Kernel", "Plan", "Tile", "attention_kernel", "group_kernel", "merge_kernel", "plan"]
+
+MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
+MAX_BLOCKS = 2**31 - 1  # thread blocks along grid.x
+DTYPE_NUMBER = {"float16": 0, "bfloat16": 1, "float32": 2}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+TRANSPOSE_TILE = 64  # keys and columns of a thread block of smxx_transpose.cu
+KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
+MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan needs to know of a GPU.
+
+    Attributes
+    ----------
+    capability : int
+        Compute capability times ten: 80, 86, 89, 90, ...
+    shared_bytes : int
+        Shared memory that one thread block may have, after opting in.
+    """
+
+    capability: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by name and compile-time constants, with the launch values that follow from them."""
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+    shared_bytes: int = 0
+    options: tuple[str, ...] = ()  # of the compiler
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A thread block's share of the work.
+
+    Attributes
+    ----------
+    block_m : int
+        Queries per thread block.
+    tile_k : int
+        Keys per step of the loop.
+    row_tiles : int
+        16-row tiles per warp. With 2, every operand read from shared memory feeds two matrix instructions; with 1,
+        shared memory is as busy as the tensor cores.
+    """
+
+    block_m: int
+    tile_k: int
+    row_tiles: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run.
+
+    Attributes
+    ----------
+    attention : Kernel
+        The attention kernel.
+    tile : Tile
+        Its tile.
+    row_blocks, blocks : int
+        Tiles of queries per head, and thread blocks in all.
+    group, transpose : Kernel or None
+        What runs before it when the score product is grouped: the column order, and K transposed.
+    group_blocks : int
+        Blocks of queries with one column order each, per head.
+    key_columns : int
+        Row length of the transposed K.
+    """
+
+    attention: Kernel
+    tile: Tile
+    row_blocks: int
+    blocks: int
+    group: Kernel | None = None
+    transpose: Kernel | None = None
+    group_blocks: int = 0
+    key_columns: int = 0
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+SMALL_SEQLEN_Q = 64  # up to here a 128-row tile would be half empty
+
+
+def _depth(head_dim: int, group: int) -> int:
+    """Terms of the score product, padded to whole matrix instructions."""
+    return _round_up(head_dim // max(group, 1), 16)
+
+
+def shared_bytes(tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, group: int) -> int:
+    """Shared memory of the attention kernel; a ``static_assert`` in the kernel compares it with its own."""
+    pad = 16 // itemsize
+    members = max(group, 1)
+    depth = _depth(head_dim, group)
+    columns_v = _round_up(head_dim_v, 16)
+    queries = tile.block_m * (depth + pad) * itemsize
+    if group:
+        keys = members * depth * (tile.tile_k + 8) * itemsize
+        table = members * depth * 4
+    else:
+        keys = tile.tile_k * (depth + pad) * itemsize
+        table = 4
+    values = tile.tile_k * (columns_v + pad) * itemsize
+    out = tile.block_m * (columns_v + pad) * itemsize
+    return max(_round_up(queries + keys + values + table, 16), out)
+
+
+def _longest_keys(problem: Problem, device: Device, group: int) -> int:
+    """Keys per step that a 128-row tile of a 16-bit type can have without spilling.
+
+    A thread holds row_tiles * (columns_v / 2 + tile_k / 2) accumulators of its 255 registers; what ptxas makes of
+    the rest differs between architectures, and CI compiles every variant for all of them and refuses a spill.
+    Longer is faster: against FlashAttention-2 in one run on one H200 (bfloat16, 16k tokens, hidden size 2048),
+    N = 4k / 16k, 64 columns: 128 keys 1.14 / 1.10, 96 keys 1.08 / 1.06, 64 keys 0.98 / 0.98; 128 columns: 64 keys
+    1.04 / 0.99, 48 keys 0.99 / 0.94, 32 keys 0.90 / 0.87.
+    """
+    columns = problem.head_dim_v
+    square = problem.head_dim == columns
+    plain = problem.aligned and problem.softcap is None and problem.scale > 0
+    blackwell = device.capability >= 100
+    if columns <= 64:
+        if not problem.aligned or (group and not square) or (blackwell and 32 < columns and not group):
+            return 64
+        if columns <= 32:
+            return 128
+        return 128 if columns == 64 and square and plain and not group else 96
+    if columns <= 128:
+        if not problem.aligned or (group and not (plain and square)) or (blackwell and not group):
+            return 32
+        if not group:
+            return 64 if square and plain else 48
+        if group > 8:
+            return 16
+        if columns <= 96 or 90 <= device.capability < 100:
+            return 64
+        return 48 if group == 2 else 32
+    # O takes 128 registers of a 16-row warp. 64 keys 0.87 / 0.83 at 256 columns, 32 keys 0.80 / 0.77.
+    if group > 8:
+        return 16
+    return 64 if group <= 2 else 32
+
+
+def _tiles(problem: Problem, device: Device, group: int) -> list[Tile]:
+    """Tiles in order of preference."""
+    if problem.dtype == "float32":
+        # Every operand is split into two in registers, so one 16-row tile per warp is what fits.
+        return [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
+    keys = _longest_keys(problem, device, group)
+    # Two row tiles per warp halve the reads of shared memory: with one, 64 columns ran at 0.77 / 0.74 of
+    # FlashAttention-2 and 128 columns at 0.72 / 0.68. Beyond 128 columns O alone would take every register.
+    row_tiles = 2 if problem.head_dim_v <= 128 else 1
+    return [
+        *(Tile(128, n, row_tiles) for n in (keys, 64, 48, 32) if n <= keys),
+        *(Tile(64, n, 1) for n in (64, 32, 16) if n <= keys),
+    ]
+
+
+def _choose_tile(problem: Problem, device: Device, group: int) -> Tile:
+    """The first tile whose shared memory the device has, and whose rows lie inside one block of the reduction."""
+    itemsize = ITEMSIZE[problem.dtype]
+    block_q = problem.reduction.rows_per_block if problem.reduction is not None else BLOCK_Q_DEFAULT
+    for tile in _tiles(problem, device, group):
+        if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
+            continue
+        if shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes:
+            return tile
+    raise AssertionError(f"no tile for {problem} on {device}")  # the last tiles fit the smallest device
+
+
+def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
+    """The attention kernel of a problem, and its tile."""
+    reduction = problem.reduction
+    group = 0 if reduction is None else reduction.group_size
+    tile = _choose_tile(problem, device, group)
+    itemsize = ITEMSIZE[problem.dtype]
+    smem = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group)
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "GROUP": group,
+        "MEAN": int(reduction is not None and reduction.representative == "mean"),
+        "BLOCK_M": tile.block_m,
+        "TILE_K": tile.tile_k,
+        "ROW_TILES": tile.row_tiles,
+        "ALIGNED": int(problem.aligned),
+        "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARED_BYTES": smem,
+    }
+    # For these, ptxas hoists so many loads at its own level that it spills; at level 1 it does not.
+    crowded = problem.dtype == "float32" and problem.head_dim_v > 64 and device.capability >= 120
+    options = ("-Xptxas=-O1",) if crowded else ()
+    threads = tile.block_m // tile.row_tiles * 2
+    return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options), tile
+
+
+def group_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
+    """The kernel that orders the columns of every block of queries: a thread has two of them."""
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("ALIGNED", int(aligned)))
+    return Kernel("smxx_lsh_group", constants, _round_up(head_dim // 2, 32))
+
+
+def transpose_kernel(dtype: str, aligned: bool) -> Kernel:
+    """The kernel that transposes K."""
+    return Kernel("smxx_transpose", (("BYTES", ITEMSIZE[dtype]), ("ALIGNED", int(aligned))), 256)
+
+
+def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
+    """The kernel that merges shards of the keys."""
+    return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
+
+
+def check_device(device: Device, index: int) -> None:
+    """Refuse a GPU that the kernels do not run on.
+
+    Raises
+    ------
+    UnsupportedDeviceError
+    """
+    if device.capability < MIN_CAPABILITY:
+        raise UnsupportedDeviceError(
+            f"GPU {index} has compute capability {device.capability / 10:.1f}; cudistr's kernels need 8.0 (Ampere) or "
+            "newer. Use another GPU, or NumPy arrays, which run on the CPU."
+        )
+
+
+def check_blocks(blocks: int) -> int:
+    """Refuse more thread blocks than one launch can have.
+
+    Raises
+    ------
+    ValueError
+    """
+    if blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"the problem needs {blocks} thread blocks, more than the {MAX_BLOCKS} of one launch. "
+            "Split the batch into several calls."
+        )
+    return blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(problem: Problem, device: Device) -> Plan:
+    """Plan a problem that is not empty.
+
+    Raises
+    ------
+    ValueError
+        If one launch cannot hold it.
+    """
+    kernel, tile = attention_kernel(problem, device)
+    row_blocks = -(-problem.seqlen_q // tile.block_m)
+    blocks = check_blocks(row_blocks * problem.batch * problem.heads)
+    if problem.reduction is None:
+        return Plan(kernel, tile, row_blocks, blocks)
+    return Plan(
+        kernel,
+        tile,
+        row_blocks,
+        blocks,
+        group=group_kernel(problem.dtype, problem.head_dim, problem.aligned),
+        transpose=transpose_kernel(problem.dtype, problem.aligned),
+        group_blocks=-(-problem.seqlen_q // problem.reduction.rows_per_block),
+        key_columns=_round_up(problem.seqlen_k, KEY_COLUMNS_MULTIPLE),
+    )

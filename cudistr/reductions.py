@@ -1,0 +1,130 @@
+"""Reductions of the score product, as data: small, frozen, printable objects without any GPU code."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK_Q_DEFAULT", "BLOCK_Q_MULTIPLE", "LSH", "MAX_PROJ", "projections"]
+
+BLOCK_Q_DEFAULT = (
+    128  # the paper's l; also the rows of the largest query tile, so a block is one thread block
+)
+BLOCK_Q_MULTIPLE = 64  # a query tile (64 or 128 rows) must lie inside one block: it has one column order
+MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
+
+
+def _integer(name: str, value: object, remedy: str) -> int:
+    """``value`` as a Python int; bool and float are refused, NumPy integers are fine."""
+    if isinstance(value, bool):
+        raise TypeError(f"LSH: {name} must be an integer, got bool {value!r}. {remedy}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"LSH: {name} must be an integer, got {type(value).__name__} {value!r}. {remedy}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class LSH:
+    """Group the columns of each block of queries by locality-sensitive hashing: the paper's DistrAttention.
+
+    Per block of ``block_q`` query rows the head_dim columns of Q are hashed (angular LSH), sorted by the
+    Gray rank of their code and cut into groups of ``group_size``. One column represents a group in Q, the
+    group's columns of K are summed, and the score product sums over ``head_dim / group_size`` terms.
+
+    This is an approximation whose error depends on the data. On pretrained models without fine-tuning it
+    is large; see the accuracy page of the documentation before you use it.
+
+    Parameters
+    ----------
+    group_size : int
+        Columns per group (the paper's G*), at least 1. It must divide head_dim, and head_dim / group_size
+        must be a multiple of 8. 1 is exact attention.
+    block_q : int, optional
+        Query rows per block (the paper's l), a multiple of 64. 128 unless given.
+    n_proj : int, default 16
+        Bits of the hash, 1 to 16: the number of Gaussian projections.
+    seed : int, default 0
+        Seed of the projections, 0 to 2**32 - 1. Equal seeds give equal bits.
+    representative : {"sample", "mean"}, default "sample"
+        What stands for a group in Q: its first column (the paper's sampling), or the mean of its columns.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is of the wrong kind or out of its range.
+
+    References
+    ----------
+    Jin et al., *DistrAttention: An Efficient and Flexible Self-Attention Mechanism on Modern GPUs*,
+    arXiv 2507.17245, section 3.
+
+    Examples
+    --------
+    >>> import cudistr
+    >>> cudistr.LSH(group_size=2)
+    LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample')
+    """
+
+    group_size: int
+    block_q: int | None = None
+    n_proj: int = 16
+    seed: int = 0
+    representative: str = "sample"
+
+    def __post_init__(self) -> None:
+        group_size = _integer("group_size", self.group_size, "Pass 1 (exact), 2, 4, 8, ...")
+        block_q = BLOCK_Q_DEFAULT
+        if self.block_q is not None:
+            block_q = _integer("block_q", self.block_q, "Pass a multiple of 64, or None for 128.")
+        n_proj = _integer("n_proj", self.n_proj, f"Pass 1 to {MAX_PROJ}.")
+        seed = _integer("seed", self.seed, "Pass an integer from 0 to 2**32 - 1.")
+        if group_size < 1:
+            raise ValueError(
+                f"LSH: group_size must be at least 1, got {group_size}. Pass 1 (exact), 2, 4, 8, ..."
+            )
+        if block_q < BLOCK_Q_MULTIPLE or block_q % BLOCK_Q_MULTIPLE:
+            raise ValueError(
+                f"LSH: block_q must be a positive multiple of {BLOCK_Q_MULTIPLE}, got {block_q}. "
+                f"Pass {max(1, block_q // BLOCK_Q_MULTIPLE) * BLOCK_Q_MULTIPLE}, or None for {BLOCK_Q_DEFAULT}."
+            )
+        if not 1 <= n_proj <= MAX_PROJ:
+            raise ValueError(f"LSH: n_proj must be from 1 to {MAX_PROJ}, got {n_proj}. The default is 16.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"LSH: seed must be from 0 to 2**32 - 1, got {seed}.")
+        if self.representative not in ("sample", "mean"):
+            raise ValueError(
+                f"LSH: representative must be 'sample' or 'mean', got {self.representative!r}. "
+                "'sample' is the paper's choice, 'mean' has the smaller error."
+            )
+        for name, value in (
+            ("group_size", group_size),
+            ("block_q", block_q),
+            ("n_proj", n_proj),
+            ("seed", seed),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def rows_per_block(self) -> int:
+        """Query rows of a block as an int: ``block_q`` with its default filled in."""
+        assert self.block_q is not None  # __post_init__ filled it in
+        return self.block_q
+
+
+@functools.lru_cache(maxsize=64)
+def projections(n_proj: int, block_q: int, seed: int) -> NDArray[np.float32]:
+    """Gaussian vectors of the hash, shape (n_proj, block_q), float32, read-only.
+
+    Drawn with ``numpy.random.RandomState``: NumPy guarantees that its stream never changes, which it does
+    not for ``default_rng``, so equal seeds give equal groups on every machine and NumPy version.
+    """
+    vectors = np.random.RandomState(seed).standard_normal((n_proj, block_q)).astype(np.float32)
+    vectors.setflags(write=False)
+    return vectors

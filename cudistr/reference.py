@@ -1,0 +1,196 @@
+"""NumPy truth: every step of the method in float64, short enough to check by eye.
+
+The public functions are twins of those in :mod:`cudistr`: same arguments, results in float64. They are
+what runs when the arrays are NumPy arrays, and what the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cudistr import normalize
+from cudistr.normalize import Problem
+from cudistr.reductions import LSH, projections
+
+__all__ = ["attention", "fuse", "group", "hash_codes", "merge", "order", "rank", "sample"]
+
+Float = NDArray[np.float64]
+
+
+def hash_codes(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.uint32]:
+    """Angular hash of every column of a block of queries (arXiv 2507.17245, section 3.2).
+
+    Bit b of column c is ``sum_r R[b, r] q_block[r, c] > 0``. The sum runs over the rows in order, in
+    float32 with the product and the sum rounded separately, so that the kernel gives the same bits. A sum
+    of exactly zero, and a NaN, give bit 0.
+
+    Parameters
+    ----------
+    q_block : array (rows, head_dim)
+        At most ``block_q`` rows; a short last block uses the first of the projections' entries.
+
+    Returns
+    -------
+    uint32 array (head_dim,)
+    """
+    vectors = projections(reduction.n_proj, reduction.rows_per_block, reduction.seed)
+    columns = q_block.astype(np.float32)
+    sums = np.zeros((reduction.n_proj, columns.shape[1]), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for r, row in enumerate(columns):
+            sums += vectors[:, r, None] * row
+    bits = (sums > 0).astype(np.uint32)
+    places = np.arange(reduction.n_proj, dtype=np.uint32)[:, None]
+    codes: NDArray[np.uint32] = np.bitwise_or.reduce(bits << places, axis=0)
+    return codes
+
+
+def rank(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Position of each code (below 2**16) in the binary-reflected Gray sequence: ``c ^ c>>1 ^ c>>2 ^ ...``."""
+    ranks = codes.copy()
+    for shift in (1, 2, 4, 8):
+        ranks ^= ranks >> np.uint32(shift)
+    return ranks
+
+
+def order(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.intp]:
+    """Column order of one block of queries: columns sorted by (rank, column index). Shape (head_dim,)."""
+    return np.argsort(rank(hash_codes(q_block, reduction)), kind="stable")
+
+
+def sample(q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH) -> NDArray[Any]:
+    """Qhat (rows, head_dim / group_size): the first column of each group, or the mean of the group."""
+    grouped = q_block[:, permutation].reshape(len(q_block), -1, reduction.group_size)
+    return grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
+
+
+def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray[Any]:
+    """Khat (seqlen_k, head_dim / group_size): the sum of each group's columns of K."""
+    return k[:, permutation].reshape(len(k), -1, group_size).sum(axis=2)
+
+
+def visible(rows: NDArray[np.intp], problem: Problem) -> NDArray[np.bool_]:
+    """Which keys the query rows see, shape (len(rows), seqlen_k).
+
+    Query i sees key j when ``i + off - left <= j <= i + off + right`` with ``off = seqlen_k - seqlen_q``
+    (bottom-right alignment); causal is right = 0.
+    """
+    position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
+    keys = np.arange(problem.seqlen_k)[None, :]
+    seen = np.ones((len(rows), problem.seqlen_k), bool)
+    if problem.left is not None:
+        seen &= keys >= position - problem.left
+    if problem.right is not None:
+        seen &= keys <= position + problem.right
+    return seen
+
+
+def _attend(
+    qhat: Float, khat: Float, v: Float, seen: NDArray[np.bool_], problem: Problem
+) -> tuple[Float, Float]:
+    """Softmax attention of one block of one head: out (rows, head_dim_v) and lse (rows,)."""
+    scores = problem.scale * (qhat @ khat.T)
+    if problem.softcap is not None:
+        scores = problem.softcap * np.tanh(scores / problem.softcap)
+    scores = np.where(seen, scores, -np.inf)
+    top = scores.max(axis=1, initial=-np.inf)
+    top = np.where(top == -np.inf, 0.0, top)  # a row without any key: exp(-inf - 0) = 0, not exp(nan)
+    weights = np.exp(scores - top[:, None])
+    total = weights.sum(axis=1)
+    empty = total == 0
+    out = (weights @ v) / np.where(empty, 1.0, total)[:, None]
+    out[empty] = 0.0
+    return out, np.where(empty, -np.inf, top + np.log(np.where(empty, 1.0, total)))
+
+
+def solve(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem) -> tuple[Float, Float]:
+    """Attention for checked arguments: out (batch, heads, seqlen_q, head_dim_v), lse (batch, heads, seqlen_q)."""
+    out = np.zeros((problem.batch, problem.heads, problem.seqlen_q, problem.head_dim_v))
+    lse = np.full((problem.batch, problem.heads, problem.seqlen_q), -np.inf)
+    if out.shape[0] == 0 or out.shape[1] == 0 or problem.seqlen_k == 0:
+        return out, lse
+    reduction = problem.reduction
+    block_q = LSH(1).rows_per_block if reduction is None else reduction.rows_per_block
+    shared = problem.heads // problem.heads_kv
+    with np.errstate(invalid="ignore", over="ignore"):
+        for b, h in np.ndindex(problem.batch, problem.heads):
+            keys, values = (x[b, h // shared].astype(np.float64, order="C") for x in (k, v))
+            for start in range(0, problem.seqlen_q, block_q):
+                rows = np.arange(start, min(start + block_q, problem.seqlen_q))
+                q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
+                khat = keys
+                if reduction is not None:
+                    permutation = order(q[b, h, rows], reduction)
+                    q_block = sample(q_block, permutation, reduction)
+                    khat = fuse(keys, permutation, reduction.group_size)
+                out[b, h, rows], lse[b, h, rows] = _attend(
+                    q_block, khat, values, visible(rows, problem), problem
+                )
+    return out, lse
+
+
+def solve_group(q: NDArray[Any], reduction: LSH) -> NDArray[np.uint8]:
+    """Permutations for checked arguments, see :func:`group`."""
+    batch, heads, seqlen_q, head_dim = q.shape
+    block_q = reduction.rows_per_block
+    result = np.zeros((batch, heads, -(-seqlen_q // block_q), head_dim), np.uint8)
+    for b, h, n in np.ndindex(*result.shape[:3]):
+        result[b, h, n] = order(q[b, h, n * block_q : (n + 1) * block_q], reduction)
+    return result
+
+
+def solve_merge(outs: Sequence[NDArray[Any]], lses: Sequence[NDArray[Any]]) -> tuple[Float, Float]:
+    """Merge for checked arguments, see :func:`merge`."""
+    shards = np.stack([x.astype(np.float64) for x in outs])
+    logs = np.stack([x.astype(np.float64) for x in lses])
+    with np.errstate(invalid="ignore"):
+        top = logs.max(axis=0)
+        top = np.where(top == -np.inf, 0.0, top)
+        weights = np.exp(logs - top)
+        total = weights.sum(axis=0)
+        empty = total == 0
+        safe = np.where(empty, 1.0, total)
+        # A shard without any key has weight 0 and out 0, so it drops out of the sum.
+        out = (weights[..., None] * shards).sum(axis=0) / safe[..., None]
+    return out, np.where(empty, -np.inf, top + np.log(safe))
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    reduction: LSH | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """NumPy twin of :func:`cudistr.attention`: float64 results; ``out`` is a float64 array here."""
+    options = dict(reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap)
+    problem = normalize.problem(q, k, v, reference=True, **options)  # type: ignore[arg-type]
+    result, lse = solve(q, k, v, problem)
+    if out is not None:
+        normalize.check_out(out, problem, (q, k, v), dtype="float64")
+        out[...] = result
+        result = out
+    return (result, lse) if return_lse else result
+
+
+def group(q: Any, reduction: LSH) -> NDArray[np.uint8]:
+    """NumPy twin of :func:`cudistr.group`."""
+    normalize.check_group(q, reduction, reference=True)
+    return solve_group(q, reduction)
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any], *, return_lse: bool = False) -> Any:
+    """NumPy twin of :func:`cudistr.merge`: float64 results."""
+    normalize.check_merge(outs, lses, reference=True)
+    out, lse = solve_merge(outs, lses)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,51 @@
+"""Sphinx configuration. What can be computed is computed at build time: tables, the figure, example output."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import grouping_figure  # noqa: E402
+import make_tables  # noqa: E402
+
+import cudistr  # noqa: E402
+
+project = "cudistr"
+author = "the cudistr developers"
+project_copyright = f"2026, {author}"
+version = release = cudistr.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "numpydoc"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "_generated", "benchmarks"]
+html_theme = "furo"
+html_title = f"cudistr {release}"
+autodoc_typehints = "none"  # the numpydoc sections say more than the annotations
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+
+
+def generate(_app):
+    """Write the pages' computed parts into docs/_generated."""
+    generated = HERE / "_generated"
+    generated.mkdir(exist_ok=True)
+    (generated / "records.md").write_text(make_tables.all_tables(), encoding="utf-8")
+    grouping_figure.draw(generated / "grouping.svg")
+    example = HERE.parent / "examples" / "02_grouped.py"
+    run = subprocess.run(
+        [sys.executable, str(example)],
+        cwd=HERE.parent,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (generated / "02_grouped.txt").write_text(run.stdout, encoding="utf-8")
+
+
+def setup(app):
+    app.connect("builder-inited", generate)

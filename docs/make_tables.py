@@ -1,0 +1,197 @@
+"""Tables from the records in docs/benchmarks/<device>/*.json, so that no measured figure is typed by hand.
+
+python docs/make_tables.py            print all tables, as the documentation shows them
+python docs/make_tables.py --readme   write the README's table between its markers
+python docs/make_tables.py --check    fail if the README's table is not that of the records
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cudistr import bench  # noqa: E402
+
+RECORDS = ROOT / "docs" / "benchmarks"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- table: begin (docs/make_tables.py --readme) -->", "<!-- table: end -->"
+NONE = "No record has been committed yet.\n"
+
+PEERS = {
+    "flash2": "FlashAttention-2 (torch)",
+    "cudnn": "cuDNN (torch)",
+    "fa3": "FlashAttention-3",
+    "cupy": "plain CuPy",
+}
+
+
+def records(folder: Path = RECORDS) -> list[tuple[Path, dict[str, Any]]]:
+    """Every record with its path, sorted by path."""
+    return [(p, json.loads(p.read_text(encoding="utf-8"))) for p in sorted(folder.glob("*/*.json"))]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def method_name(method: str) -> str:
+    """ "exact" as it is, "lsh2" as LSH(2)."""
+    return f"LSH({method[3:]})" if method.startswith("lsh") else method
+
+
+def figure(number: float | None) -> str:
+    """Three significant digits, more for large numbers, and a dash for what was not timed."""
+    if number is None:
+        return "-"
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
+
+
+def times(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of a bench record, one line per problem: milliseconds of each method and each peer."""
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}/{row['heads_kv']}"
+        dims = {row["head_dim"], row["head_dim_v"]}
+        dim = str(row["head_dim"]) if len(dims) == 1 else f"{row['head_dim']}/{row['head_dim_v']}"
+        seqlens = {row["seqlen_q"], row["seqlen_k"]}
+        seqlen = str(row["seqlen_q"]) if len(seqlens) == 1 else f"{row['seqlen_q']}/{row['seqlen_k']}"
+        mask = "causal" if row["causal"] else "none"
+        found = cases.setdefault((row["dtype"], dim, heads, str(row["batch"]), seqlen, mask), {})
+        for name, ms in row["ms"].items():
+            if name == "cudistr":
+                found[method_name(row["method"])] = ms
+            elif row["method"] != "group":
+                found.setdefault(PEERS[name], ms)
+    names = list(dict.fromkeys(name for found in cases.values() for name in found))
+    names.sort(key=lambda name: name in PEERS.values())
+    head = ["dtype", "head_dim", "heads", "batch", "seqlen", "mask", *names]
+    return table(head, [[*case, *(figure(found.get(n)) for n in names)] for case, found in cases.items()])
+
+
+def host_times(record: dict[str, Any]) -> str:
+    rows = [[method_name(m), figure(us)] for m, us in record["host_us"].items()]
+    return table(["method", "microseconds of the host per call"], rows)
+
+
+def demo(record: dict[str, Any]) -> str:
+    head = ["method", "ms per forward", "ms of attention", "layer error, mean", "worst layer", "worst head",
+            "rounding, worst layer", "cosine of features, mean", "worst token"]  # fmt: skip
+    rows = []
+    for name, m in record["methods"].items():
+        errors = m["layer_errors"]
+        rounding = "-" if m["rounding"] is None else f"{max(m['rounding']):.1e}"
+        approximation = [sum(errors) / len(errors), max(errors), max(map(max, m["head_errors"]))]
+        rows.append([
+            name, figure(m["ms_per_forward"]), figure(m["ms_attention"]), *(f"{x:.3f}" for x in approximation),
+            rounding, f"{m['cosine_mean']:.4f}", f"{m['cosine_min']:.4f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def section(path: Path, record: dict[str, Any]) -> str:
+    """One record as a section: what was run, and its table.
+
+    Raises
+    ------
+    ValueError
+        If the record is of no known kind, or not of its form.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    title = f"### {path.parent.name}/{path.name}\n\n"
+    if "methods" in record:
+        text = (
+            f"The demo: DINOv2 ViT-S/14, {record['model']['layers']} layers, {record['tokens']} tokens of the "
+            f"photograph {record['image']}, {record['dtype']}, {record['path']} on {record['device']}. Layer errors "
+            f"are ‖O - Ô‖ / ‖O‖ against exact attention; rounding is against the float64 reference of the same "
+            f"method; features are compared at the end of the model, the method in all layers. {versions}.\n\n"
+        )
+        picture = path.with_suffix(".png")
+        shown = f"\n![photograph and saliency maps](benchmarks/{path.parent.name}/{picture.name})\n"
+        return title + text + demo(record) + (shown if picture.is_file() else "")
+    try:
+        bench.validate(record)
+    except ValueError as error:
+        raise ValueError(f"{path.parent.name}/{path.name}: {error}") from error
+    text = f"`{record['command']}` on {record['device']}, commit {record['commit'][:12]}. {versions}.\n\n"
+    if "host_us" in record:
+        return title + text + host_times(record)
+    text += "Milliseconds, medians over rounds in which the columns take turns.\n\n"
+    return title + text + times(record["rows"])
+
+
+def all_tables(folder: Path = RECORDS) -> str:
+    """Every record, a section for each device."""
+    found = records(folder)
+    parts = []
+    for device in dict.fromkeys(path.parent.name for path, _ in found):
+        sections = [section(path, record) for path, record in found if path.parent.name == device]
+        parts.append(f"## {device}\n\n" + "\n".join(sections))
+    return "\n".join(parts) or NONE
+
+
+def readme_table(folder: Path = RECORDS) -> str:
+    """The README's table: unmasked attention of each device's record attention.json."""
+    parts = []
+    for path, record in records(folder):
+        if path.name != "attention.json":
+            continue
+        rows = [row for row in record["rows"] if not row["causal"] and row["method"] != "group"]
+        versions = record["versions"]
+        peers = [
+            f"{name} {versions[key]}"
+            for key, name in (("torch", "torch"), ("cudnn", "cuDNN"))
+            if key in versions
+        ]
+        parts.append(
+            f"Milliseconds on {record['device']}, standard normal inputs, commit {record['commit'][:12]}"
+            f"{''.join(f', {x}' for x in peers)}:\n\n{times(rows)}"
+        )
+    return "\n".join(parts) or NONE
+
+
+def with_table(readme: str, content: str) -> str:
+    """The README's text with the table between its markers replaced.
+
+    Raises
+    ------
+    ValueError
+        If a marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the line {BEGIN if not begin else END}. Put both back.")
+    return f"{before}{BEGIN}\n{content}{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--readme", action="store_true", help="write the README's table between its markers")
+    action.add_argument(
+        "--check", action="store_true", help="fail if the README's table is not that of the records"
+    )
+    args = parser.parse_args()
+    if not (args.readme or args.check):
+        print(all_tables(), end="")
+        return 0
+    old = README.read_text(encoding="utf-8")
+    new = with_table(old, readme_table())
+    if args.readme:
+        README.write_text(new, encoding="utf-8")
+    elif new != old:
+        print("README.md: the table is not that of the records. Run: python docs/make_tables.py --readme")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+// Attention forward for sm_80 and newer: exact, and DistrAttention with Khat made in registers.
+// One thread block per tile of BLOCK_M queries of one head; K and V stream through in tiles of TILE_K keys.
+//
+// Constants, defined by the plan (see plan.py for how they are chosen):
+//   DTYPE       0 float16, 1 bfloat16, 2 float32
+//   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V
+//   GROUP       0 exact; otherwise columns per group, and K comes transposed as (batch, heads_kv, HEAD_DIM, key_columns)
+//   MEAN        1: a group is represented by the mean of its Q columns instead of its first
+//   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
+//   ALIGNED     1: every row of q, k and v starts on 16 bytes
+//   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
+//   SPLIT       1: float32 by three TF32 products; 0: one
+//   SHARED_BYTES  what the plan reserves
+#include "tile/mask.cuh"
+#include "tile/product.cuh"
+#include "tile/softmax.cuh"
+
+typedef ElementOf<DTYPE>::type T;
+
+// Strides are in elements. Queries see keys from query + band_low to query + band_high.
+struct AttentionParams {
+    const T* q;
+    const T* k;
+    const T* v;
+    T* out;
+    float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
+    const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
+    i64 q_batch, q_head, q_row;
+    i64 k_batch, k_head, k_row;
+    i64 v_batch, v_head, v_row;
+    i64 out_batch, out_head, out_row;
+    i64 band_low, band_high;
+    i32 heads, heads_per_kv, seqlen_q, seqlen_k;
+    i32 row_blocks;         // tiles of BLOCK_M that cover seqlen_q
+    i32 group_blocks;       // blocks of queries with one column order
+    i32 tiles_per_block;    // tiles of BLOCK_M in such a block
+    i32 key_columns;        // row length of the transposed K
+    i32 out_aligned;        // whether rows of out start on 16 bytes
+    float scale;            // SCORE 1: applied before the softcap
+    float softcap;          // SCORE 1: 0 for none
+    float score_scale;      // from scores to powers of two
+};
+
+namespace {
+
+constexpr int kElements = kChunkBytes / int(sizeof(T));
+constexpr int kGroup = GROUP;
+constexpr int kMembers = kGroup ? kGroup : 1;
+constexpr int kGroups = HEAD_DIM / kMembers;          // terms of a score
+constexpr int kDepth = (kGroups + 15) / 16 * 16;      // the same, padded with zero columns
+constexpr int kOutColumns = (HEAD_DIM_V + 15) / 16 * 16;
+constexpr int kWarps = BLOCK_M / (16 * ROW_TILES);
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kSteps = kDepth / Traits<T>::kMmaDepth;
+constexpr int kKeyTiles = TILE_K / 8;
+constexpr int kOutTiles = kOutColumns / 8;
+constexpr bool kSplit = SPLIT;
+static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
+static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
+
+typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
+typedef SharedTile<T, TILE_K, kOutColumns> ValueTile;
+typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
+
+template <bool kTransposed>
+struct KeyTileOf {
+    typedef SharedTile<T, TILE_K, kDepth> type;
+};
+// A pad of 8 is one chunk for 16-bit types; float32 lanes read single elements of four rows, which a pitch of 8 words
+// modulo 32 keeps in different banks.
+template <>
+struct KeyTileOf<true> {
+    typedef SharedTile<T, kMembers * kDepth, TILE_K, 8> type;
+};
+typedef KeyTileOf<kGroup != 0>::type KeyTile;
+
+struct Shared {
+    QueryTile q;
+    KeyTile k;
+    ValueTile v;
+    i32 key_row[kGroup ? kMembers * kDepth : 1];  // row of the transposed K for each row of its tile, -1 for padding
+};
+union SharedStorage {
+    Shared loop;
+    OutTile out;
+};
+static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
+
+// Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
+// neighbouring groups side by side: the permutation costs an address per row, and ldmatrix has no conflicts.
+DEVICE void read_permutation(Shared& shared, const u8* permutation, int thread) {
+    for (int row = thread; row < kMembers * kDepth; row += kThreads) {
+        const int group = row % kDepth;
+        shared.key_row[row] = group < kGroups ? permutation[group * kMembers + row / kDepth] : -1;
+    }
+}
+
+// Qhat: one column per group, sampled or averaged. Padding becomes zero.
+DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, int thread) {
+    for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
+        const int row = i / kDepth;
+        const int group = i % kDepth;
+        const bool valid = row < rows && group < kGroups;
+        T value = Traits<T>::from_float(0.f);
+        if (valid) {
+            const T* source = q + row * row_stride;
+            if constexpr (MEAN) {
+                float total = 0.f;
+#pragma unroll
+                for (int member = 0; member < kMembers; ++member) {
+                    total += Traits<T>::to_float(source[shared.key_row[member * kDepth + group]]);
+                }
+                value = Traits<T>::from_float(total * (1.f / kMembers));
+            } else {
+                value = source[shared.key_row[group]];
+            }
+        }
+        shared.q.at(row, group) = value;
+    }
+}
+
+// A tile of the transposed K: keys [key, key + TILE_K) of every column, columns in the block's order.
+DEVICE void copy_transposed_keys(Shared& shared, const T* k, i64 row_stride, int key, int key_columns, int thread) {
+    typedef CopyShape<kThreads, TILE_K / kElements> Shape;
+    const int first_row = thread / Shape::kAcross;
+    const int column = thread % Shape::kAcross * kElements;
+    T* to = &shared.k.at(first_row, column);
+    const u32 to_address = shared_address(to);
+#pragma unroll
+    for (int row = 0; row < KeyTile::kRows; row += Shape::kRowsPerPass) {
+        const bool row_inside = KeyTile::kRows % Shape::kRowsPerPass == 0 || first_row + row < KeyTile::kRows;
+        if (!row_inside) continue;
+        const int source_row = shared.key_row[first_row + row];
+        const T* source = k + (source_row < 0 ? 0 : source_row) * row_stride + key + column;
+#pragma unroll
+        for (int pass = 0; pass < Shape::kPassesAcross; ++pass) {
+            const int offset = pass * Shape::kAcross * kElements;
+            const bool valid = source_row >= 0 && key + column + offset < key_columns;
+            if (column + offset < TILE_K) {
+                copy_chunk<true>(to, to_address, row * KeyTile::kPitch + offset, source + offset, valid);
+            }
+        }
+    }
+}
+
+typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, QueryTile> QueryCopy;
+typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, KeyTile> KeyCopy;
+typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, ValueTile> ValueCopy;
+
+// The first of this lane's accumulator rows.
+DEVICE int own_row() {
+    const int thread = thread_index();
+    return thread / kWarpSize * 16 * ROW_TILES + thread % kWarpSize / 4;
+}
+
+// Where a thread block stands.
+struct Place {
+    int row_block, batch_head, batch, head, first_row, rows;
+
+    // The last rows come first: under a causal mask they have the most keys, and short blocks fill the tail.
+    DEVICE explicit Place(const AttentionParams& params) {
+        const u32 block = block_index();
+        row_block = params.row_blocks - 1 - block % params.row_blocks;
+        batch_head = block / params.row_blocks;
+        batch = batch_head / params.heads;
+        head = batch_head % params.heads;
+        first_row = row_block * BLOCK_M;
+        rows = min(BLOCK_M, params.seqlen_q - first_row);
+    }
+};
+
+// Normalises the output, and stores it and the lse. Everything is derived anew here, see thread_index.
+DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
+                         const float (&output)[ROW_TILES][kOutTiles][4], const OnlineSoftmax<ROW_TILES>& softmax) {
+    const Place place(params);
+    const int thread = thread_index();
+    const int lane = thread % kWarpSize;
+#pragma unroll
+    for (int mt = 0; mt < ROW_TILES; ++mt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float sum = softmax.sum[mt][half];
+            const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
+            const int row = own_row() + mt * 16 + half * 8;
+#pragma unroll
+            for (int nt = 0; nt < kOutTiles; ++nt) {
+                const float low = output[mt][nt][half * 2] * inverse;
+                const float high = output[mt][nt][half * 2 + 1] * inverse;
+                T* target = &out_tile.at(row, nt * 8 + lane % 4 * 2);
+                target[0] = Traits<T>::from_float(low);
+                target[1] = Traits<T>::from_float(high);
+            }
+            if (params.lse && lane % 4 == 0 && row < place.rows) {
+                const float log_sum = fmaf(softmax.maximum[mt][half], params.score_scale * 0.6931471806f, logf(sum));
+                params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + place.first_row + row] =
+                    sum == 0.f ? -infinity() : log_sum;
+            }
+        }
+    }
+    __syncthreads();
+
+    T* out = params.out + place.batch * params.out_batch + place.head * params.out_head +
+             place.first_row * params.out_row;
+    constexpr int kOutChunks = HEAD_DIM_V / kElements;
+    if (params.out_aligned) {
+        for (int i = thread; i < place.rows * kOutChunks; i += kThreads) {
+            const int row = i / kOutChunks;
+            const int column = i % kOutChunks * kElements;
+            *reinterpret_cast<Chunk*>(out + row * params.out_row + column) =
+                *reinterpret_cast<const Chunk*>(&out_tile.at(row, column));
+        }
+    } else {
+        for (int i = thread; i < place.rows * HEAD_DIM_V; i += kThreads) {
+            out[i / HEAD_DIM_V * params.out_row + i % HEAD_DIM_V] = out_tile.at(i / HEAD_DIM_V, i % HEAD_DIM_V);
+        }
+    }
+}
+
+}  // namespace
+
+// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const AttentionParams params) {
+    extern __shared__ __align__(16) unsigned char storage[];
+    Shared& shared = reinterpret_cast<SharedStorage*>(storage)->loop;
+    const int thread = thread_index();
+    const int lane = thread % kWarpSize;
+    const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
+    const Place place(params);
+    const int first_row = place.first_row;
+    const int rows = place.rows;
+    const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
+    const int head_kv = place.head / params.heads_per_kv;
+    const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
+    const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
+
+    // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
+    const Band band = {params.band_low, params.band_high, params.seqlen_k};
+    const int first_key = band.first_key(first_row);
+    const int last_key = band.last_key(first_row + rows - 1);
+    const int first_common = band.first_key(first_row + rows - 1);
+    const int last_common = band.last_key(first_row);
+    const int first_tile = first_key / TILE_K;
+    int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+
+    if constexpr (kGroup) {
+        const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
+        read_permutation(shared, params.permutation + block * HEAD_DIM, thread);
+        __syncthreads();
+    }
+    // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
+    int keys_left = params.seqlen_k - tile * TILE_K;
+    KeyCopy key_copy;
+    ValueCopy value_copy;
+    if constexpr (kGroup) {
+        if (tile >= first_tile) copy_transposed_keys(shared, k, params.k_row, tile * TILE_K, params.key_columns, thread);
+        gather_queries(shared, q, params.q_row, rows, thread);
+    } else {
+        key_copy.open(shared.k, k + tile * (TILE_K * params.k_row), params.k_row, thread);
+        if (tile >= first_tile) key_copy.run(params.k_row, keys_left);
+        QueryCopy query_copy;
+        query_copy.open(shared.q, q, params.q_row, thread);
+        query_copy.run(params.q_row, rows);
+    }
+    value_copy.open(shared.v, v + tile * (TILE_K * params.v_row), params.v_row, thread);
+    cp_async_commit();
+
+    const u32 queries = left_address<T>(shared.q, warp_row, lane);
+    float output[ROW_TILES][kOutTiles][4] = {};
+    OnlineSoftmax<ROW_TILES> softmax;
+    softmax.clear();
+
+    for (; tile >= first_tile; --tile) {
+        const int key = tile * TILE_K;
+        cp_async_wait<0>();
+        __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
+        value_copy.run(params.v_row, keys_left);
+        value_copy.move(-TILE_K * params.v_row);
+        cp_async_commit();
+
+        float scores[ROW_TILES][kKeyTiles][4] = {};
+        multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
+
+        cp_async_wait<0>();
+        __syncthreads();  // the values have landed, and every warp is done with the keys
+        keys_left += TILE_K;
+        if (tile > first_tile) {
+            if constexpr (kGroup) {
+                copy_transposed_keys(shared, k, params.k_row, key - TILE_K, params.key_columns, thread);
+            } else {
+                key_copy.move(-TILE_K * params.k_row);
+                key_copy.run(params.k_row, keys_left);
+            }
+        }
+        cp_async_commit();
+
+        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
+        if (key < first_common || key + TILE_K - 1 > last_common) {
+            apply_mask(scores, band, first_row, key, own_row(), thread_index() % 4 * 2);
+        }
+        softmax.update(scores, output, params.score_scale);
+        multiply_weights_values<T, kSplit>(output, scores, shared.v, lane);
+    }
+
+    cp_async_wait<0>();
+    softmax.reduce_sums();
+    __syncthreads();  // the tiles of the loop become the tile of the output
+    store_output(params, reinterpret_cast<SharedStorage*>(storage)->out, output, softmax);
+}

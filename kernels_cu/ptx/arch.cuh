@@ -1,0 +1,36 @@
+// Types that NVRTC lacks without headers, and the function qualifiers of this library.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef int i32;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+
+static constexpr u32 kFullWarp = 0xffffffffu;
+static constexpr int kWarpSize = 32;
+
+// Sixteen bytes: the unit of asynchronous copies and of vector loads and stores.
+struct alignas(16) Chunk {
+    u32 word[4];
+};
+static constexpr int kChunkBytes = 16;
+
+// Infinity without <math.h>, which NVRTC does not have.
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+// threadIdx.x and blockIdx.x, read anew at every call: what is derived from them far apart is computed twice instead
+// of being held in registers over the whole loop between.
+DEVICE int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+DEVICE int block_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}

@@ -1,0 +1,48 @@
+// Which keys a query sees: a band around its own position, cut at the ends of the sequence.
+#pragma once
+#include "ptx/arch.cuh"
+
+// Query i sees the keys from i + low to i + high, within [0, seqlen_k).
+struct Band {
+    i64 low;
+    i64 high;
+    int seqlen_k;
+
+    DEVICE int first_key(int query) const {
+        const i64 key = query + low;
+        return key < 0 ? 0 : key > seqlen_k ? seqlen_k : static_cast<int>(key);
+    }
+    DEVICE int last_key(int query) const {
+        const i64 key = query + high;
+        return key < -1 ? -1 : key > seqlen_k - 1 ? seqlen_k - 1 : static_cast<int>(key);
+    }
+};
+
+// Sets the scores of invisible keys to minus infinity. scores[mt][nt] is the accumulator of rows row + 16 mt (+ 8)
+// and keys key + 8 nt (+ 1), counted from first_query and first_key of the tile.
+template <int kRowTiles, int kKeyTiles>
+DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const Band& band, int first_query, int first_key,
+                       int row, int key) {
+    // Relative to the tile everything fits 32 bits; a bound that is far away may be brought nearer.
+    const i64 far = 1 << 28;
+    const int low = static_cast<int>(max(-far, min(far, band.low + first_query - first_key)));
+    const int high = static_cast<int>(max(-far, min(far, band.high + first_query - first_key)));
+    const int end = band.seqlen_k - first_key;
+#pragma unroll
+    for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = row + mt * 16 + half * 8;
+            const int first = query + low - key;
+            const int last = min(query + high, end - 1) - key;
+#pragma unroll
+            for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int offset = nt * 8 + i;
+                    if (offset < first || offset > last) scores[mt][nt][half * 2 + i] = -infinity();
+                }
+            }
+        }
+    }
+}

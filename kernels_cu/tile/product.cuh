@@ -1,0 +1,242 @@
+// Tile products on the tensor cores: scores = Q K^T, fused or not, and output += P V.
+#pragma once
+#include "tile/dtype.cuh"
+#include "tile/shared.cuh"
+
+// One matrix instruction's operands, prepared from the bits that lie in shared memory.
+// float16 and bfloat16: as they are.
+template <class T, bool kSplit>
+struct Multiply {
+    struct A {
+        u32 raw[4];
+    };
+    struct B {
+        u32 raw[2];
+    };
+    static DEVICE A left(const u32 (&raw)[4]) { return {{raw[0], raw[1], raw[2], raw[3]}}; }
+    static DEVICE B right(u32 b0, u32 b1) { return {{b0, b1}}; }
+    static DEVICE void run(float (&d)[4], const A& a, const B& b) { Traits<T>::mma(d, a.raw, b.raw[0], b.raw[1]); }
+};
+
+// float32 as TF32: operands rounded to 10 mantissa bits.
+template <>
+struct Multiply<float, false> {
+    struct A {
+        u32 raw[4];
+    };
+    struct B {
+        u32 raw[2];
+    };
+    static DEVICE u32 round(u32 bits) { return round_to_tf32(__uint_as_float(bits)); }
+    static DEVICE A left(const u32 (&raw)[4]) {
+        return {{round(raw[0]), round(raw[1]), round(raw[2]), round(raw[3])}};
+    }
+    static DEVICE B right(u32 b0, u32 b1) { return {{round(b0), round(b1)}}; }
+    static DEVICE void run(float (&d)[4], const A& a, const B& b) { mma_m16n8k8_tf32(d, a.raw, b.raw[0], b.raw[1]); }
+};
+
+// float32 by three TF32 products: x = high + low, a b ~ high high + high low + low high; what is dropped is 2**-22.
+// The tensor cores truncate when they accumulate, which would bias a long sum, so each step starts from zero and is
+// added by an ordinary, rounded addition.
+template <>
+struct Multiply<float, true> {
+    struct A {
+        u32 high[4];
+        u32 low[4];
+    };
+    struct B {
+        u32 high[2];
+        u32 low[2];
+    };
+    static DEVICE void split(u32 bits, u32& high, u32& low) {
+        const float x = __uint_as_float(bits);
+        high = round_to_tf32(x);
+        low = round_to_tf32(x - __uint_as_float(high));
+    }
+    static DEVICE A left(const u32 (&raw)[4]) {
+        A a;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split(raw[i], a.high[i], a.low[i]);
+        return a;
+    }
+    static DEVICE B right(u32 b0, u32 b1) {
+        B b;
+        split(b0, b.high[0], b.low[0]);
+        split(b1, b.high[1], b.low[1]);
+        return b;
+    }
+    static DEVICE void run(float (&d)[4], const A& a, const B& b) {
+        float main[4] = {0.f, 0.f, 0.f, 0.f};
+        float correction[4] = {0.f, 0.f, 0.f, 0.f};
+        mma_m16n8k8_tf32(correction, a.low, b.high[0], b.high[1]);
+        mma_m16n8k8_tf32(correction, a.high, b.low[0], b.low[1]);
+        mma_m16n8k8_tf32(main, a.high, b.high[0], b.high[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            // An infinite operand has a NaN for its low part; main alone is then what IEEE arithmetic says.
+            const bool finite = fabsf(correction[i]) < infinity();
+            d[i] += main[i] + (finite ? correction[i] : 0.f);
+        }
+    }
+};
+
+// The rows of A: lane's address in a tile of (rows, sum) with the sum along a row. The next 16 rows and the next
+// step of the sum are constants away. Works for 16-bit and 32-bit elements alike: a matrix row is one chunk.
+template <class T, class Tile>
+DEVICE u32 left_address(const Tile& tile, int row, int lane) {
+    constexpr int kElements = kChunkBytes / int(sizeof(T));
+    return shared_address(&tile.at(row + lane % 16, lane / 16 * kElements));
+}
+
+// B from a tile of (columns of the product, sum): K as it comes.
+template <class T, class Tile>
+DEVICE u32 right_address(const Tile& tile, int lane) {
+    constexpr int kElements = kChunkBytes / int(sizeof(T));
+    return shared_address(&tile.at(lane / 16 * 8 + lane % 8, lane / 8 % 2 * kElements));
+}
+
+// B from a tile of 16-bit elements that lies (sum, columns of the product): K transposed, or V.
+template <class Tile>
+DEVICE u32 transposed_address(const Tile& tile, int lane) {
+    return shared_address(&tile.at(lane % 16, lane / 16 * 8));
+}
+
+// Fusion: the sum of kCount members' fragments, read kMemberBytes apart, added pairwise as a tree. What leaves is the
+// fragment of Khat: it exists in registers only.
+template <class T, int kCount, int kMemberBytes>
+DEVICE void load_fused(u32 (&fragment)[4], u32 address) {
+    if constexpr (kCount == 1) {
+        ldmatrix_x4_trans(fragment, address);
+    } else {
+        u32 other[4];
+        load_fused<T, kCount / 2, kMemberBytes>(fragment, address);
+        load_fused<T, kCount - kCount / 2, kMemberBytes>(other, address + kCount / 2 * kMemberBytes);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragment[i] = Traits<T>::add(fragment[i], other[i]);
+    }
+}
+
+// float32 has no transposing ldmatrix: lanes read their elements themselves. Pitches are chosen so that the four rows
+// and eight columns of a warp's read lie in 32 different banks.
+template <int kCount, int kMemberElements>
+DEVICE float load_fused_element(const float* source) {
+    if constexpr (kCount == 1) {
+        return *source;
+    } else {
+        return load_fused_element<kCount / 2, kMemberElements>(source) +
+               load_fused_element<kCount - kCount / 2, kMemberElements>(source + kCount / 2 * kMemberElements);
+    }
+}
+
+// scores += Q K^T for one key tile; queries is the warp's left_address. kGroup 0: K lies (keys, columns). Otherwise K
+// lies transposed, its rows ordered (member of the group, group), and each right operand is the sum over the members:
+// the fused Khat. Queries are read anew for every tile: kept in registers they were worth 2% at 64 columns, less than
+// a longer tile, and beyond that there are no registers.
+template <class T, bool kSplit, int kSteps, int kGroup, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
+DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 queries, const Tile& keys, int lane) {
+    typedef Multiply<T, kSplit> Mma;
+    constexpr int kBytes = int(sizeof(T));
+    constexpr int kDepth = Traits<T>::kMmaDepth;
+    constexpr int kMemberRows = kSteps * kDepth;
+    const u32 plain = kGroup ? 0 : right_address<T>(keys, lane);
+    const u32 fused = kGroup && kBytes == 2 ? transposed_address(keys, lane) : 0;
+    const T* element = &keys.at(kGroup ? lane % 4 : 0, kGroup ? lane / 4 : 0);
+    // float32 has twice the steps and three products in each: unrolled whole, its prefetched operands spill.
+#pragma unroll(kBytes == 2 ? kSteps : 4)
+    for (int step = 0; step < kSteps; ++step) {
+        typename Mma::A a[kRowTiles];
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+            u32 raw[4];
+            ldmatrix_x4(raw, queries + (mt * 16 * kQueryPitch + step * kDepth) * kBytes);
+            a[mt] = Mma::left(raw);
+        }
+#pragma unroll
+        for (int pair = 0; pair < kKeyTiles / 2; ++pair) {
+            u32 raw[4];
+            if constexpr (kGroup == 0) {
+                ldmatrix_x4(raw, plain + (pair * 16 * Tile::kPitch + step * kDepth) * kBytes);
+            } else if constexpr (kBytes == 2) {
+                load_fused<T, kGroup, kMemberRows * Tile::kPitch * kBytes>(
+                    raw, fused + (step * kDepth * Tile::kPitch + pair * 16) * kBytes);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int offset = (step * kDepth + i % 2 * 4) * Tile::kPitch + pair * 16 + i / 2 * 8;
+                    raw[i] = __float_as_uint(load_fused_element<kGroup, kMemberRows * Tile::kPitch>(element + offset));
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const typename Mma::B b = Mma::right(raw[half * 2], raw[half * 2 + 1]);
+#pragma unroll
+                for (int mt = 0; mt < kRowTiles; ++mt) Mma::run(scores[mt][pair * 2 + half], a[mt], b);
+            }
+        }
+    }
+}
+
+// output += P V for one key tile. The accumulators of P are the left operand as they stand: for 16-bit types two
+// neighbouring 8-key tiles make one 16-key step; for float32 the keys of a step are renumbered (0 2 4 6 1 3 5 7), in P
+// and in V alike, which a sum does not notice and which saves the shuffles.
+template <class T, bool kSplit, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile>
+DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
+                                    const float (&weights)[kRowTiles][kKeyTiles][4], const Tile& values, int lane) {
+    typedef Multiply<T, kSplit> Mma;
+    if constexpr (sizeof(T) == 2) {
+        const u32 address = transposed_address(values, lane);
+#pragma unroll
+        for (int step = 0; step < kKeyTiles / 2; ++step) {
+            typename Mma::A a[kRowTiles];
+#pragma unroll
+            for (int mt = 0; mt < kRowTiles; ++mt) {
+                const float(&low)[4] = weights[mt][step * 2];
+                const float(&high)[4] = weights[mt][step * 2 + 1];
+                const u32 raw[4] = {Traits<T>::pack(low[0], low[1]), Traits<T>::pack(low[2], low[3]),
+                                    Traits<T>::pack(high[0], high[1]), Traits<T>::pack(high[2], high[3])};
+                a[mt] = Mma::left(raw);
+            }
+#pragma unroll
+            for (int pair = 0; pair < kOutTiles / 2; ++pair) {
+                u32 raw[4];
+                ldmatrix_x4_trans(raw, address + (step * 16 * Tile::kPitch + pair * 16) * int(sizeof(T)));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const typename Mma::B b = Mma::right(raw[half * 2], raw[half * 2 + 1]);
+#pragma unroll
+                    for (int mt = 0; mt < kRowTiles; ++mt) Mma::run(output[mt][pair * 2 + half], a[mt], b);
+                }
+            }
+        }
+    } else {
+        // All steps of a tile are summed before they are added to the output: short sums of short sums round less.
+        const T* element = &values.at(lane % 4 * 2, lane / 4);
+        typename Mma::A a[kKeyTiles][kRowTiles];
+#pragma unroll
+        for (int step = 0; step < kKeyTiles; ++step) {
+#pragma unroll
+            for (int mt = 0; mt < kRowTiles; ++mt) {
+                const float(&p)[4] = weights[mt][step];
+                const u32 raw[4] = {__float_as_uint(p[0]), __float_as_uint(p[2]), __float_as_uint(p[1]),
+                                    __float_as_uint(p[3])};
+                a[step][mt] = Mma::left(raw);
+            }
+        }
+#pragma unroll
+        for (int nt = 0; nt < kOutTiles; ++nt) {
+            float tile[kRowTiles][4] = {};
+#pragma unroll
+            for (int step = 0; step < kKeyTiles; ++step) {
+                const T* value = element + step * 8 * Tile::kPitch + nt * 8;
+                const typename Mma::B b = Mma::right(__float_as_uint(value[0]), __float_as_uint(value[Tile::kPitch]));
+#pragma unroll
+                for (int mt = 0; mt < kRowTiles; ++mt) Mma::run(tile[mt], a[step][mt], b);
+            }
+#pragma unroll
+            for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output[mt][nt][i] += tile[mt][i];
+            }
+        }
+    }
+}

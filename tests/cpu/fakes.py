@@ -1,0 +1,53 @@
+"""Arrays of other libraries and of GPUs that are not there, as far as the checks look at them."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+class DeviceArray:
+    """What :mod:`cudistr.normalize` reads of a CuPy array, on any device."""
+
+    def __init__(self, values: np.ndarray, device: int = 0) -> None:
+        self.shape, self.strides, self.dtype = values.shape, values.strides, values.dtype
+        self.size, self.itemsize = values.size, values.itemsize
+        self.device = types.SimpleNamespace(id=device)
+        self.data = types.SimpleNamespace(ptr=values.ctypes.data)
+        self._values = values  # keeps the address its own
+
+
+class ForeignArray:
+    """An array of a library that cudistr has never heard of; it speaks DLPack and nothing else."""
+
+    def __init__(
+        self, values: np.ndarray, device: tuple[int, int] | None = None, error: Exception | None = None
+    ):
+        self._values, self._device, self._error = values, device, error
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._values.dtype
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._values.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device or self._values.__dlpack_device__()
+
+
+def library(monkeypatch: pytest.MonkeyPatch, name: str) -> type[ForeignArray]:
+    """The array class of a new library, whose module is in ``sys.modules`` while the test runs."""
+    array: type[ForeignArray] = type("Array", (ForeignArray,), {"__module__": name})
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    return array

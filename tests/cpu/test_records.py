@@ -1,0 +1,112 @@
+"""Tables are made from records, and the README's is that of the records in this checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_tables = load()
+
+CASE = {
+    "dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, "heads": 32, "heads_kv": 8, "batch": 4,
+    "seqlen_q": 4096, "seqlen_k": 4096, "causal": False,
+}  # fmt: skip
+BENCH = {
+    "device": "GPU X",
+    "commit": "0123456789abcdef",
+    "command": "python -m cudistr bench",
+    "versions": {"cudistr": "0.1.0", "torch": "2.9"},
+    "rows": [
+        {"method": "exact", "kernel": "portable", **CASE, "ms": {"cudistr": 1.23456, "flash2": 1.0}},
+        {"method": "lsh2", "kernel": "portable", **CASE, "ms": {"cudistr": 0.98765, "flash2": 1.0}},
+        {"method": "exact", "kernel": "portable", **CASE, "causal": True,
+         "ms": {"cudistr": 0.7}, "failed": {"flash2": "RuntimeError: no"}},
+        {"method": "group", "kernel": "portable", **CASE, "ms": {"cudistr": 0.0456, "exact": 1.23456}},
+    ],
+}  # fmt: skip
+HOST = {**BENCH, "rows": [], "host_us": {"exact": 21.5}, "host_case": CASE}
+METHOD = {
+    "reduction": None, "ms_per_forward": 12.345, "ms_attention": 3.0, "layer_errors": [0.25, 0.75],
+    "head_errors": [[0.1, 0.3], [0.5, 0.875]], "rounding": [1e-4, 3e-4], "cosine_mean": 0.5, "cosine_min": 0.125,
+}  # fmt: skip
+DEMO = {
+    "what": "cudistr demo", "path": "GPU kernels", "device": "GPU X", "versions": {"cudistr": "0.1.0"},
+    "model": {"layers": 2, "heads": 2, "head_dim": 64}, "image": "astronaut", "size": 518, "tokens": 1370,
+    "dtype": "float16", "methods": {"LSH(group_size=2)": METHOD},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    device = tmp_path / "gpu-x"
+    device.mkdir()
+    for name, record in (("attention", BENCH), ("host", HOST), ("demo", DEMO)):
+        (device / f"{name}.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_readme_shows_the_records_of_this_checkout() -> None:
+    readme = make_tables.README.read_text(encoding="utf-8")
+    assert readme == make_tables.with_table(readme, make_tables.readme_table()), (
+        "run: python docs/make_tables.py --readme"
+    )
+
+
+def test_every_record_of_this_checkout_has_a_section() -> None:
+    text = make_tables.all_tables()
+    for path, _ in make_tables.records():
+        assert f"### {path.parent.name}/{path.name}\n" in text
+
+
+def test_readme_table(folder: Path) -> None:
+    lines = make_tables.readme_table(folder).splitlines()
+    assert lines[0] == ("Milliseconds on GPU X, standard normal inputs, commit 0123456789ab, torch 2.9:")
+    assert lines[2:] == [
+        "| dtype | head_dim | heads | batch | seqlen | mask | exact | LSH(2) | FlashAttention-2 (torch) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| bfloat16 | 64 | 32/8 | 4 | 4096 | none | 1.23 | 0.988 | 1.00 |",
+    ]
+
+
+def test_all_tables(folder: Path) -> None:
+    text = make_tables.all_tables(folder)
+    assert text.startswith("## gpu-x\n")
+    assert "| bfloat16 | 64 | 32/8 | 4 | 4096 | none | 1.23 | 0.988 | 0.0456 | 1.00 |" in text
+    assert "| bfloat16 | 64 | 32/8 | 4 | 4096 | causal | 0.700 | - | - | - |" in text
+    assert "| exact | 21.5 |" in text
+    assert "| LSH(group_size=2) | 12.3 | 3.00 | 0.500 | 0.750 | 0.875 | 3.0e-04 | 0.5000 | 0.1250 |" in text
+
+
+def test_no_record(tmp_path: Path) -> None:
+    assert make_tables.all_tables(tmp_path) == make_tables.readme_table(tmp_path) == make_tables.NONE
+
+
+def test_a_record_of_no_known_form_is_refused(folder: Path) -> None:
+    (folder / "gpu-x" / "odd.json").write_text('{"speed": "great"}')
+    with pytest.raises(ValueError, match=r"gpu-x/odd\.json: record: the record must be an object with"):
+        make_tables.all_tables(folder)
+
+
+def test_readme_markers() -> None:
+    readme = f"a\n{make_tables.BEGIN}\nold\n{make_tables.END}\nb\n"
+    new = make_tables.with_table(readme, "new\n")
+    assert new == f"a\n{make_tables.BEGIN}\nnew\n{make_tables.END}\nb\n"
+    assert make_tables.with_table(new, "new\n") == new
+    with pytest.raises(ValueError, match=r"README\.md lacks the line <!-- table: end -->"):
+        make_tables.with_table(make_tables.BEGIN, "new\n")

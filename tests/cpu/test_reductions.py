@@ -1,0 +1,70 @@
+"""LSH as data: what it refuses, and that equal ones are equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from cudistr import LSH
+from cudistr.reductions import projections
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"group_size": 0}, ValueError, "group_size must be at least 1, got 0. Pass 1 (exact), 2"),
+        ({"group_size": -2}, ValueError, "group_size must be at least 1, got -2"),
+        ({"group_size": 2.0}, TypeError, "group_size must be an integer, got float 2.0. Pass 1 (exact)"),
+        ({"group_size": True}, TypeError, "group_size must be an integer, got bool True"),
+        ({"group_size": "2"}, TypeError, "group_size must be an integer, got str '2'"),
+        ({"group_size": None}, TypeError, "group_size must be an integer, got NoneType None"),
+        (
+            {"block_q": 0},
+            ValueError,
+            "block_q must be a positive multiple of 64, got 0. Pass 64, or None for 128",
+        ),
+        ({"block_q": -64}, ValueError, "block_q must be a positive multiple of 64, got -64. Pass 64"),
+        ({"block_q": 100}, ValueError, "block_q must be a positive multiple of 64, got 100. Pass 64"),
+        ({"block_q": 200}, ValueError, "got 200. Pass 192"),
+        ({"block_q": 128.0}, TypeError, "block_q must be an integer, got float 128.0. Pass a multiple of 64"),
+        ({"n_proj": 0}, ValueError, "n_proj must be from 1 to 16, got 0"),
+        ({"n_proj": 17}, ValueError, "n_proj must be from 1 to 16, got 17. The default is 16"),
+        ({"n_proj": "16"}, TypeError, "n_proj must be an integer, got str '16'. Pass 1 to 16"),
+        ({"seed": -1}, ValueError, "seed must be from 0 to 2**32 - 1, got -1"),
+        ({"seed": 2**32}, ValueError, "seed must be from 0 to 2**32 - 1, got 4294967296"),
+        ({"seed": None}, TypeError, "seed must be an integer, got NoneType None"),
+        ({"representative": "median"}, ValueError, "representative must be 'sample' or 'mean', got 'median'"),
+        ({"representative": None}, ValueError, "representative must be 'sample' or 'mean', got None"),
+    ],
+)
+def test_bad_parameters(arguments, error, text):
+    with pytest.raises(error, match=re.escape("LSH: ")) as caught:
+        LSH(**({"group_size": 2} | arguments))
+    assert text in str(caught.value)
+
+
+def test_defaults_print_and_compare_by_value():
+    assert repr(LSH(2)) == "LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample')"
+    assert LSH(2) == LSH(group_size=np.int64(2), block_q=128, n_proj=np.uint8(16))
+    assert hash(LSH(2)) == hash(LSH(2, block_q=128)) and LSH(2) != LSH(2, seed=1)
+    assert type(LSH(np.int64(2)).group_size) is int
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LSH(2).group_size = 4  # type: ignore[misc]
+
+
+def test_limits_are_allowed():
+    reduction = LSH(256, block_q=64, n_proj=1, seed=2**32 - 1, representative="mean")
+    assert projections(reduction.n_proj, reduction.block_q, reduction.seed).shape == (1, 64)
+
+
+def test_projections_follow_the_seed():
+    assert not np.array_equal(projections(16, 128, 0), projections(16, 128, 1))
+    np.testing.assert_array_equal(
+        projections(16, 128, 7), np.random.RandomState(7).standard_normal((16, 128)).astype("f4")
+    )

@@ -1,0 +1,93 @@
+"""The grouping kernel gives the same bits as the NumPy reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import reference
+from tests.gpu.util import cp, on_device, same_bits
+from tests.strategies import DTYPES, LAYOUTS, near_ties, random
+
+pytestmark = pytest.mark.gpu
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def check(q, reduction, layout="contiguous"):
+    result = cudistr.group(on_device(q, layout), reduction)
+    assert type(result) is cp.ndarray
+    same_bits(result, reference.group(q, reduction))
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 72, 96, 128, 160, 256])
+def test_head_dims(dtype, head_dim):
+    check(random(head_dim, 2, 3, 300, head_dim, dtype=dtype), cudistr.LSH(1))
+
+
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", [1, 2, 31, 63, 64, 65, 127, 128, 129, 192, 500])
+@pytest.mark.parametrize("block_q", [64, 128, 192, 1024])
+def test_short_last_blocks(dtype, seqlen_q, block_q):
+    check(random(seqlen_q, 1, 2, seqlen_q, 64, dtype=dtype), cudistr.LSH(2, block_q=block_q))
+
+
+@each_dtype
+@pytest.mark.parametrize("n_proj", range(1, 17))
+def test_number_of_projections(dtype, n_proj):
+    check(random(n_proj, 1, 2, 200, 64, dtype=dtype), cudistr.LSH(2, n_proj=n_proj, seed=n_proj))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_seeds(seed):
+    check(random(seed, 2, 4, 256, 64, spread=10.0**seed / 1e10), cudistr.LSH(2, seed=seed))
+
+
+@pytest.mark.parametrize(("rows", "block_q"), [(64, 64), (50, 64), (128, 128), (113, 128), (256, 256)])
+@pytest.mark.parametrize("n_proj", [16, 5])
+def test_sums_that_nearly_cancel(rows, block_q, n_proj):
+    # One order of summation, and no fused multiply-add: anything else shows here.
+    reduction = cudistr.LSH(2, block_q=block_q, n_proj=n_proj)
+    q = np.stack([near_ties(seed, rows, 128, reduction) for seed in range(4)])[None]
+    check(q, reduction)
+
+
+@each_dtype
+def test_zeros_ties_and_what_is_not_a_number(dtype):
+    q = random(1, 1, 8, 130, 64, dtype=dtype)
+    q[0, 0] = 0
+    q[0, 1, :, ::2] = 0
+    q[0, 2, :, 1::2] *= -0.0
+    q[0, 3, 5, 7] = q[0, 3, 129, 9] = np.nan
+    q[0, 4, 5, 7] = np.inf
+    q[0, 4, 6, 7] = -np.inf
+    q[0, 5, :, :] = q[0, 5, :, :1]  # all columns alike
+    q[0, 6] = np.repeat(q[0, 6, :, :16], 4, axis=1)  # runs of alike columns
+    q[0, 7, :64] = -np.inf
+    check(q, cudistr.LSH(2))
+    permutations = cp.asnumpy(cudistr.group(on_device(q), cudistr.LSH(2)))
+    for head in (0, 5):  # nothing to tell columns apart by: the stable sort leaves them as they are
+        np.testing.assert_array_equal(permutations[0, head, 0], np.arange(64))
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(dtype, layout):
+    check(random(2, 2, 3, 150, 64, dtype=dtype), cudistr.LSH(4), layout)
+
+
+def test_more_blocks_than_a_grid_axis_holds():
+    q = random(3, 1, 5, 65, 16, dtype=np.float16)
+    reduction = cudistr.LSH(2, block_q=64)
+    many = cudistr.group(on_device(np.tile(q, (20, 1000, 1, 1))), reduction)
+    expected = np.broadcast_to(reference.group(q, reduction), (20000, 5, 2, 16))
+    same_bits(many.reshape(20000, 5, 2, 16), expected)
+
+
+@pytest.mark.small
+@each_dtype
+def test_small(dtype):
+    check(random(4, 1, 2, 261, 64, dtype=dtype), cudistr.LSH(2))
+    check(random(4, 1, 2, 70, 8, dtype=dtype), cudistr.LSH(1), "ragged")

@@ -1,0 +1,224 @@
+"""Kernels against the float64 reference of the same method, judged by what plain CuPy in the same dtype achieves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import cudistr
+from cudistr import reference
+from tests.strategies import BFLOAT16, LAYOUTS
+
+try:
+    import cupy as cp
+except ImportError:  # the marker gpu skips every test that would touch it
+    cp = None
+
+# The largest relative error of rounding a number to the dtype. float32 operands reach the tensor cores as two TF32
+# halves of 11 bits, so 23 of 24 bits are sure to arrive, on either side of a product: a value that is only passed
+# through, with a weight next to one, may come back 2**-22 off.
+ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8, np.dtype(np.float32): 2.0**-22}
+
+
+def on_device(x: np.ndarray, layout: str = "contiguous") -> Any:
+    """A CuPy array with the values of ``x`` and one of the layouts of :mod:`tests.strategies`."""
+    buffer, view = LAYOUTS[layout](x)
+    return view(cp.asarray(buffer))
+
+
+def same_bits(one: Any, other: Any) -> None:
+    """Assert that two arrays, on either side, are equal to the bit; NaN equals NaN, 0 does not equal -0."""
+    one, other = (np.ascontiguousarray(cp.asnumpy(x)) for x in (one, other))
+    assert one.dtype == other.dtype and one.shape == other.shape
+    np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+def mask(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None) -> np.ndarray:
+    """Which query sees which key, (seqlen_q, seqlen_k)."""
+    left, right = window if window is not None else (None, None)
+    ahead = np.arange(seqlen_k)[None, :] - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
+    seen = ahead <= 0 if causal else np.ones((seqlen_q, seqlen_k), bool)
+    if left is not None:
+        seen = seen & (ahead >= -left)
+    if right is not None:
+        seen = seen & (ahead <= right)
+    return seen
+
+
+def rounded(x: Any, dtype: np.dtype, xp: Any) -> Any:
+    """float32 values rounded to ``dtype``, still float32."""
+    if dtype == np.float32:
+        return x
+    if dtype == np.float16:
+        return x.astype(xp.float16).astype(xp.float32)
+    # bfloat16 is the upper half of float32; round to nearest, ties to even.
+    bits = xp.ascontiguousarray(x).view(xp.uint32)
+    bits = bits + xp.uint32(0x7FFF) + ((bits >> xp.uint32(16)) & xp.uint32(1))
+    return (bits & xp.uint32(0xFFFF0000)).view(xp.float32)
+
+
+def baseline(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    xp: Any,
+    *,
+    reduction: cudistr.LSH | None = None,
+    causal: bool = False,
+    window: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention as plain array code of the same precision would do it: out and lse, float32 on the host.
+
+    The yardstick for a kernel. Products take inputs of the dtype and accumulate in float32, as a matrix unit does;
+    what stands between two products has to be rounded to the dtype before the second one: the unnormalised P, and
+    for the reduced product Qhat and Khat, whose columns are added as arrays of the dtype are, rounding after each
+    addition. Any flash kernel rounds there too, so an error well above this one is the kernel's own. The inputs have
+    been rounded by the caller. float32 rounds nowhere but in its own arithmetic.
+    """
+    dtype = q.dtype
+    shared = q.shape[1] // k.shape[1]
+    queries = xp.asarray(q.astype(np.float32))
+    keys, values = (xp.repeat(xp.asarray(x.astype(np.float32)), shared, axis=1) for x in (k, v))
+    if reduction is None or reduction.group_size == 1:
+        scores = xp.matmul(queries, keys.swapaxes(2, 3))
+    else:
+        permutations = xp.asarray(reference.group(q, reduction).astype(np.int64))
+        scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
+        for n in range(permutations.shape[2]):
+            rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
+            columns = permutations[:, :, n, None, :]
+            grouped, summed = (
+                xp.take_along_axis(x, columns, axis=3).reshape(*x.shape[:3], -1, reduction.group_size)
+                for x in (queries[:, :, rows], keys)
+            )
+            qhat = grouped[..., 0] if reduction.representative == "sample" else grouped.mean(axis=4)
+            qhat, khat = rounded(qhat, dtype, xp), summed[..., 0]
+            for member in range(1, reduction.group_size):
+                khat = rounded(khat + summed[..., member], dtype, xp)
+            scores[:, :, rows] = xp.matmul(qhat, khat.swapaxes(2, 3))
+    scores *= xp.float32(q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = xp.float32(softcap) * xp.tanh(scores / xp.float32(softcap))
+    seen = xp.asarray(mask(q.shape[2], k.shape[2], causal, window))
+    scores = xp.where(seen, scores, xp.float32(-np.inf))
+    top = scores.max(axis=3, keepdims=True)
+    top = xp.where(top == -np.inf, xp.float32(0), top)
+    weights = xp.exp(scores - top)
+    total = weights.sum(axis=3, keepdims=True)
+    some = total > 0
+    safe = xp.where(some, total, xp.float32(1))
+    out = rounded(
+        xp.where(some, xp.matmul(rounded(weights, dtype, xp), values) / safe, xp.float32(0)), dtype, xp
+    )
+    lse = xp.where(some, top + xp.log(safe), xp.float32(-np.inf))[..., 0]
+    return (out, lse) if xp is np else (cp.asnumpy(out), cp.asnumpy(lse))
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Largest error and relative Frobenius error that a kernel may have."""
+
+    largest: float
+    relative: float
+
+
+def allowed(base: np.ndarray, exact: np.ndarray, roundoff: float) -> Allowed:
+    """Twice the baseline's error, and one rounding of the result, which the baseline's luck may have hidden."""
+    error = np.abs(base - exact)
+    norm = np.linalg.norm(exact)
+    return Allowed(
+        2 * error.max() + roundoff * np.abs(exact).max(),
+        2 * float(np.linalg.norm(error) / norm) + roundoff if norm else 0.0,
+    )
+
+
+def compare(out: Any, exact: np.ndarray, base: np.ndarray, what: str = "out") -> None:
+    """Assert that a kernel's result is about as close to the float64 one as the baseline is."""
+    limit = allowed(base, exact, ROUNDOFF[np.dtype(out.dtype)])
+    error = cp.asnumpy(out).astype(np.float64) - exact
+    largest, norm = np.abs(error).max(), np.linalg.norm(exact)  # NaN fails the comparisons below
+    relative = np.linalg.norm(error) / norm if norm else 0.0
+    assert largest <= limit.largest, f"{what}: largest error {largest:.3g}, allowed {limit.largest:.3g}"
+    assert relative <= limit.relative, f"{what}: relative error {relative:.3g}, allowed {limit.relative:.3g}"
+
+
+def compare_lse(lse: Any, exact: np.ndarray, base: np.ndarray) -> None:
+    """The same for lse: absolute, since lse passes through zero.
+
+    The extra term is four roundings of numbers of lse's size: the scaled score, the maximum, the logarithm, the sum.
+    """
+    lse = cp.asnumpy(lse)
+    assert lse.dtype == np.float32
+    some = exact > -np.inf
+    np.testing.assert_array_equal(lse[~some], -np.inf)
+    if some.any():
+        error, base_error = (np.abs(x[some].astype(np.float64) - exact[some]).max() for x in (lse, base))
+        limit = 2 * base_error + 4 * 2.0**-24 * max(1.0, np.abs(exact[some]).max())
+        assert error <= limit, f"lse: largest error {error:.3g}, allowed {limit:.3g}"
+
+
+def check_kernel(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    layouts: tuple[str, str, str] = ("contiguous",) * 3,
+    out: Any = None,
+    on_host: bool = False,
+    like: tuple[np.ndarray, np.ndarray] | None = None,
+    **options: Any,
+) -> Any:
+    """Run the kernel on NumPy inputs of one dtype sent to the GPU, and hold out and lse against the reference.
+
+    Parameters
+    ----------
+    out : CuPy array, optional
+        Passed on; it must come back.
+    on_host : bool
+        Compute the baseline with NumPy, so that under a sanitizer nothing runs but our kernels.
+    like : (out, lse), optional
+        What the result must be, float64, if not the reference of the same call.
+
+    Returns
+    -------
+    CuPy array
+        The kernel's output.
+    """
+    arrays = [on_device(x, layout) for x, layout in zip((q, k, v), layouts, strict=True)]
+    result, lse = cudistr.attention(*arrays, out=out, return_lse=True, **options)
+    assert type(result) is cp.ndarray and type(lse) is cp.ndarray
+    assert result.dtype == q.dtype and result.shape == (*q.shape[:3], v.shape[3]) and lse.shape == q.shape[:3]
+    assert out is None or result is out
+    if like is None:
+        like = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), return_lse=True, **options)
+    base, base_lse = baseline(q, k, v, np if on_host else cp, **options)
+    compare(result, like[0], base)
+    compare_lse(lse, like[1], base_lse)
+    hidden = ~mask(q.shape[2], k.shape[2], options.get("causal", False), options.get("window")).any(axis=1)
+    np.testing.assert_array_equal(cp.asnumpy(result)[:, :, hidden].astype(np.float32), 0.0)
+    return result
+
+
+def inputs(
+    seed: int,
+    dtype: Any,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    heads_kv: int | None = None,
+    lengths: tuple[int, int] = (113, 203),
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    spread: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normal q, k, v on the host, rounded to ``dtype``."""
+    random = np.random.default_rng(seed)
+    kv = (batch, heads if heads_kv is None else heads_kv, lengths[1])
+    q = spread * random.standard_normal((batch, heads, lengths[0], head_dim))
+    k = random.standard_normal((*kv, head_dim))
+    v = random.standard_normal((*kv, head_dim if head_dim_v is None else head_dim_v))
+    return q.astype(dtype), k.astype(dtype), v.astype(dtype)

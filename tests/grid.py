@@ -1,0 +1,173 @@
+"""Every kernel variant of a stated grid, compiled for every architecture: registers, spills, shared memory, warnings.
+
+``python -m tests.grid --write`` renews the committed table, ``docs/resources.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cudistr import LSH, compiler, normalize
+from cudistr import plan as planner
+from cudistr.plan import Device, Kernel
+
+TABLE = Path(__file__).parent.parent / "docs" / "resources.csv"
+DEVICES = {
+    80: Device(80, 163 * 1024),
+    86: Device(86, 99 * 1024),
+    89: Device(89, 99 * 1024),
+    90: Device(90, 227 * 1024),
+    100: Device(100, 227 * 1024),
+    120: Device(120, 99 * 1024),
+}
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
+HEAD_DIM_PAIRS = ((64, 128), (128, 64), (192, 128), (256, 64), (64, 256), (256, 8), (8, 256))
+GROUPS = (
+    (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
+    (256, (2, 4, 8, 32)),
+)  # fmt: skip
+EDGE_HEAD_DIMS = (64, 128, 256)  # where the other constants are varied
+
+
+def _problem(
+    dtype: str, head_dim: int, head_dim_v: int, seqlen_q: int = 256, **options: object
+) -> normalize.Problem:
+    empty = np.zeros(1, DTYPES[dtype])
+    q = np.broadcast_to(empty, (1, 1, seqlen_q, head_dim))
+    k = np.broadcast_to(empty, (1, 1, 256, head_dim))
+    v = np.broadcast_to(empty, (1, 1, 256, head_dim_v))
+    return normalize.problem(q, k, v, **options)  # type: ignore[arg-type]
+
+
+def _replace(problem: normalize.Problem, **changes: object) -> normalize.Problem:
+    import dataclasses
+
+    return dataclasses.replace(problem, **changes)  # type: ignore[arg-type]
+
+
+def problems() -> Iterator[tuple[str, normalize.Problem]]:
+    """The grid: a name and a problem for every combination of constants that it covers."""
+    for dtype in DTYPES:
+        for d in HEAD_DIMS:
+            yield f"{dtype} {d}", _problem(dtype, d, d)
+        for d, dv in HEAD_DIM_PAIRS:
+            yield f"{dtype} {d} v{dv}", _problem(dtype, d, dv)
+        for d, groups in GROUPS:
+            for g in groups:
+                yield f"{dtype} {d} lsh{g}", _problem(dtype, d, d, reduction=LSH(g))
+        for d in EDGE_HEAD_DIMS:
+            yield f"{dtype} {d} small", _problem(dtype, d, d, seqlen_q=17)
+            yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
+            yield f"{dtype} {d} unaligned", _replace(_problem(dtype, d, d), aligned=False)
+            yield f"{dtype} {d} lsh2 block64", _problem(dtype, d, d, reduction=LSH(2, block_q=64))
+            yield f"{dtype} {d} lsh2 mean", _problem(dtype, d, d, reduction=LSH(2, representative="mean"))
+            yield f"{dtype} {d} lsh4 softcap", _problem(dtype, d, d, reduction=LSH(4), softcap=30.0)
+            yield (
+                f"{dtype} {d} lsh2 unaligned",
+                _replace(_problem(dtype, d, d, reduction=LSH(2)), aligned=False),
+            )
+            if dtype == "float32":
+                yield f"{dtype} {d} tf32", _replace(_problem(dtype, d, d), tf32=True)
+                yield f"{dtype} {d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
+
+
+def kernels(capability: int) -> dict[str, Kernel]:
+    """Variant name to kernel, for one architecture."""
+    found: dict[str, Kernel] = {}
+    for name, problem in problems():
+        kernel, _ = planner.attention_kernel(problem, DEVICES[capability])
+        found[f"sm80_flash_fwd {name}"] = kernel
+    for dtype in DTYPES:
+        for d in HEAD_DIMS:
+            for aligned in (True, False):
+                suffix = "" if aligned else " unaligned"
+                found[f"smxx_lsh_group {dtype} {d}{suffix}"] = planner.group_kernel(dtype, d, aligned)
+        found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
+        if dtype != "bfloat16":  # the transpose knows bytes only
+            for aligned in (True, False):
+                suffix = "" if aligned else " unaligned"
+                found[f"smxx_transpose {dtype}{suffix}"] = planner.transpose_kernel(dtype, aligned)
+    return found
+
+
+def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], list[str]]:
+    name, kernel, capability = job
+    _, log = compiler.compile_cubin(kernel, f"sm_{capability}", report=True)
+    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    used = re.search(r"Used (\d+) registers", log)
+    stack = re.search(r"(\d+) bytes stack frame", log)
+    assert spill and used and stack, log
+    static = re.search(r"(\d+) bytes smem", log)
+    numbers = {
+        "registers": int(used[1]),
+        "shared_bytes": kernel.shared_bytes + (int(static[1]) if static else 0),
+        "spilled": int(spill[1]) + int(spill[2]) + int(stack[1]),
+    }
+    complaints = [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
+    return name, capability, numbers, complaints
+
+
+def build() -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
+    """Compile the grid; returns {variant: {architecture: numbers}} and what the compiler complained about."""
+    jobs = [(name, kernel, c) for c in DEVICES for name, kernel in kernels(c).items()]
+    table: dict[str, dict[int, dict[str, int]]] = {}
+    complaints: list[str] = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for name, capability, numbers, lines in pool.map(_compile, jobs, chunksize=8):
+            table.setdefault(name, {})[capability] = numbers
+            complaints += [f"{name} sm_{capability}: {line}" for line in lines]
+    return table, complaints
+
+
+def rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
+    """The table as text: a header, then a row a variant, with registers / shared bytes for each architecture."""
+    header = ["variant", *(f"sm_{c}" for c in DEVICES)]
+    body = [
+        [name, *(f"{of[c]['registers']} / {of[c]['shared_bytes']}" for c in DEVICES)]
+        for name, of in table.items()
+    ]
+    return [header, *body]
+
+
+def read() -> tuple[str, list[list[str]]]:
+    """The committed table: the NVRTC version that made it, and its rows."""
+    with TABLE.open(newline="") as file:
+        first, *rest = list(csv.reader(file))
+    return first[0], rest
+
+
+def write(table: dict[str, dict[int, dict[str, int]]]) -> None:
+    """Renew the committed table."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([version()])
+        writer.writerows(rows(table))
+
+
+def version() -> str:
+    """Name of the compiler, as the table states it."""
+    return "NVRTC {}.{}: registers per thread / bytes of shared memory".format(*compiler.nvrtc_version())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    built, said = build()
+    for row in rows(built):
+        print("  ".join(f"{cell:<16}" for cell in row))
+    spilled = [f"{n} sm_{c}: {x}" for n, of in built.items() for c, x in of.items() if x["spilled"]]
+    print(*spilled, *said, sep="\n")
+    print(len(built), "variants,", len(spilled), "spill")
+    if options.write:
+        write(built)
