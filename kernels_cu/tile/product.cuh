@@ -153,6 +153,8 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
         }
 #pragma unroll
         for (int pair = 0; pair < kKeyTiles / 2; ++pair) {
+            // With two members ptxas reads so many operands ahead that it spills; this holds it back.
+            if constexpr (kGroup == 2) __syncwarp();
             u32 raw[4];
             if constexpr (kGroup == 0) {
                 ldmatrix_x4(raw, plain + (pair * 16 * Tile::kPitch + step * kDepth) * kBytes);

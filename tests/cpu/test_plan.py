@@ -1,0 +1,378 @@
+"""Laws of the plan, over problems and devices that no machine at hand has to have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cudistr import LSH, UnsupportedDeviceError, compiler, launch, normalize
+from cudistr import plan as planner
+from cudistr.errors import CompileError
+from cudistr.normalize import Problem
+from cudistr.plan import Device, Kernel, Plan, Tile, plan
+from tests.grid import DEVICES
+
+AMPERE = DEVICES[80]
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def group_sizes(head_dim: int) -> list[int]:
+    """What LSH and normalize let through for a head_dim, without 1, which normalize makes exact."""
+    return [g for g in range(2, head_dim // 8 + 1) if head_dim % g == 0 and head_dim // g % 8 == 0]
+
+
+def problem(**changes: object) -> Problem:
+    """A small problem as normalize would make it."""
+    plain = Problem(
+        batch=1,
+        heads=2,
+        heads_kv=1,
+        seqlen_q=256,
+        seqlen_k=300,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+        scale=0.125,
+        softcap=None,
+        left=None,
+        right=None,
+        reduction=None,
+        q_strides=(0, 256 * 64, 64),
+        k_strides=(0, 0, 64),
+        v_strides=(0, 0, 64),
+        aligned=True,
+        tf32=False,
+        device=0,
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+devices = st.sampled_from(list(DEVICES.values()))
+head_dims = st.sampled_from([8, 32, 64, 128, 256]) | st.integers(1, 32).map(lambda n: 8 * n)
+seqlens = st.integers(1, 300) | st.sampled_from([1, 64, 65, 128, 4096]) | st.integers(1, normalize.MAX_SEQLEN)
+bounds = st.none() | st.integers(0, 500)
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, reduced: bool | None = None) -> Problem:
+    """Every problem that normalize can hand over; ``reduced`` asks for, or rules out, a reduction."""
+    head_dim = draw(head_dims.filter(group_sizes) if reduced else head_dims)
+    reduction = None
+    if reduced or (reduced is None and group_sizes(head_dim) and draw(st.booleans())):
+        reduction = LSH(
+            draw(st.sampled_from(group_sizes(head_dim))),
+            block_q=draw(st.sampled_from([None, 64, 128, 192, 320, 1024])),
+            n_proj=draw(st.integers(1, 16)),
+            representative=draw(st.sampled_from(["sample", "mean"])),
+        )
+    dtype = draw(st.sampled_from(DTYPES))
+    heads_kv = draw(st.integers(1, 3))
+    return problem(
+        batch=draw(st.integers(1, 4)),
+        heads=heads_kv * draw(st.integers(1, 3)),
+        heads_kv=heads_kv,
+        seqlen_q=draw(seqlens),
+        seqlen_k=draw(seqlens),
+        head_dim=head_dim,
+        head_dim_v=draw(head_dims),
+        dtype=dtype,
+        scale=draw(st.sampled_from([head_dim**-0.5, 1.0, 0.0, -0.5])),
+        softcap=draw(st.sampled_from([None, None, 30.0])),
+        left=draw(bounds),
+        right=draw(bounds),
+        reduction=reduction,
+        aligned=draw(st.booleans()),
+        tf32=dtype == "float32" and draw(st.booleans()),
+    )
+
+
+def small_enough(one: Problem) -> bool:
+    """Whether one launch holds it whatever the tile is."""
+    return math.ceil(one.seqlen_q / 16) * one.batch * one.heads <= planner.MAX_BLOCKS
+
+
+# The tile
+
+
+@given(problems(), devices)
+def test_a_tile_exists_and_fits(one: Problem, device: Device) -> None:
+    kernel, tile = planner.attention_kernel(one, device)
+    assert kernel.shared_bytes <= device.shared_bytes
+    assert tile.row_tiles in (1, 2) and tile.block_m % (16 * tile.row_tiles) == 0 and tile.tile_k % 16 == 0
+    assert kernel.threads == 32 * tile.block_m // (16 * tile.row_tiles)
+    assert 32 <= kernel.threads <= 1024
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=[f"sm_{c}" for c in DEVICES])
+def test_a_tile_exists_for_every_shape(device: Device) -> None:
+    """Not drawn: the choice has many corners, and all of them can be walked."""
+    for head_dim in range(8, 257, 8):
+        reductions = [LSH(g, block_q=b) for g in group_sizes(head_dim) for b in (64, 128)]
+        for reduction in (None, *reductions):
+            for head_dim_v in range(8, 257, 8):
+                for dtype in ("float16", "float32"):
+                    for aligned in (True, False):
+                        one = problem(
+                            head_dim=head_dim,
+                            head_dim_v=head_dim_v,
+                            dtype=dtype,
+                            reduction=reduction,
+                            aligned=aligned,
+                        )
+                        kernel, _ = planner.attention_kernel(one, device)
+                        assert kernel.shared_bytes <= device.shared_bytes
+
+
+@given(problems(reduced=True), devices)
+def test_a_tile_lies_inside_one_block_of_the_reduction(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert one.reduction is not None
+    block_q, block_m = one.reduction.rows_per_block, chosen.tile.block_m
+    assert block_q % block_m == 0
+    assert (chosen.group_blocks - 1) * block_q < one.seqlen_q <= chosen.group_blocks * block_q
+    # The kernel finds the order of its last tile by this division; it must not lie past the orders.
+    assert (chosen.row_blocks - 1) // (block_q // block_m) == chosen.group_blocks - 1
+
+
+@given(problems(), devices, st.integers(1, 64))
+def test_few_queries_get_a_small_tile(one: Problem, device: Device, seqlen_q: int) -> None:
+    _, tile = planner.attention_kernel(dataclasses.replace(one, seqlen_q=seqlen_q), device)
+    assert tile.block_m <= 64
+
+
+@given(problems(), devices)
+def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert (chosen.row_blocks - 1) * chosen.tile.block_m < one.seqlen_q
+    assert one.seqlen_q <= chosen.row_blocks * chosen.tile.block_m
+    assert chosen.blocks == chosen.row_blocks * one.batch * one.heads <= planner.MAX_BLOCKS
+
+
+# What runs beside the attention kernel
+
+
+@given(problems(reduced=False), devices)
+def test_exact_attention_is_one_kernel(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert chosen.group is None and chosen.transpose is None
+    assert chosen.group_blocks == chosen.key_columns == 0
+
+
+@given(problems(reduced=True), devices)
+def test_grouped_attention_is_three_kernels(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert chosen.group is not None and chosen.transpose is not None
+    assert chosen.key_columns % 8 == 0 and one.seqlen_k <= chosen.key_columns < one.seqlen_k + 8
+    assert chosen.group.threads % 32 == 0 and one.head_dim <= 2 * chosen.group.threads < one.head_dim + 64
+    for kernel in (chosen.group, chosen.transpose):
+        assert dict(kernel.constants)["ALIGNED"] == one.aligned
+        assert kernel.shared_bytes == 0
+    assert dict(chosen.transpose.constants)["BYTES"] == normalize_itemsize(one.dtype)
+
+
+def normalize_itemsize(dtype: str) -> int:
+    (found,) = [key.itemsize for key, name in normalize._DTYPES.items() if name == dtype]
+    return found
+
+
+# The constants
+
+
+@given(problems(), devices)
+def test_constants_say_what_was_asked_for(one: Problem, device: Device) -> None:
+    kernel, tile = planner.attention_kernel(one, device)
+    constants = dict(kernel.constants)
+    assert len(constants) == len(kernel.constants)
+    assert {type(value) for value in constants.values()} == {int}  # a bool would be "True" in C
+    assert DTYPES[constants["DTYPE"]] == one.dtype
+    assert (constants["HEAD_DIM"], constants["HEAD_DIM_V"]) == (one.head_dim, one.head_dim_v)
+    assert constants["SCORE"] == (one.softcap is not None or one.scale <= 0)
+    assert constants["SPLIT"] == (one.dtype == "float32" and not one.tf32)
+    assert constants["ALIGNED"] == one.aligned
+    assert constants["GROUP"] == (0 if one.reduction is None else one.reduction.group_size)
+    assert constants["MEAN"] == (one.reduction is not None and one.reduction.representative == "mean")
+    assert constants["SHARED_BYTES"] == kernel.shared_bytes
+    assert Tile(constants["BLOCK_M"], constants["TILE_K"], constants["ROW_TILES"]) == tile
+
+
+@given(problems(), problems(), devices)
+def test_sizes_and_masks_do_not_ask_for_another_kernel(one: Problem, two: Problem, device: Device) -> None:
+    """Compiling takes seconds: nothing that may change from call to call may be a constant."""
+    mixed = dataclasses.replace(
+        one,
+        batch=two.batch,
+        heads=two.heads,
+        heads_kv=two.heads_kv,
+        seqlen_k=two.seqlen_k,
+        left=two.left,
+        right=two.right,
+        scale=one.scale * 0.7,
+        softcap=None if one.softcap is None else one.softcap * 0.7,
+        seqlen_q=max(65, two.seqlen_q) if one.seqlen_q > 64 else min(64, two.seqlen_q),
+    )
+    assert planner.attention_kernel(mixed, device) == planner.attention_kernel(one, device)
+
+
+# Values
+
+
+@given(problems(), devices)
+def test_a_plan_is_a_value(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert plan(dataclasses.replace(one), dataclasses.replace(device)) is chosen
+    assert plan.__wrapped__(one, device) == chosen
+    # Printable: what is printed says everything.
+    assert eval(repr(chosen), {"Plan": Plan, "Kernel": Kernel, "Tile": Tile}) == chosen
+
+
+@pytest.mark.parametrize("value", [plan(problem(), AMPERE), AMPERE, *planner.attention_kernel(problem(), AMPERE)])
+def test_values_are_frozen(value: object) -> None:
+    name = dataclasses.fields(value)[0].name  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, 1)
+    assert isinstance(hash(value), int)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("reduction", [None, LSH(2)], ids=["exact", "G2"])
+def test_too_many_blocks(reduction: LSH | None) -> None:
+    # One head more than a launch has blocks, with one row each.
+    one = problem(batch=2**16, heads=2**15, heads_kv=2**15, seqlen_q=1, reduction=reduction)
+    text = (
+        f"the problem needs {2**31} thread blocks, more than the {2**31 - 1} of one launch. "
+        "Split the batch into several calls."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        plan(one, AMPERE)
+    fits = dataclasses.replace(one, batch=2**16 - 1)
+    assert plan(fits, AMPERE).blocks == (2**16 - 1) * 2**15
+
+
+@given(st.integers(10, 79), st.integers(0, 7))
+def test_a_device_that_is_too_old(capability: int, index: int) -> None:
+    text = (
+        f"GPU {index} has compute capability {capability // 10}.{capability % 10}; cudistr's kernels need 8.0 "
+        "(Ampere) or newer. Use another GPU, or NumPy arrays, which run on the CPU."
+    )
+    with pytest.raises(UnsupportedDeviceError, match=f"^{re.escape(text)}$"):
+        planner.check_device(Device(capability, 48 * 1024), index)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=[f"sm_{c}" for c in DEVICES])
+def test_devices_that_are_new_enough(device: Device) -> None:
+    planner.check_device(device, 0)
+
+
+# What Python and the kernels must agree on. The compiler is the judge; it needs no GPU.
+
+
+@pytest.fixture
+def asserting(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> object:
+    """compile(kernel, *conditions): compiles with a static_assert for each condition behind the kernel."""
+    unit = compiler.unit
+
+    def compile(kernel: Kernel, *conditions: str) -> None:
+        lines = "".join(f'static_assert({c}, "{c}");\n' for c in conditions)
+        monkeypatch.setattr(compiler, "unit", lambda one: unit(one) + lines)
+        compiler.compile_cubin(kernel, "sm_80")
+
+    return compile
+
+
+@pytest.fixture
+def nvrtc() -> None:
+    pytest.importorskip("cupy", reason="NVRTC comes with the extra cuda12 or cuda13")
+
+
+VARIANTS = {
+    "float16": {},
+    "bfloat16 v24": {"dtype": "bfloat16", "head_dim_v": 24},
+    "float32 72 v256": {"dtype": "float32", "head_dim": 72, "head_dim_v": 256},
+    "float16 256": {"head_dim": 256, "head_dim_v": 256},
+    "float16 few queries": {"seqlen_q": 9, "head_dim_v": 256},
+    "float16 G2": {"reduction": LSH(2)},
+    "bfloat16 G5 padded": {"dtype": "bfloat16", "head_dim": 40, "reduction": LSH(5, block_q=64)},
+    "float32 G8 mean": {"dtype": "float32", "reduction": LSH(8, representative="mean")},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_shared_memory_and_threads_are_those_of_the_kernel(asserting, changes: dict[str, object]) -> None:
+    kernel, _ = planner.attention_kernel(problem(**changes), AMPERE)
+    asserting(kernel, f"sizeof(SharedStorage) == {kernel.shared_bytes}", f"kThreads == {kernel.threads}")
+
+
+@pytest.mark.parametrize("difference", [-16, 16])
+def test_a_wrong_number_of_bytes_does_not_compile(nvrtc: None, difference: int) -> None:
+    kernel, _ = planner.attention_kernel(problem(), AMPERE)
+    constants = dict(kernel.constants)
+    constants["SHARED_BYTES"] += difference
+    wrong = dataclasses.replace(kernel, constants=tuple(constants.items()))
+    with pytest.raises(CompileError, match="the plan and the kernel disagree on shared memory") as caught:
+        compiler.compile_cubin(wrong, "sm_80")
+    assert f"SHARED_BYTES={kernel.shared_bytes + difference}" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 256])
+def test_threads_of_the_grouping_kernel(asserting, dtype: str, head_dim: int) -> None:
+    kernel = planner.group_kernel(dtype, head_dim, True)
+    asserting(kernel, f"kThreads == {kernel.threads}", f"kProjections == {launch.MAX_PROJ}")
+
+
+def test_threads_and_rows_of_the_other_kernels(asserting) -> None:
+    transpose = planner.transpose_kernel("float16", True)
+    asserting(transpose, f"kThreads == {transpose.threads}", f"kTile == {planner.TRANSPOSE_TILE}")
+    merge = planner.merge_kernel("float16", 64)
+    asserting(
+        merge,
+        f"kWarps * kWarpSize == {merge.threads}",
+        f"kWarps == {planner.MERGE_ROWS}",
+        f"kMaxShards == {normalize.MAX_SHARDS}",
+    )
+
+
+LAYOUTS = {
+    "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
+    "GroupParams": (planner.group_kernel("float16", 64, True), launch._GROUP),
+    "TransposeParams": (planner.transpose_kernel("float16", True), launch._TRANSPOSE),
+    "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
+}
+
+
+@pytest.mark.parametrize("struct", LAYOUTS)
+def test_parameters_lie_where_the_kernel_reads_them(asserting, struct: str) -> None:
+    kernel, layout = LAYOUTS[struct]
+    assert layout.names is not None and layout.fields is not None
+    offsets = {}
+    for name in layout.names:
+        shard = re.fullmatch(r"(out|lse)(\d+)", name)  # MergeParams has arrays of pointers
+        offsets[f"{shard[1]}s[{shard[2]}]" if shard else name] = layout.fields[name][1]
+    asserting(
+        kernel,
+        f"sizeof({struct}) == {layout.itemsize}",
+        *(f"__builtin_offsetof({struct}, {name}) == {offset}" for name, offset in offsets.items()),
+    )
+    # A call packs the addresses by themselves and puts the rest behind them.
+    kinds = [layout[name] for name in layout.names]
+    addresses = kinds.count(np.dtype("u8"))
+    assert set(kinds[:addresses]) == {np.dtype("u8")}
+
+
+def test_a_wrong_layout_would_be_noticed(asserting) -> None:
+    kernel, layout = LAYOUTS["MergeParams"]
+    with pytest.raises(CompileError, match="static assertion"):
+        asserting(kernel, f"sizeof(MergeParams) == {layout.itemsize + 8}")
