@@ -156,10 +156,19 @@ def compile_cubin(kernel: Kernel, architecture: str, *, report: bool = False) ->
             ) from error
         log = nvrtc.getProgramLog(program)
         if architecture.startswith("compute_"):
-            return nvrtc.getPTX(program).encode(), log
+            return nvrtc.getPTX(program), log
         return nvrtc.getCUBIN(program) + b"\0", log  # CuPy drops the last byte, which an ELF file needs
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _wanted_folder() -> Path:
+    named = os.environ.get("CUDISTR_CACHE_DIR")
+    if named:
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "cudistr" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cudistr"
 
 
 @functools.cache
@@ -168,21 +177,16 @@ def cache_folder() -> Path | None:
 
     None, with one warning, if it cannot be written; kernels are then compiled anew in every process.
     """
-    named = os.environ.get("CUDISTR_CACHE_DIR")
-    if named:
-        folder = Path(named)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "cudistr" / "cache"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cudistr"
+    folder = None
     try:
+        folder = _wanted_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # Path.home raises RuntimeError for a user without a home folder
         warnings.warn(
-            f"cudistr cannot write its kernel cache {folder} ({error}), so kernels are compiled anew in every "
-            "process. Set CUDISTR_CACHE_DIR to a folder that can be written.",
+            f"cudistr cannot write its kernel cache {folder or 'folder'} ({error}), so kernels are compiled anew "
+            "in every process. Set CUDISTR_CACHE_DIR to a folder that can be written.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -253,7 +257,15 @@ def function(kernel: Kernel, capability: int, device: int) -> Any:
             import cupy
 
             module = cupy.cuda.function.Module()
-            module.load(_cached(kernel, target(capability)))
+            code = _cached(kernel, target(capability))
+            try:
+                module.load(code)
+            except cupy.cuda.driver.CUDADriverError as error:
+                raise CudaUnavailableError(
+                    f"the CUDA driver does not load the kernel {kernel.name} ({error}). If it is older than NVRTC's "
+                    "CUDA {}.{}, update it, or install a CuPy for its CUDA. ".format(*nvrtc_version())
+                    + _REMEDY
+                ) from error
             found = module.get_function(kernel.name)
             if kernel.shared_bytes > 48 * 1024:  # what a kernel may have without asking
                 attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

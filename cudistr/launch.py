@@ -23,14 +23,15 @@ from cudistr.plan import (
     DTYPE_NUMBER,
     ITEMSIZE,
     MERGE_ROWS,
-    TRANSPOSE_TILE,
     Device,
     Kernel,
+    Prepare,
     check_blocks,
     check_device,
-    group_kernel,
     merge_kernel,
     plan,
+    prepare,
+    prepare_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
 
@@ -54,15 +55,13 @@ _ATTENTION = _parameters(
     ),
     ("scale softcap score_scale", "f4"),
 )
-_GROUP = _parameters(
-    ("q projections permutation", "u8"),
-    ("q_batch q_head q_row", "i8"),
-    ("heads seqlen_q block_q group_blocks", "i4"),
-)
-_TRANSPOSE = _parameters(
-    ("k out", "u8"),
-    ("k_batch k_head k_row", "i8"),
-    ("heads_kv seqlen_k head_dim key_columns key_blocks column_blocks", "i4"),
+_PREPARE = _parameters(
+    ("q projections permutation k transposed", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row order_units", "i8"),
+    (
+        "order_blocks spacing heads seqlen_q block_q group_blocks heads_kv seqlen_k key_columns key_blocks",
+        "i4",
+    ),
 )
 _MERGE = _parameters(
     (" ".join(f"out{s}" for s in range(MAX_SHARDS)), "u8"),
@@ -121,8 +120,7 @@ def _launch(
 
 class _Recipe(NamedTuple):
     attention: _Launch
-    group: _Launch | None
-    transpose: _Launch | None
+    prepare: _Launch | None
     projections: Any
     transposed_bytes: int
     scratch_bytes: int  # the transposed K, and the column orders behind it
@@ -144,9 +142,13 @@ def device_properties(index: int) -> Device:
         shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
         return Device(int(cupy.cuda.Device(index).compute_capability), int(shared))
     except runtime.CUDARuntimeError as error:
-        raise CudaUnavailableError(
-            f"the CUDA driver does not answer for device {index} ({error}). Run `python -m cudistr doctor`."
-        ) from error
+        raise _no_answer(index, error) from error
+
+
+def _no_answer(index: int, error: Exception) -> CudaUnavailableError:
+    return CudaUnavailableError(
+        f"the CUDA driver does not answer for device {index} ({error}). Run `python -m cudistr doctor`."
+    )
 
 
 _HERE = contextlib.nullcontext()
@@ -156,7 +158,11 @@ def _placed(index: int, stream: Any) -> Any:
     """A context in which the current device and stream are those of the call."""
     import cupy
 
-    other = cupy.cuda.runtime.getDevice() != index
+    runtime = cupy.cuda.runtime
+    try:
+        other = runtime.getDevice() != index
+    except runtime.CUDARuntimeError as error:  # in a forked process, for example
+        raise _no_answer(index, error) from error
     if stream is None:
         return cupy.cuda.Device(index) if other else _HERE
     stack = contextlib.ExitStack()
@@ -199,66 +205,81 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         attention_launch = _launch(
             chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
         )
-        return _Recipe(attention_launch, None, None, None, 0, 0)
+        return _Recipe(attention_launch, None, None, 0, 0)
 
-    assert chosen.group is not None and chosen.transpose is not None
-    columns = chosen.key_columns
-    itemsize = ITEMSIZE[problem.dtype]
-    transposed_bytes = problem.batch * problem.heads_kv * problem.head_dim * columns * itemsize
-    permutation_bytes = problem.batch * problem.heads * chosen.group_blocks * problem.head_dim
+    assert chosen.prepare_kernel is not None and chosen.prepare is not None
+    columns = chosen.prepare.key_columns
+    transposed_bytes = problem.batch * problem.heads_kv * problem.head_dim * columns * ITEMSIZE[problem.dtype]
     values |= {
         "k_batch": problem.heads_kv * problem.head_dim * columns,
         "k_head": problem.head_dim * columns,
         "k_row": columns,
-        "group_blocks": chosen.group_blocks,
+        "group_blocks": chosen.prepare.group_blocks,
         "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
         "key_columns": columns,
     }
-    key_blocks = -(-columns // TRANSPOSE_TILE)
-    column_blocks = -(-problem.head_dim // TRANSPOSE_TILE)
-    transpose_values = {
-        **keys,
-        "heads_kv": problem.heads_kv,
-        "seqlen_k": problem.seqlen_k,
-        "head_dim": problem.head_dim,
-        "key_columns": columns,
-        "key_blocks": key_blocks,
-        "column_blocks": column_blocks,
-    }
-    transpose_blocks = check_blocks(key_blocks * column_blocks * problem.batch * problem.heads_kv)
-    shape = (problem.batch, problem.heads, problem.seqlen_q, problem.head_dim)
-    group_launch, vectors = _group_recipe(
-        problem.dtype, shape, problem.q_strides, problem.aligned, reduction, problem.device
+    more = {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k}
+    launch_prepare, vectors = _prepare_launch(
+        chosen.prepare_kernel,
+        chosen.prepare,
+        (problem.heads, problem.seqlen_q),
+        problem.q_strides,
+        reduction,
+        problem.device,
+        more,
     )
     return _Recipe(
         _launch(chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values),
-        group_launch,
-        _launch(chosen.transpose, transpose_blocks, device, problem.device, _TRANSPOSE, transpose_values),
+        launch_prepare,
         vectors,
         transposed_bytes,
-        transposed_bytes + permutation_bytes,
+        transposed_bytes + chosen.prepare.order_units * problem.head_dim,
     )
+
+
+def _prepare_launch(
+    kernel: Kernel,
+    chosen: Prepare,
+    lengths: tuple[int, int],
+    strides: tuple[int, int, int],
+    reduction: LSH,
+    index: int,
+    more: dict[str, Any],
+) -> tuple[_Launch, Any]:
+    """The kernel that orders columns, and the projections that it reads; ``more`` is what transposing needs."""
+    values = {
+        **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
+        "order_units": chosen.order_units,
+        "order_blocks": chosen.order_blocks,
+        "spacing": chosen.spacing,
+        "heads": lengths[0],
+        "seqlen_q": lengths[1],
+        "block_q": reduction.rows_per_block,
+        "group_blocks": chosen.group_blocks,
+        "key_columns": chosen.key_columns,
+        "key_blocks": chosen.key_blocks,
+        **more,
+    }
+    launch = _launch(kernel, chosen.blocks, device_properties(index), index, _PREPARE, values)
+    vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
+    return launch, vectors
 
 
 @functools.lru_cache(maxsize=256)
 def _group_recipe(
-    dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, reduction: LSH, index: int
+    dtype: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, int, int],
+    aligned: bool,
+    reduction: LSH,
+    index: int,
 ) -> tuple[_Launch, Any]:
-    device = device_properties(index)
-    check_device(device, index)
+    """Compile and prepare the order of columns alone."""
+    check_device(device_properties(index), index)
     batch, heads, seqlen_q, head_dim = shape
-    group_blocks = -(-seqlen_q // reduction.rows_per_block)
-    values = {
-        **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
-        "heads": heads,
-        "seqlen_q": seqlen_q,
-        "block_q": reduction.rows_per_block,
-        "group_blocks": group_blocks,
-    }
-    blocks = check_blocks(batch * heads * group_blocks)
-    launch = _launch(group_kernel(dtype, head_dim, aligned), blocks, device, index, _GROUP, values)
-    vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
-    return launch, vectors
+    chosen = prepare(batch, heads, seqlen_q, head_dim, reduction.rows_per_block, None)
+    kernel = prepare_kernel(dtype, head_dim, aligned)
+    return _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
 
 
 @functools.lru_cache(maxsize=64)
@@ -309,14 +330,15 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
 
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
-    if recipe.group is None or recipe.transpose is None:
+    if recipe.prepare is None:
         recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
         return out, lse
-    scratch = cupy.ndarray(recipe.scratch_bytes, np.uint8)  # back in CuPy's pool when this returns: stream-ordered
+    scratch = cupy.ndarray(
+        recipe.scratch_bytes, np.uint8
+    )  # back in CuPy's pool when this returns: stream-ordered
     transposed = scratch.data.ptr
     permutation = transposed + recipe.transposed_bytes
-    recipe.group(q.data.ptr, recipe.projections.data.ptr, permutation)
-    recipe.transpose(k.data.ptr, transposed)
+    recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
     recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
     return out, lse
 
@@ -335,7 +357,7 @@ def group(q: Any, reduction: LSH, stream: Any) -> Any:
         permutation = cupy.ndarray((*q.shape[:2], blocks, q.shape[3]), np.uint8)
         if permutation.size:
             recipe, vectors = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index)
-            recipe(q.data.ptr, vectors.data.ptr, permutation.data.ptr)
+            recipe(q.data.ptr, vectors.data.ptr, permutation.data.ptr, 0, 0)
         return permutation
 
 

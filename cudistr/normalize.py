@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from cudistr.errors import CudaUnavailableError
 from cudistr.reductions import LSH
 
 __all__ = ["Adopted", "Problem", "adopt", "check_group", "check_merge", "check_out", "problem"]
@@ -127,7 +128,10 @@ def adopt(**named: Any) -> Adopted:
     if not arrays or kinds == {np.ndarray}:
         return Adopted(arrays, None, None)
     if loaded is not None and kinds == {loaded.ndarray}:
-        return Adopted([_whole_rows(n, x) for n, x in named.items()], None, None)
+        for x in arrays:  # the usual case first: this runs on every call
+            if x.strides and x.strides[-1] != x.itemsize:
+                return Adopted([_whole_rows(n, x) for n, x in named.items()], None, None)
+        return Adopted(arrays, None, None)
     for name, array in named.items():
         if not hasattr(array, "__dlpack__") or not hasattr(array, "shape"):
             raise TypeError(
@@ -158,7 +162,13 @@ def adopt(**named: Any) -> Adopted:
             "q, k, v (and out) must be all on one CUDA device or all on the host, got DLPack devices "
             f"{ {n: (int(a), int(b)) for n, (a, b) in devices.items()} }. Move them to one device."
         )
-    import cupy
+    try:
+        import cupy
+    except ImportError as error:
+        raise CudaUnavailableError(
+            f"arrays on a GPU need CuPy, which cannot be imported ({error}). Install it: "
+            'pip install "cudistr[cuda12]" or "cudistr[cuda13]". Run `python -m cudistr doctor` for what is missing.'
+        ) from error
 
     index = int(next(iter(devices.values()))[1])
     stream = _foreign_stream(library, index)
@@ -336,17 +346,18 @@ def problem(
     if on_host:
         device, pointers = None, 0
     else:
-        device = q.device.id
+        device = q.data.device_id
         for name, array in (("k", k), ("v", v)):
-            if array.device.id != device:
+            if array.data.device_id != device:
                 raise ValueError(
-                    f"q, k and v must be on one device, got q on {device} and {name} on {array.device.id}. "
+                    f"q, k and v must be on one device, got q on {device} and {name} on {array.data.device_id}. "
                     f"Move {name} with cupy.asarray under cupy.cuda.Device({device})."
                 )
         pointers = q.data.ptr | k.data.ptr | v.data.ptr
+    tf32 = q.dtype == np.float32 and _tf32()
     return _problem(
         q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype,
-        pointers % 16 == 0, q.dtype == np.float32 and _tf32(), device, reduction, causal, window, scale, softcap, reference,
+        pointers % 16 == 0, tf32, device, reduction, causal, window, scale, softcap, reference,
     )  # fmt: skip
 
 

@@ -9,13 +9,25 @@ from cudistr.errors import UnsupportedDeviceError
 from cudistr.normalize import Problem
 from cudistr.reductions import BLOCK_Q_DEFAULT
 
-__all__ = ["Device", "Kernel", "Plan", "Tile", "attention_kernel", "group_kernel", "merge_kernel", "plan"]
+__all__ = [
+    "Device",
+    "Kernel",
+    "Plan",
+    "Prepare",
+    "Tile",
+    "attention_kernel",
+    "merge_kernel",
+    "plan",
+    "prepare",
+    "prepare_kernel",
+]
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
 MAX_BLOCKS = 2**31 - 1  # thread blocks along grid.x
 DTYPE_NUMBER = {"float16": 0, "bfloat16": 1, "float32": 2}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-TRANSPOSE_TILE = 64  # keys and columns of a thread block of smxx_transpose.cu
+PREPARE_THREADS = 256  # of a thread block of smxx_lsh_prepare.cu
+TRANSPOSE_TILE = 64  # keys and columns that one of them transposes
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
 
@@ -68,6 +80,33 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """How the thread blocks of smxx_lsh_prepare.cu share its two tasks.
+
+    Attributes
+    ----------
+    group_blocks : int
+        Blocks of queries with one column order each, per head.
+    order_units, order_blocks : int
+        Blocks of queries in all, and the thread blocks that order their columns.
+    key_columns, key_blocks : int
+        Row length of the transposed K, and thread blocks along it; 0 if K is not transposed.
+    spacing : int
+        Every spacing-th thread block orders, until all have come.
+    blocks : int
+        Thread blocks in all.
+    """
+
+    group_blocks: int
+    order_units: int
+    order_blocks: int
+    key_columns: int
+    key_blocks: int
+    spacing: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will run.
 
@@ -79,22 +118,18 @@ class Plan:
         Its tile.
     row_blocks, blocks : int
         Tiles of queries per head, and thread blocks in all.
-    group, transpose : Kernel or None
+    prepare_kernel : Kernel or None
         What runs before it when the score product is grouped: the column order, and K transposed.
-    group_blocks : int
-        Blocks of queries with one column order each, per head.
-    key_columns : int
-        Row length of the transposed K.
+    prepare : Prepare or None
+        Its thread blocks.
     """
 
     attention: Kernel
     tile: Tile
     row_blocks: int
     blocks: int
-    group: Kernel | None = None
-    transpose: Kernel | None = None
-    group_blocks: int = 0
-    key_columns: int = 0
+    prepare_kernel: Kernel | None = None
+    prepare: Prepare | None = None
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -117,11 +152,11 @@ def shared_bytes(tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, grou
     columns_v = _round_up(head_dim_v, 16)
     queries = tile.block_m * (depth + pad) * itemsize
     if group:
-        keys = members * depth * (tile.tile_k + 8) * itemsize
+        keys = (members + 1) * depth * (tile.tile_k + 8) * itemsize
         table = members * depth * 4
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
-        table = 4
+        table = 0
     values = tile.tile_k * (columns_v + pad) * itemsize
     out = tile.block_m * (columns_v + pad) * itemsize
     return max(_round_up(queries + keys + values + table, 16), out)
@@ -139,27 +174,21 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     columns = problem.head_dim_v
     square = problem.head_dim == columns
     plain = problem.aligned and problem.softcap is None and problem.scale > 0
-    blackwell = device.capability >= 100
+    blackwell = 100 <= device.capability < 120
     if columns <= 64:
-        if not problem.aligned or (group and not square) or (blackwell and 32 < columns and not group):
-            return 64
-        if columns <= 32:
+        if columns <= 32 and problem.aligned and (square or not group):
             return 128
-        return 128 if columns == 64 and square and plain and not group else 96
+        if columns == 64 and square and plain and not blackwell:
+            return 128
+        return 64 if group or not plain else 96
     if columns <= 128:
-        if not problem.aligned or (group and not (plain and square)) or (blackwell and not group):
+        if not problem.aligned or (group and not (plain and square)):
             return 32
-        if not group:
-            return 64 if square and plain else 48
-        if group > 8:
-            return 16
-        if columns <= 96 or 90 <= device.capability < 100:
-            return 64
-        return 48 if group == 2 else 32
+        if group:
+            return 64 if columns <= 96 or not blackwell else 32
+        return 64 if square and plain and not blackwell else 48
     # O takes 128 registers of a 16-row warp. 64 keys 0.87 / 0.83 at 256 columns, 32 keys 0.80 / 0.77.
-    if group > 8:
-        return 16
-    return 64 if group <= 2 else 32
+    return 64
 
 
 def _tiles(problem: Problem, device: Device, group: int) -> list[Tile]:
@@ -211,21 +240,40 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
         "SHARED_BYTES": smem,
     }
     # For these, ptxas hoists so many loads at its own level that it spills; at level 1 it does not.
-    crowded = problem.dtype == "float32" and problem.head_dim_v > 64 and device.capability >= 120
+    crowded = problem.dtype == "float32" and problem.head_dim_v > 32 and device.capability >= 120
     options = ("-Xptxas=-O1",) if crowded else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options), tile
 
 
-def group_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
-    """The kernel that orders the columns of every block of queries: a thread has two of them."""
+def prepare_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
+    """The kernel that orders the columns of every block of queries, and transposes K."""
     constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("ALIGNED", int(aligned)))
-    return Kernel("smxx_lsh_group", constants, _round_up(head_dim // 2, 32))
+    return Kernel("smxx_lsh_prepare", constants, PREPARE_THREADS)
 
 
-def transpose_kernel(dtype: str, aligned: bool) -> Kernel:
-    """The kernel that transposes K."""
-    return Kernel("smxx_transpose", (("BYTES", ITEMSIZE[dtype]), ("ALIGNED", int(aligned))), 256)
+def prepare(
+    batch: int, heads: int, seqlen_q: int, head_dim: int, block_q: int, keys: tuple[int, int] | None
+) -> Prepare:
+    """Plan the preparation of grouped attention; keys is (heads_kv, seqlen_k), None for the order alone.
+
+    Raises
+    ------
+    ValueError
+        If one launch cannot hold it.
+    """
+    group_blocks = -(-seqlen_q // block_q)
+    order_units = batch * heads * group_blocks
+    order_blocks = -(-order_units // (PREPARE_THREADS // _round_up(head_dim // 2, 32)))
+    key_columns = key_blocks = transpose_blocks = 0
+    if keys is not None:
+        key_columns = _round_up(keys[1], KEY_COLUMNS_MULTIPLE)
+        key_blocks = -(-key_columns // TRANSPOSE_TILE)
+        transpose_blocks = key_blocks * -(-head_dim // TRANSPOSE_TILE) * batch * keys[0]
+    # Among the first blocks one in five orders: enough of them to keep the arithmetic busy from the start.
+    spacing = 1 + min(4, transpose_blocks // max(order_blocks, 1))
+    blocks = check_blocks(order_blocks + transpose_blocks)
+    return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, spacing, blocks)
 
 
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
@@ -281,8 +329,13 @@ def plan(problem: Problem, device: Device) -> Plan:
         tile,
         row_blocks,
         blocks,
-        group=group_kernel(problem.dtype, problem.head_dim, problem.aligned),
-        transpose=transpose_kernel(problem.dtype, problem.aligned),
-        group_blocks=-(-problem.seqlen_q // problem.reduction.rows_per_block),
-        key_columns=_round_up(problem.seqlen_k, KEY_COLUMNS_MULTIPLE),
+        prepare_kernel=prepare_kernel(problem.dtype, problem.head_dim, problem.aligned),
+        prepare=prepare(
+            problem.batch,
+            problem.heads,
+            problem.seqlen_q,
+            problem.head_dim,
+            problem.reduction.rows_per_block,
+            (problem.heads_kv, problem.seqlen_k),
+        ),
     )

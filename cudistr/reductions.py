@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_Q_DEFAULT", "BLOCK_Q_MULTIPLE", "LSH", "MAX_PROJ", "projections"]
+__all__ = ["BLOCK_Q_DEFAULT", "BLOCK_Q_MULTIPLE", "LSH", "MAX_BLOCK_Q", "MAX_PROJ", "projections"]
 
 BLOCK_Q_DEFAULT = (
     128  # the paper's l; also the rows of the largest query tile, so a block is one thread block
 )
 BLOCK_Q_MULTIPLE = 64  # a query tile (64 or 128 rows) must lie inside one block: it has one column order
+MAX_BLOCK_Q = 65536  # beyond any use, and the projections are still small
 MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
 
 
@@ -47,7 +48,7 @@ class LSH:
         Columns per group (the paper's G*), at least 1. It must divide head_dim, and head_dim / group_size
         must be a multiple of 8. 1 is exact attention.
     block_q : int, optional
-        Query rows per block (the paper's l), a multiple of 64. 128 unless given.
+        Query rows per block (the paper's l), a multiple of 64 up to 65536. 128 unless given.
     n_proj : int, default 16
         Bits of the hash, 1 to 16: the number of Gaussian projections.
     seed : int, default 0
@@ -89,10 +90,11 @@ class LSH:
             raise ValueError(
                 f"LSH: group_size must be at least 1, got {group_size}. Pass 1 (exact), 2, 4, 8, ..."
             )
-        if block_q < BLOCK_Q_MULTIPLE or block_q % BLOCK_Q_MULTIPLE:
+        if not BLOCK_Q_MULTIPLE <= block_q <= MAX_BLOCK_Q or block_q % BLOCK_Q_MULTIPLE:
+            nearest = min(MAX_BLOCK_Q, max(1, block_q // BLOCK_Q_MULTIPLE) * BLOCK_Q_MULTIPLE)
             raise ValueError(
-                f"LSH: block_q must be a positive multiple of {BLOCK_Q_MULTIPLE}, got {block_q}. "
-                f"Pass {max(1, block_q // BLOCK_Q_MULTIPLE) * BLOCK_Q_MULTIPLE}, or None for {BLOCK_Q_DEFAULT}."
+                f"LSH: block_q must be a positive multiple of {BLOCK_Q_MULTIPLE}, at most {MAX_BLOCK_Q}, "
+                f"got {block_q}. Pass {nearest}, or None for {BLOCK_Q_DEFAULT}."
             )
         if not 1 <= n_proj <= MAX_PROJ:
             raise ValueError(f"LSH: n_proj must be from 1 to {MAX_PROJ}, got {n_proj}. The default is 16.")
@@ -110,6 +112,11 @@ class LSH:
             ("seed", seed),
         ):
             object.__setattr__(self, name, value)
+        # Hashed on every call, so once.
+        object.__setattr__(self, "_hash", hash((group_size, block_q, n_proj, seed, self.representative)))
+
+    def __hash__(self) -> int:
+        return self.__dict__["_hash"]  # type: ignore[no-any-return]
 
     @property
     def rows_per_block(self) -> int:

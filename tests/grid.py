@@ -91,12 +91,8 @@ def kernels(capability: int) -> dict[str, Kernel]:
         for d in HEAD_DIMS:
             for aligned in (True, False):
                 suffix = "" if aligned else " unaligned"
-                found[f"smxx_lsh_group {dtype} {d}{suffix}"] = planner.group_kernel(dtype, d, aligned)
+                found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
-        if dtype != "bfloat16":  # the transpose knows bytes only
-            for aligned in (True, False):
-                suffix = "" if aligned else " unaligned"
-                found[f"smxx_transpose {dtype}{suffix}"] = planner.transpose_kernel(dtype, aligned)
     return found
 
 

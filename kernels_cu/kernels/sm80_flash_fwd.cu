@@ -1,4 +1,4 @@
-// Attention forward for sm_80 and newer: exact, and DistrAttention with Khat made in registers.
+// Attention forward for sm_80 and newer: exact, and DistrAttention with Khat made in shared memory.
 // One thread block per tile of BLOCK_M queries of one head; K and V stream through in tiles of TILE_K keys.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
@@ -11,6 +11,7 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   SPLIT       1: float32 by three TF32 products; 0: one
 //   SHARED_BYTES  what the plan reserves
+#include "tile/fuse.cuh"
 #include "tile/mask.cuh"
 #include "tile/product.cuh"
 #include "tile/softmax.cuh"
@@ -62,33 +63,41 @@ typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
 typedef SharedTile<T, TILE_K, kOutColumns> ValueTile;
 typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
 
-template <bool kTransposed>
-struct KeyTileOf {
-    typedef SharedTile<T, TILE_K, kDepth> type;
-};
-// A pad of 8 is one chunk for 16-bit types; float32 lanes read single elements of four rows, which a pitch of 8 words
-// modulo 32 keeps in different banks.
-template <>
-struct KeyTileOf<true> {
-    typedef SharedTile<T, kMembers * kDepth, TILE_K, 8> type;
-};
-typedef KeyTileOf<kGroup != 0>::type KeyTile;
+// Grouped: the transposed K and its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types; float32
+// lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
+typedef SharedTile<T, TILE_K, kDepth> PlainKeyTile;
+typedef SharedTile<T, kMembers * kDepth, TILE_K, 8> RawKeyTile;
+typedef SharedTile<T, kDepth, TILE_K, 8> FusedKeyTile;
 
-struct Shared {
+struct ExactShared {
     QueryTile q;
-    KeyTile k;
+    PlainKeyTile k;
     ValueTile v;
-    i32 key_row[kGroup ? kMembers * kDepth : 1];  // row of the transposed K for each row of its tile, -1 for padding
+};
+struct GroupedShared {
+    QueryTile q;
+    RawKeyTile k;
+    FusedKeyTile khat;
+    ValueTile v;
+    i32 key_row[kMembers * kDepth];  // row of the transposed K for each row of its tile, -1 for padding
+};
+template <bool kGrouped>
+struct SharedOf {
+    typedef ExactShared type;
+};
+template <>
+struct SharedOf<true> {
+    typedef GroupedShared type;
 };
 union SharedStorage {
-    Shared loop;
+    SharedOf<kGroup != 0>::type loop;
     OutTile out;
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
 // Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
-// neighbouring groups side by side: the permutation costs an address per row, and ldmatrix has no conflicts.
-DEVICE void read_permutation(Shared& shared, const u8* permutation, int thread) {
+// neighbouring groups side by side: the permutation costs an address per row, and fusion has no bank conflicts.
+DEVICE void read_permutation(GroupedShared& shared, const u8* permutation, int thread) {
     for (int row = thread; row < kMembers * kDepth; row += kThreads) {
         const int group = row % kDepth;
         shared.key_row[row] = group < kGroups ? permutation[group * kMembers + row / kDepth] : -1;
@@ -96,7 +105,7 @@ DEVICE void read_permutation(Shared& shared, const u8* permutation, int thread) 
 }
 
 // Qhat: one column per group, sampled or averaged. Padding becomes zero.
-DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, int thread) {
+DEVICE void gather_queries(GroupedShared& shared, const T* q, i64 row_stride, int rows, int thread) {
     for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
         const int row = i / kDepth;
         const int group = i % kDepth;
@@ -120,15 +129,15 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
 }
 
 // A tile of the transposed K: keys [key, key + TILE_K) of every column, columns in the block's order.
-DEVICE void copy_transposed_keys(Shared& shared, const T* k, i64 row_stride, int key, int key_columns, int thread) {
+DEVICE void copy_transposed_keys(GroupedShared& shared, const T* k, i64 row_stride, int key, int key_columns, int thread) {
     typedef CopyShape<kThreads, TILE_K / kElements> Shape;
     const int first_row = thread / Shape::kAcross;
     const int column = thread % Shape::kAcross * kElements;
     T* to = &shared.k.at(first_row, column);
     const u32 to_address = shared_address(to);
 #pragma unroll
-    for (int row = 0; row < KeyTile::kRows; row += Shape::kRowsPerPass) {
-        const bool row_inside = KeyTile::kRows % Shape::kRowsPerPass == 0 || first_row + row < KeyTile::kRows;
+    for (int row = 0; row < RawKeyTile::kRows; row += Shape::kRowsPerPass) {
+        const bool row_inside = RawKeyTile::kRows % Shape::kRowsPerPass == 0 || first_row + row < RawKeyTile::kRows;
         if (!row_inside) continue;
         const int source_row = shared.key_row[first_row + row];
         const T* source = k + (source_row < 0 ? 0 : source_row) * row_stride + key + column;
@@ -137,14 +146,14 @@ DEVICE void copy_transposed_keys(Shared& shared, const T* k, i64 row_stride, int
             const int offset = pass * Shape::kAcross * kElements;
             const bool valid = source_row >= 0 && key + column + offset < key_columns;
             if (column + offset < TILE_K) {
-                copy_chunk<true>(to, to_address, row * KeyTile::kPitch + offset, source + offset, valid);
+                copy_chunk<true>(to, to_address, row * RawKeyTile::kPitch + offset, source + offset, valid);
             }
         }
     }
 }
 
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, QueryTile> QueryCopy;
-typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, KeyTile> KeyCopy;
+typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, PlainKeyTile> KeyCopy;
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, ValueTile> ValueCopy;
 
 // The first of this lane's accumulator rows.
@@ -216,12 +225,10 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
     }
 }
 
-}  // namespace
-
-// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const AttentionParams params) {
-    extern __shared__ __align__(16) unsigned char storage[];
-    Shared& shared = reinterpret_cast<SharedStorage*>(storage)->loop;
+// One thread block's work. A template, so that the branch not taken need not make sense.
+template <bool kGrouped>
+DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
+    typename SharedOf<kGrouped>::type& shared = storage.loop;
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
     const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
@@ -242,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const A
     const int first_tile = first_key / TILE_K;
     int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
 
-    if constexpr (kGroup) {
+    if constexpr (kGrouped) {
         const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
         read_permutation(shared, params.permutation + block * HEAD_DIM, thread);
         __syncthreads();
@@ -251,17 +258,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const A
     int keys_left = params.seqlen_k - tile * TILE_K;
     KeyCopy key_copy;
     ValueCopy value_copy;
-    if constexpr (kGroup) {
+    if constexpr (kGrouped) {
         if (tile >= first_tile) copy_transposed_keys(shared, k, params.k_row, tile * TILE_K, params.key_columns, thread);
         gather_queries(shared, q, params.q_row, rows, thread);
     } else {
-        key_copy.open(shared.k, k + tile * (TILE_K * params.k_row), params.k_row, thread);
-        if (tile >= first_tile) key_copy.run(params.k_row, keys_left);
+        key_copy.open(k + tile * (TILE_K * params.k_row), params.k_row);
+        if (tile >= first_tile) key_copy.run(shared.k, params.k_row, keys_left);
         QueryCopy query_copy;
-        query_copy.open(shared.q, q, params.q_row, thread);
-        query_copy.run(params.q_row, rows);
+        query_copy.open(q, params.q_row);
+        query_copy.run(shared.q, params.q_row, rows);
     }
-    value_copy.open(shared.v, v + tile * (TILE_K * params.v_row), params.v_row, thread);
+    value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
     cp_async_commit();
 
     const u32 queries = left_address<T>(shared.q, warp_row, lane);
@@ -273,36 +280,51 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const A
         const int key = tile * TILE_K;
         cp_async_wait<0>();
         __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
-        value_copy.run(params.v_row, keys_left);
+        value_copy.run(shared.v, params.v_row, keys_left);
         value_copy.move(-TILE_K * params.v_row);
         cp_async_commit();
+        keys_left += TILE_K;
 
         float scores[ROW_TILES][kKeyTiles][4] = {};
-        multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
-
-        cp_async_wait<0>();
-        __syncthreads();  // the values have landed, and every warp is done with the keys
-        keys_left += TILE_K;
-        if (tile > first_tile) {
-            if constexpr (kGroup) {
-                copy_transposed_keys(shared, k, params.k_row, key - TILE_K, params.key_columns, thread);
-            } else {
-                key_copy.move(-TILE_K * params.k_row);
-                key_copy.run(params.k_row, keys_left);
+        if constexpr (kGrouped) {
+            fuse_keys<kMembers, kThreads>(shared.khat, shared.k, thread_index());
+            __syncthreads();  // Khat is complete, and the raw keys may be overwritten
+            if (tile > first_tile) {
+                copy_transposed_keys(shared, k, params.k_row, key - TILE_K, params.key_columns, thread_index());
             }
+            cp_async_commit();
+            multiply_queries_keys<T, kSplit, kSteps, kGrouped, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+            cp_async_wait<1>();
+            __syncthreads();  // the values have landed, and every warp is done with Khat
+        } else {
+            multiply_queries_keys<T, kSplit, kSteps, kGrouped, QueryTile::kPitch>(scores, queries, shared.k, lane);
+            cp_async_wait<0>();
+            __syncthreads();  // the values have landed, and every warp is done with the keys
+            if (tile > first_tile) {
+                key_copy.move(-TILE_K * params.k_row);
+                key_copy.run(shared.k, params.k_row, keys_left);
+            }
+            cp_async_commit();
         }
-        cp_async_commit();
 
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         if (key < first_common || key + TILE_K - 1 > last_common) {
             apply_mask(scores, band, first_row, key, own_row(), thread_index() % 4 * 2);
         }
         softmax.update(scores, output, params.score_scale);
-        multiply_weights_values<T, kSplit>(output, scores, shared.v, lane);
+        multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v, lane);
     }
 
     cp_async_wait<0>();
     softmax.reduce_sums();
     __syncthreads();  // the tiles of the loop become the tile of the output
-    store_output(params, reinterpret_cast<SharedStorage*>(storage)->out, output, softmax);
+    store_output(params, storage.out, output, softmax);
+}
+
+}  // namespace
+
+// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const AttentionParams params) {
+    extern __shared__ __align__(16) unsigned char storage[];
+    attend<kGroup != 0>(params, *reinterpret_cast<SharedStorage*>(storage));
 }

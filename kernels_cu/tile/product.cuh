@@ -101,48 +101,21 @@ DEVICE u32 transposed_address(const Tile& tile, int lane) {
     return shared_address(&tile.at(lane % 16, lane / 16 * 8));
 }
 
-// Fusion: the sum of kCount members' fragments, read kMemberBytes apart, added pairwise as a tree. What leaves is the
-// fragment of Khat: it exists in registers only.
-template <class T, int kCount, int kMemberBytes>
-DEVICE void load_fused(u32 (&fragment)[4], u32 address) {
-    if constexpr (kCount == 1) {
-        ldmatrix_x4_trans(fragment, address);
-    } else {
-        u32 other[4];
-        load_fused<T, kCount / 2, kMemberBytes>(fragment, address);
-        load_fused<T, kCount - kCount / 2, kMemberBytes>(other, address + kCount / 2 * kMemberBytes);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) fragment[i] = Traits<T>::add(fragment[i], other[i]);
-    }
-}
-
-// float32 has no transposing ldmatrix: lanes read their elements themselves. Pitches are chosen so that the four rows
-// and eight columns of a warp's read lie in 32 different banks.
-template <int kCount, int kMemberElements>
-DEVICE float load_fused_element(const float* source) {
-    if constexpr (kCount == 1) {
-        return *source;
-    } else {
-        return load_fused_element<kCount / 2, kMemberElements>(source) +
-               load_fused_element<kCount - kCount / 2, kMemberElements>(source + kCount / 2 * kMemberElements);
-    }
-}
-
-// scores += Q K^T for one key tile; queries is the warp's left_address. kGroup 0: K lies (keys, columns). Otherwise K
-// lies transposed, its rows ordered (member of the group, group), and each right operand is the sum over the members:
-// the fused Khat. Queries are read anew for every tile: kept in registers they were worth 2% at 64 columns, less than
-// a longer tile, and beyond that there are no registers.
-template <class T, bool kSplit, int kSteps, int kGroup, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
+// scores += Q K^T for one key tile; queries is the warp's left_address. K lies (keys, sum), or transposed (sum, keys).
+// Queries are read anew for every tile: kept in registers they were worth 2% at 64 columns, less than a longer tile,
+// and beyond that there are no registers.
+template <class T, bool kSplit, int kSteps, bool kTransposed, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
 DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 queries, const Tile& keys, int lane) {
     typedef Multiply<T, kSplit> Mma;
     constexpr int kBytes = int(sizeof(T));
     constexpr int kDepth = Traits<T>::kMmaDepth;
-    constexpr int kMemberRows = kSteps * kDepth;
-    const u32 plain = kGroup ? 0 : right_address<T>(keys, lane);
-    const u32 fused = kGroup && kBytes == 2 ? transposed_address(keys, lane) : 0;
-    const T* element = &keys.at(kGroup ? lane % 4 : 0, kGroup ? lane / 4 : 0);
-    // float32 has twice the steps and three products in each: unrolled whole, its prefetched operands spill.
-#pragma unroll(kBytes == 2 ? kSteps : 4)
+    // float32 has no transposing ldmatrix: lanes read their elements themselves.
+    constexpr bool kElementwise = kTransposed && kBytes == 4;
+    const u32 address = kTransposed ? transposed_address(keys, lane) : right_address<T>(keys, lane);
+    const T* element = &keys.at(kElementwise ? lane % 4 : 0, kElementwise ? lane / 4 : 0);
+    // Unrolled whole, ptxas reads so many operands ahead that float32 (twice the steps, three products in each) and
+    // the grouped kernels spill.
+#pragma unroll(kBytes == 4 ? 4 : kTransposed ? 1 : kSteps)
     for (int step = 0; step < kSteps; ++step) {
         typename Mma::A a[kRowTiles];
 #pragma unroll
@@ -153,20 +126,17 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
         }
 #pragma unroll
         for (int pair = 0; pair < kKeyTiles / 2; ++pair) {
-            // With two members ptxas reads so many operands ahead that it spills; this holds it back.
-            if constexpr (kGroup == 2) __syncwarp();
             u32 raw[4];
-            if constexpr (kGroup == 0) {
-                ldmatrix_x4(raw, plain + (pair * 16 * Tile::kPitch + step * kDepth) * kBytes);
-            } else if constexpr (kBytes == 2) {
-                load_fused<T, kGroup, kMemberRows * Tile::kPitch * kBytes>(
-                    raw, fused + (step * kDepth * Tile::kPitch + pair * 16) * kBytes);
-            } else {
+            if constexpr (kElementwise) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int offset = (step * kDepth + i % 2 * 4) * Tile::kPitch + pair * 16 + i / 2 * 8;
-                    raw[i] = __float_as_uint(load_fused_element<kGroup, kMemberRows * Tile::kPitch>(element + offset));
+                    raw[i] = __float_as_uint(element[offset]);
                 }
+            } else if constexpr (kTransposed) {
+                ldmatrix_x4_trans(raw, address + (step * kDepth * Tile::kPitch + pair * 16) * kBytes);
+            } else {
+                ldmatrix_x4(raw, address + (pair * 16 * Tile::kPitch + step * kDepth) * kBytes);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -181,7 +151,8 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
 // output += P V for one key tile. The accumulators of P are the left operand as they stand: for 16-bit types two
 // neighbouring 8-key tiles make one 16-key step; for float32 the keys of a step are renumbered (0 2 4 6 1 3 5 7), in P
 // and in V alike, which a sum does not notice and which saves the shuffles.
-template <class T, bool kSplit, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile>
+// kHold keeps ptxas from reading values so far ahead that it spills: no read moves across a warp barrier.
+template <class T, bool kSplit, bool kHold, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile>
 DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
                                     const float (&weights)[kRowTiles][kKeyTiles][4], const Tile& values, int lane) {
     typedef Multiply<T, kSplit> Mma;
@@ -200,6 +171,7 @@ DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
             }
 #pragma unroll
             for (int pair = 0; pair < kOutTiles / 2; ++pair) {
+                if (kHold && pair % 2 == 0) __syncwarp();
                 u32 raw[4];
                 ldmatrix_x4_trans(raw, address + (step * 16 * Tile::kPitch + pair * 16) * int(sizeof(T)));
 #pragma unroll

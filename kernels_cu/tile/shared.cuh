@@ -57,8 +57,8 @@ DEVICE void copy_chunk(T* base, u32 base_address, int offset, const T* source, b
 }
 
 // One thread's part in copying tiles of a row-major matrix, kWidth valid columns, one tile after another: it keeps a
-// running pointer, so that the loop over tiles multiplies nothing. What lies outside becomes zero.
-// The caller commits and waits.
+// running pointer, so that the loop over tiles multiplies nothing, and derives its place in the tile anew each time,
+// which costs less than registers held over the loop. What lies outside becomes zero. The caller commits and waits.
 template <bool kVector, int kThreads, int kWidth, class T, class Tile>
 struct RowCopy {
     static constexpr int kElements = kChunkBytes / int(sizeof(T));
@@ -67,30 +67,27 @@ struct RowCopy {
     static constexpr int kAcross = Shape::kAcross * kElements;
 
     const T* from;
-    T* to;
-    u32 to_address;
-    int first_row;
-    int column;
+
+    static DEVICE int first_row() { return thread_index() / Shape::kAcross; }
+    static DEVICE int column() { return thread_index() % Shape::kAcross * kElements; }
 
     // source: the first row of the first tile.
-    DEVICE void open(Tile& tile, const T* source, i64 row_stride, int thread) {
-        first_row = thread / Shape::kAcross;
-        column = thread % Shape::kAcross * kElements;
-        from = source + first_row * row_stride + column;
-        to = &tile.at(first_row, column);
-        to_address = shared_address(to);
-    }
+    DEVICE void open(const T* source, i64 row_stride) { from = source + first_row() * row_stride + column(); }
 
     // Copies the rows below the given number of rows of the current tile.
-    DEVICE void run(i64 row_stride, int rows) const {
+    DEVICE void run(Tile& tile, i64 row_stride, int rows) const {
         const T* source = from;
+        const int row0 = first_row();
+        const int column0 = column();
+        T* to = &tile.at(row0, column0);
+        const u32 to_address = shared_address(to);
 #pragma unroll
         for (int row = 0; row < Tile::kRows; row += Shape::kRowsPerPass) {
-            const bool row_inside = Tile::kRows % Shape::kRowsPerPass == 0 || first_row + row < Tile::kRows;
+            const bool row_inside = Tile::kRows % Shape::kRowsPerPass == 0 || row0 + row < Tile::kRows;
 #pragma unroll
             for (int offset = 0; offset < Shape::kPassesAcross * kAcross; offset += kAcross) {
-                const bool column_inside = Tile::kColumns % kAcross == 0 || column + offset < Tile::kColumns;
-                const bool valid = first_row + row < rows && (kWidth == Tile::kColumns || column + offset < kWidth);
+                const bool column_inside = Tile::kColumns % kAcross == 0 || column0 + offset < Tile::kColumns;
+                const bool valid = row0 + row < rows && (kWidth == Tile::kColumns || column0 + offset < kWidth);
                 if (row_inside && column_inside) {
                     copy_chunk<kVector>(to, to_address, row * Tile::kPitch + offset, source + offset, valid);
                 }

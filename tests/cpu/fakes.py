@@ -17,7 +17,7 @@ class DeviceArray:
         self.shape, self.strides, self.dtype = values.shape, values.strides, values.dtype
         self.size, self.itemsize = values.size, values.itemsize
         self.device = types.SimpleNamespace(id=device)
-        self.data = types.SimpleNamespace(ptr=values.ctypes.data)
+        self.data = types.SimpleNamespace(ptr=values.ctypes.data, device_id=device)
         self._values = values  # keeps the address its own
 
 

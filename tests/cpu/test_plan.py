@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cudistr import LSH, UnsupportedDeviceError, compiler, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
 from cudistr.normalize import Problem
-from cudistr.plan import Device, Kernel, Plan, Tile, plan
+from cudistr.plan import Device, Kernel, Plan, Prepare, Tile, plan
 from tests.grid import DEVICES
 
 AMPERE = DEVICES[80]
@@ -94,7 +95,8 @@ def problems(draw: st.DrawFn, *, reduced: bool | None = None) -> Problem:
 
 def small_enough(one: Problem) -> bool:
     """Whether one launch holds it whatever the tile is."""
-    return math.ceil(one.seqlen_q / 16) * one.batch * one.heads <= planner.MAX_BLOCKS
+    rows, keys = math.ceil(one.seqlen_q / 16), math.ceil(one.seqlen_k / 16) * 4
+    return (rows + keys) * one.batch * one.heads <= planner.MAX_BLOCKS
 
 
 # The tile
@@ -133,12 +135,16 @@ def test_a_tile_exists_for_every_shape(device: Device) -> None:
 def test_a_tile_lies_inside_one_block_of_the_reduction(one: Problem, device: Device) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
-    assert one.reduction is not None
-    block_q, block_m = one.reduction.rows_per_block, chosen.tile.block_m
+    assert one.reduction is not None and chosen.prepare is not None
+    block_q, block_m, group_blocks = (
+        one.reduction.rows_per_block,
+        chosen.tile.block_m,
+        chosen.prepare.group_blocks,
+    )
     assert block_q % block_m == 0
-    assert (chosen.group_blocks - 1) * block_q < one.seqlen_q <= chosen.group_blocks * block_q
+    assert (group_blocks - 1) * block_q < one.seqlen_q <= group_blocks * block_q
     # The kernel finds the order of its last tile by this division; it must not lie past the orders.
-    assert (chosen.row_blocks - 1) // (block_q // block_m) == chosen.group_blocks - 1
+    assert (chosen.row_blocks - 1) // (block_q // block_m) == group_blocks - 1
 
 
 @given(problems(), devices, st.integers(1, 64))
@@ -163,26 +169,58 @@ def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
 def test_exact_attention_is_one_kernel(one: Problem, device: Device) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
-    assert chosen.group is None and chosen.transpose is None
-    assert chosen.group_blocks == chosen.key_columns == 0
+    assert chosen.prepare_kernel is None and chosen.prepare is None
 
 
 @given(problems(reduced=True), devices)
-def test_grouped_attention_is_three_kernels(one: Problem, device: Device) -> None:
+def test_grouped_attention_is_two_kernels(one: Problem, device: Device) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
-    assert chosen.group is not None and chosen.transpose is not None
-    assert chosen.key_columns % 8 == 0 and one.seqlen_k <= chosen.key_columns < one.seqlen_k + 8
-    assert chosen.group.threads % 32 == 0 and one.head_dim <= 2 * chosen.group.threads < one.head_dim + 64
-    for kernel in (chosen.group, chosen.transpose):
-        assert dict(kernel.constants)["ALIGNED"] == one.aligned
-        assert kernel.shared_bytes == 0
-    assert dict(chosen.transpose.constants)["BYTES"] == normalize_itemsize(one.dtype)
+    assert chosen.prepare_kernel is not None and chosen.prepare is not None
+    constants = dict(chosen.prepare_kernel.constants)
+    assert DTYPES[constants["DTYPE"]] == one.dtype
+    assert (constants["HEAD_DIM"], constants["ALIGNED"]) == (one.head_dim, one.aligned)
+    assert {type(value) for value in constants.values()} == {int}
+    assert chosen.prepare_kernel.shared_bytes == 0
+    columns, key_blocks = chosen.prepare.key_columns, chosen.prepare.key_blocks
+    assert columns % 8 == 0 and one.seqlen_k <= columns < one.seqlen_k + 8
+    assert (key_blocks - 1) * planner.TRANSPOSE_TILE < columns <= key_blocks * planner.TRANSPOSE_TILE
 
 
-def normalize_itemsize(dtype: str) -> int:
-    (found,) = [key.itemsize for key, name in normalize._DTYPES.items() if name == dtype]
-    return found
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 2000),
+    head_dims,
+    st.sampled_from([64, 128, 256]),
+    st.none() | st.tuples(st.integers(1, 4), st.integers(1, 3000)),
+)
+def test_every_task_of_the_preparation_has_one_thread_block(
+    batch: int, heads: int, seqlen_q: int, head_dim: int, block_q: int, keys: tuple[int, int] | None
+) -> None:
+    chosen = planner.prepare(batch, heads, seqlen_q, head_dim, block_q, keys)
+    orders, transposes = [], []
+    for block in range(chosen.blocks):  # as smxx_lsh_prepare shares them out
+        if block < chosen.order_blocks * chosen.spacing and block % chosen.spacing == 0:
+            orders.append(block // chosen.spacing)
+        else:
+            transposes.append(block - min(chosen.order_blocks, block // chosen.spacing + 1))
+    assert orders == list(range(chosen.order_blocks))
+    tiles_per_head = chosen.key_blocks * math.ceil(head_dim / planner.TRANSPOSE_TILE)
+    assert transposes == list(range(0 if keys is None else tiles_per_head * batch * keys[0]))
+    # A thread has two columns, a warp one block of queries.
+    per_block = planner.PREPARE_THREADS // (32 * math.ceil(head_dim / 64))
+    assert chosen.order_units == batch * heads * math.ceil(seqlen_q / block_q)
+    assert chosen.order_blocks == math.ceil(chosen.order_units / per_block)
+
+
+@given(problems(reduced=True), devices)
+def test_the_sums_of_the_preparation_stay_in_32_bits(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device).prepare
+    assert chosen is not None
+    assert (chosen.order_blocks - 1) * chosen.spacing < chosen.blocks <= planner.MAX_BLOCKS
+    assert chosen.order_blocks * chosen.spacing < 2**32
 
 
 # The constants
@@ -233,10 +271,12 @@ def test_a_plan_is_a_value(one: Problem, device: Device) -> None:
     assert plan(dataclasses.replace(one), dataclasses.replace(device)) is chosen
     assert plan.__wrapped__(one, device) == chosen
     # Printable: what is printed says everything.
-    assert eval(repr(chosen), {"Plan": Plan, "Kernel": Kernel, "Tile": Tile}) == chosen
+    assert eval(repr(chosen), {x.__name__: x for x in (Plan, Kernel, Prepare, Tile)}) == chosen
 
 
-@pytest.mark.parametrize("value", [plan(problem(), AMPERE), AMPERE, *planner.attention_kernel(problem(), AMPERE)])
+@pytest.mark.parametrize(
+    "value", [plan(problem(), AMPERE), AMPERE, *planner.attention_kernel(problem(), AMPERE)]
+)
 def test_values_are_frozen(value: object) -> None:
     name = dataclasses.fields(value)[0].name  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -250,7 +290,7 @@ def test_values_are_frozen(value: object) -> None:
 @pytest.mark.parametrize("reduction", [None, LSH(2)], ids=["exact", "G2"])
 def test_too_many_blocks(reduction: LSH | None) -> None:
     # One head more than a launch has blocks, with one row each.
-    one = problem(batch=2**16, heads=2**15, heads_kv=2**15, seqlen_q=1, reduction=reduction)
+    one = problem(batch=2**16, heads=2**15, heads_kv=1, seqlen_q=1, reduction=reduction)
     text = (
         f"the problem needs {2**31} thread blocks, more than the {2**31 - 1} of one launch. "
         "Split the batch into several calls."
@@ -259,6 +299,16 @@ def test_too_many_blocks(reduction: LSH | None) -> None:
         plan(one, AMPERE)
     fits = dataclasses.replace(one, batch=2**16 - 1)
     assert plan(fits, AMPERE).blocks == (2**16 - 1) * 2**15
+
+
+def test_too_many_blocks_of_the_preparation() -> None:
+    """Long keys for few queries: it is the transpose that does not fit."""
+    one = problem(batch=2**10, heads=2, heads_kv=2, seqlen_q=1, seqlen_k=2**27, reduction=LSH(2))
+    assert plan(dataclasses.replace(one, reduction=None), AMPERE).blocks == 2**11
+    with pytest.raises(
+        ValueError, match=r"thread blocks, more than the 2147483647 of one launch\. Split the batch"
+    ):
+        plan(one, AMPERE)
 
 
 @given(st.integers(10, 79), st.integers(0, 7))
@@ -280,21 +330,21 @@ def test_devices_that_are_new_enough(device: Device) -> None:
 
 
 @pytest.fixture
-def asserting(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> object:
-    """compile(kernel, *conditions): compiles with a static_assert for each condition behind the kernel."""
+def nvrtc() -> None:
+    pytest.importorskip("cupy", reason="NVRTC comes with the extra cuda12 or cuda13")
+
+
+@pytest.fixture
+def asserting(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """asserting(kernel, *conditions) compiles with a static_assert for each condition behind the kernel."""
     unit = compiler.unit
 
-    def compile(kernel: Kernel, *conditions: str) -> None:
+    def check(kernel: Kernel, *conditions: str) -> None:
         lines = "".join(f'static_assert({c}, "{c}");\n' for c in conditions)
         monkeypatch.setattr(compiler, "unit", lambda one: unit(one) + lines)
         compiler.compile_cubin(kernel, "sm_80")
 
-    return compile
-
-
-@pytest.fixture
-def nvrtc() -> None:
-    pytest.importorskip("cupy", reason="NVRTC comes with the extra cuda12 or cuda13")
+    return check
 
 
 VARIANTS = {
@@ -310,7 +360,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_shared_memory_and_threads_are_those_of_the_kernel(asserting, changes: dict[str, object]) -> None:
+def test_shared_memory_and_threads_are_those_of_the_kernel(
+    asserting: Callable[..., None], changes: dict[str, object]
+) -> None:
     kernel, _ = planner.attention_kernel(problem(**changes), AMPERE)
     asserting(kernel, f"sizeof(SharedStorage) == {kernel.shared_bytes}", f"kThreads == {kernel.threads}")
 
@@ -326,16 +378,21 @@ def test_a_wrong_number_of_bytes_does_not_compile(nvrtc: None, difference: int) 
     assert f"SHARED_BYTES={kernel.shared_bytes + difference}" in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 256])
-def test_threads_of_the_grouping_kernel(asserting, dtype: str, head_dim: int) -> None:
-    kernel = planner.group_kernel(dtype, head_dim, True)
-    asserting(kernel, f"kThreads == {kernel.threads}", f"kProjections == {launch.MAX_PROJ}")
+def test_threads_and_tasks_of_the_preparation(asserting: Callable[..., None], head_dim: int) -> None:
+    kernel = planner.prepare_kernel("float16", head_dim, True)
+    units = planner.prepare(1, 1000, 1, head_dim, 64, None)
+    per_block = math.ceil(units.order_units / units.order_blocks)
+    asserting(
+        kernel,
+        f"kThreads == {kernel.threads}",
+        f"kUnits == {per_block}",
+        f"kTile == {planner.TRANSPOSE_TILE}",
+        f"kProjections == {launch.MAX_PROJ}",
+    )
 
 
-def test_threads_and_rows_of_the_other_kernels(asserting) -> None:
-    transpose = planner.transpose_kernel("float16", True)
-    asserting(transpose, f"kThreads == {transpose.threads}", f"kTile == {planner.TRANSPOSE_TILE}")
+def test_threads_and_rows_of_merging(asserting: Callable[..., None]) -> None:
     merge = planner.merge_kernel("float16", 64)
     asserting(
         merge,
@@ -347,14 +404,13 @@ def test_threads_and_rows_of_the_other_kernels(asserting) -> None:
 
 LAYOUTS = {
     "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
-    "GroupParams": (planner.group_kernel("float16", 64, True), launch._GROUP),
-    "TransposeParams": (planner.transpose_kernel("float16", True), launch._TRANSPOSE),
+    "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
 }
 
 
 @pytest.mark.parametrize("struct", LAYOUTS)
-def test_parameters_lie_where_the_kernel_reads_them(asserting, struct: str) -> None:
+def test_parameters_lie_where_the_kernel_reads_them(asserting: Callable[..., None], struct: str) -> None:
     kernel, layout = LAYOUTS[struct]
     assert layout.names is not None and layout.fields is not None
     offsets = {}
@@ -364,7 +420,8 @@ def test_parameters_lie_where_the_kernel_reads_them(asserting, struct: str) -> N
     asserting(
         kernel,
         f"sizeof({struct}) == {layout.itemsize}",
-        *(f"__builtin_offsetof({struct}, {name}) == {offset}" for name, offset in offsets.items()),
+        # offsetof, which NVRTC lacks
+        *(f"(i64)__INTADDR__(&(({struct}*)0)->{name}) == {offset}" for name, offset in offsets.items()),
     )
     # A call packs the addresses by themselves and puts the rest behind them.
     kinds = [layout[name] for name in layout.names]
@@ -372,7 +429,7 @@ def test_parameters_lie_where_the_kernel_reads_them(asserting, struct: str) -> N
     assert set(kinds[:addresses]) == {np.dtype("u8")}
 
 
-def test_a_wrong_layout_would_be_noticed(asserting) -> None:
+def test_a_wrong_layout_would_be_noticed(asserting: Callable[..., None]) -> None:
     kernel, layout = LAYOUTS["MergeParams"]
     with pytest.raises(CompileError, match="static assertion"):
         asserting(kernel, f"sizeof(MergeParams) == {layout.itemsize + 8}")

@@ -24,10 +24,19 @@ from cudistr.reductions import projections
         (
             {"block_q": 0},
             ValueError,
-            "block_q must be a positive multiple of 64, got 0. Pass 64, or None for 128",
+            "block_q must be a positive multiple of 64, at most 65536, got 0. Pass 64, or None for 128",
         ),
-        ({"block_q": -64}, ValueError, "block_q must be a positive multiple of 64, got -64. Pass 64"),
-        ({"block_q": 100}, ValueError, "block_q must be a positive multiple of 64, got 100. Pass 64"),
+        (
+            {"block_q": -64},
+            ValueError,
+            "block_q must be a positive multiple of 64, at most 65536, got -64. Pass 64",
+        ),
+        (
+            {"block_q": 100},
+            ValueError,
+            "block_q must be a positive multiple of 64, at most 65536, got 100. Pass 64",
+        ),
+        ({"block_q": 2**40}, ValueError, "at most 65536, got 1099511627776. Pass 65536, or None for 128"),
         ({"block_q": 200}, ValueError, "got 200. Pass 192"),
         ({"block_q": 128.0}, TypeError, "block_q must be an integer, got float 128.0. Pass a multiple of 64"),
         ({"n_proj": 0}, ValueError, "n_proj must be from 1 to 16, got 0"),

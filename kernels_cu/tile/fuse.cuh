@@ -1,0 +1,56 @@
+// Fusion: the columns of K that a group has in common, summed.
+#pragma once
+#include "tile/dtype.cuh"
+#include "tile/shared.cuh"
+
+// The sum of kMembers chunks that lie kStride elements apart. Two numbers of 16 bits are added as they are; more are
+// added in float32 and rounded once.
+template <int kMembers, int kStride, class T>
+DEVICE Chunk sum_chunks(const T* first) {
+    constexpr int kElements = kChunkBytes / int(sizeof(T));
+    Chunk sum = *reinterpret_cast<const Chunk*>(first);
+    if constexpr (kMembers == 2 && sizeof(T) == 2) {
+        const Chunk other = *reinterpret_cast<const Chunk*>(first + kStride);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.word[i] = Traits<T>::add(sum.word[i], other.word[i]);
+    } else if constexpr (kMembers > 1) {
+        float total[kElements];
+        union {
+            Chunk chunk;
+            T element[kElements];
+        } value;
+        value.chunk = sum;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) total[i] = Traits<T>::to_float(value.element[i]);
+#pragma unroll
+        for (int member = 1; member < kMembers; ++member) {
+            value.chunk = *reinterpret_cast<const Chunk*>(first + member * kStride);
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) total[i] += Traits<T>::to_float(value.element[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) value.element[i] = Traits<T>::from_float(total[i]);
+        sum = value.chunk;
+    }
+    return sum;
+}
+
+// khat (groups, keys) from keys (members x groups, keys): row g of khat is the sum of the rows g, g + groups, ...
+// Threads side by side take chunks side by side, so neither reads nor writes have bank conflicts.
+template <int kMembers, int kThreads, class RawTile, class FusedTile>
+DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
+    constexpr int kElements = kChunkBytes / int(sizeof(khat.data[0]));
+    constexpr int kAcross = FusedTile::kColumns / kElements;
+    constexpr int kChunks = FusedTile::kRows * kAcross;
+    static_assert(RawTile::kPitch == FusedTile::kPitch && RawTile::kRows == kMembers * FusedTile::kRows,
+                  "fuse_keys: the tiles must have the same rows, one for each member");
+#pragma unroll
+    for (int start = 0; start < kChunks; start += kThreads) {
+        const int i = start + thread;
+        if (kChunks % kThreads == 0 || i < kChunks) {
+            const int offset = i / kAcross * FusedTile::kPitch + i % kAcross * kElements;
+            *reinterpret_cast<Chunk*>(khat.data + offset) =
+                sum_chunks<kMembers, FusedTile::kRows * FusedTile::kPitch>(keys.data + offset);
+        }
+    }
+}
