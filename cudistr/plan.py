@@ -168,8 +168,8 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     A thread holds row_tiles * (columns_v / 2 + tile_k / 2) accumulators of its 255 registers; what ptxas makes of
     the rest differs between architectures, and CI compiles every variant for all of them and refuses a spill.
     Longer is faster: against FlashAttention-2 in one run on one H200 (bfloat16, 16k tokens, hidden size 2048),
-    N = 4k / 16k, 64 columns: 128 keys 1.14 / 1.10, 96 keys 1.08 / 1.06, 64 keys 0.98 / 0.98; 128 columns: 64 keys
-    1.04 / 0.99, 48 keys 0.99 / 0.94, 32 keys 0.90 / 0.87.
+    N = 4k / 16k, 64 columns: 128 keys 1.11 / 1.07, 96 keys 1.10 / 1.06, 64 keys 1.00 / 0.98; 128 columns: 64 keys
+    1.06 / 1.02, 48 keys 1.04 / 1.01.
     """
     columns = problem.head_dim_v
     square = problem.head_dim == columns
@@ -187,7 +187,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if group:
             return 64 if columns <= 96 or not blackwell else 32
         return 64 if square and plain and not blackwell else 48
-    # O takes 128 registers of a 16-row warp. 64 keys 0.87 / 0.83 at 256 columns, 32 keys 0.80 / 0.77.
+    # O takes 128 registers of a 16-row warp; 64 keys 0.87 / 0.83 at 256 columns, 32 keys 0.80 / 0.77.
     return 64
 
 
@@ -197,8 +197,8 @@ def _tiles(problem: Problem, device: Device, group: int) -> list[Tile]:
         # Every operand is split into two in registers, so one 16-row tile per warp is what fits.
         return [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
     keys = _longest_keys(problem, device, group)
-    # Two row tiles per warp halve the reads of shared memory: with one, 64 columns ran at 0.77 / 0.74 of
-    # FlashAttention-2 and 128 columns at 0.72 / 0.68. Beyond 128 columns O alone would take every register.
+    # Two row tiles per warp halve the reads of shared memory: with one (and 64 rows), 128 columns ran at 0.78 / 0.73
+    # of FlashAttention-2. Beyond 128 columns O alone would take every register.
     row_tiles = 2 if problem.head_dim_v <= 128 else 1
     return [
         *(Tile(128, n, row_tiles) for n in (keys, 64, 48, 32) if n <= keys),
