@@ -91,6 +91,11 @@ def attention(
     run to run. Sums are accumulated in float32; float32 input gives float32-grade results unless
     ``CUPY_TF32=1`` is set, as for CuPy's own products. NumPy arrays are computed by the float64 reference.
 
+    NaN and infinity go where IEEE arithmetic sends them: from a query to its own row, from a key or value to the
+    rows that see it. A value that is not finite may also reach rows to which its key is masked, because a weight of
+    0 times NaN is NaN; keep padding finite. In float16, a fused column of K (a sum of group_size numbers) can
+    overflow where its members do not.
+
     References
     ----------
     Exact: Dao et al., *FlashAttention-2*, arXiv 2307.08691. Reduced: Jin et al., *DistrAttention*,

@@ -178,7 +178,8 @@ DEVICE void transpose_keys(const PrepareParams& params, SharedTile<T, kTile, kTi
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) smxx_lsh_prepare(const PrepareParams params) {
+// The 2 leaves registers enough that ptxas does not spill for the sake of more thread blocks.
+extern "C" __global__ void __launch_bounds__(kThreads, 2) smxx_lsh_prepare(const PrepareParams params) {
     __shared__ __align__(16) unsigned char storage[sizeof(Storage)];
     Storage& shared = *reinterpret_cast<Storage*>(storage);
     // Ordering takes longest, so its blocks come early, but spaced, so that transposing fills the memory system.
