@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import cudistr
+from cudistr import bench
 
 from .errors import DemoError, require
 from .measure import EXACT, METHODS, Device, Measurement
@@ -62,6 +64,7 @@ def record(
         "what": "cudistr demo",
         "path": "GPU kernels" if device.gpu else "NumPy reference",
         "device": device.name if device.gpu else platform.processor() or platform.machine(),
+        "commit": bench.commit_of(Path(cudistr.__file__).parents[1], os.environ),
         "versions": _versions(device),
         "model": {"layers": weights.depth, "heads": weights.heads, "head_dim": weights.dim // weights.heads},
         "image": image,
