@@ -71,10 +71,15 @@ _MERGE = _parameters(
 )
 
 
+_Pointers = ctypes.c_char_p * 1
+
+
 class _Launch(NamedTuple):
     """A kernel ready to go: call it with the addresses that its parameters begin with."""
 
     function: Any
+    launch: Any  # cupy.cuda.driver.launchKernel
+    current_stream: Any  # cupy.cuda.get_current_stream
     blocks: int
     threads: int
     shared_bytes: int
@@ -83,22 +88,12 @@ class _Launch(NamedTuple):
 
     def __call__(self, *addresses: int) -> None:
         # The driver takes an array of pointers to parameters, and there is one: the struct. Calling CuPy's function
-        # object with a NumPy array as a struct does the same, and costs three microseconds more.
+        # object with a NumPy array as a struct does the same, and costs two microseconds more.
         parameters = _Pointers(self.addresses.pack(*addresses) + self.rest)
-        driver, stream = _driver_and_stream()
-        driver.launchKernel(
-            self.function.ptr, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
+        self.launch(
+            self.function.ptr, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, self.current_stream().ptr,
             ctypes.addressof(parameters), 0,
         )  # fmt: skip
-
-
-_Pointers = ctypes.c_char_p * 1
-
-
-def _driver_and_stream() -> tuple[Any, int]:
-    import cupy
-
-    return cupy.cuda.driver, cupy.cuda.get_current_stream().ptr
 
 
 def _launch(
@@ -108,8 +103,12 @@ def _launch(
     for name, value in values.items():
         record[name] = value
     addresses = struct.Struct("Q" * sum(layout[name] == np.uint64 for name in layout.names or ()))
+    import cupy
+
     return _Launch(
         compiler.function(kernel, device.capability, index),
+        cupy.cuda.driver.launchKernel,
+        cupy.cuda.get_current_stream,
         blocks,
         kernel.threads,
         kernel.shared_bytes,
@@ -333,10 +332,8 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     if recipe.prepare is None:
         recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
         return out, lse
-    scratch = cupy.ndarray(
-        recipe.scratch_bytes, np.uint8
-    )  # back in CuPy's pool when this returns: stream-ordered
-    transposed = scratch.data.ptr
+    scratch = cupy.cuda.alloc(recipe.scratch_bytes)  # back in CuPy's pool when this returns: stream-ordered
+    transposed = scratch.ptr
     permutation = transposed + recipe.transposed_bytes
     recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
     recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
