@@ -65,8 +65,8 @@ def order(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.intp]:
 def sample(q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH) -> NDArray[Any]:
     """Qhat (rows, head_dim / group_size): the first column of each group, or the mean of the group."""
     grouped = q_block[:, permutation].reshape(len(q_block), -1, reduction.group_size)
-    mean: NDArray[Any] = grouped.mean(axis=2)
-    return grouped[:, :, 0] if reduction.representative == "sample" else mean
+    chosen: NDArray[Any] = grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
+    return chosen
 
 
 def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray[Any]:
