@@ -65,13 +65,13 @@ def order(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.intp]:
 def sample(q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH) -> NDArray[Any]:
     """Qhat (rows, head_dim / group_size): the first column of each group, or the mean of the group."""
     grouped = q_block[:, permutation].reshape(len(q_block), -1, reduction.group_size)
-    chosen: NDArray[Any] = grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
-    return chosen
+    return grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
 
 
 def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray[Any]:
     """Khat (seqlen_k, head_dim / group_size): the sum of each group's columns of K."""
-    return k[:, permutation].reshape(len(k), -1, group_size).sum(axis=2)
+    khat: NDArray[Any] = k[:, permutation].reshape(len(k), -1, group_size).sum(axis=2)
+    return khat
 
 
 def visible(rows: NDArray[np.intp], problem: Problem) -> NDArray[np.bool_]:
