@@ -431,6 +431,9 @@ def _problem(
     left = None if left is None or left >= span else left
     right = None if right is None or right >= span else right
     itemsize = q_dtype.itemsize
+    if device is not None:
+        for name, shape, steps in (("q", q_shape, q_bytes), ("k", k_shape, k_bytes), ("v", v_shape, v_bytes)):
+            _check_steps(name, shape, steps, itemsize)
     strides = [
         row_strides(s, b, itemsize) for s, b in ((q_shape, q_bytes), (k_shape, k_bytes), (v_shape, v_bytes))
     ]
@@ -455,6 +458,15 @@ def _problem(
         tf32=tf32,
         device=device,
     )
+
+
+def _check_steps(name: str, shape: tuple[int, ...], steps: tuple[int, ...], itemsize: int) -> None:
+    """Refuse elements that do not start at multiples of their size: a kernel could not load them."""
+    if any(step % itemsize for step, size in zip(steps, shape, strict=True) if size > 1):
+        raise ValueError(
+            f"{name}: strides must be multiples of the item size, {itemsize} bytes, got {steps} for shape {shape}. "
+            f"Pass {name}.copy()."
+        )
 
 
 def row_strides(shape: tuple[int, ...], in_bytes: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
@@ -534,6 +546,8 @@ def check_out(out: Any, problem: Problem, inputs: Sequence[Any], *, dtype: str |
             f"out: the last axis must be contiguous, got strides {out.strides} bytes. "
             "Allocate it with empty(shape), or a transposed view of (batch, seqlen_q, heads, head_dim_v)."
         )
+    if problem.device is not None:
+        _check_steps("out", out.shape, out.strides, out.itemsize)
     if out.size and _self_overlap(out):
         raise ValueError(
             f"out must not overlap itself, got strides {out.strides} bytes. Pass an array of its own."
@@ -579,6 +593,8 @@ def check_group(q: Any, reduction: Any, *, reference: bool = False) -> None:
     _check_dtype("q", q.dtype, reference)
     _check_head_dim("head_dim", q.shape[3])
     _check_group_size(reduction, q.shape[3])
+    if type(q) is not np.ndarray:
+        _check_steps("q", q.shape, q.strides, q.itemsize)
     if q.shape[2] > MAX_SEQLEN:
         raise ValueError(f"seqlen_q must be at most {MAX_SEQLEN}, got {q.shape[2]}.")
 

@@ -63,15 +63,20 @@ def test_the_grid_compiles_without_spills(nvrtc: None, capsys: pytest.CaptureFix
     ]
     if not comparable:
         lines.append(f"Not compared with docs/resources.csv, which another compiler made: {version}")
+    spilled = [
+        f"{name} sm_{capability}: {numbers['spilled']} bytes spilled"
+        for name, of in table.items()
+        for capability, numbers in of.items()
+        if numbers["spilled"]
+    ]
     with capsys.disabled():
-        print("\n".join(line.rstrip() for line in lines))
+        print("\n".join(line.rstrip() for line in [*lines, *spilled]))
 
-    wrong = list(complaints)
+    # What fits the registers is known for the compiler of the table; another one's spills are shown, not refused.
+    wrong = [*complaints, *(spilled if comparable else [])]
     for name, of in table.items():
         for capability, numbers in of.items():
             limit = grid.DEVICES[capability].shared_bytes
-            if numbers["spilled"]:
-                wrong.append(f"{name} sm_{capability}: {numbers['spilled']} bytes spilled")
             if numbers["shared_bytes"] > limit:
                 wrong.append(
                     f"{name} sm_{capability}: {numbers['shared_bytes']} bytes of shared memory, at most {limit}"

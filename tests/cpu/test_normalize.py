@@ -532,6 +532,20 @@ def test_strides_are_in_elements(layout, strides, aligned):
         assert normalize.problem(*arrays).aligned is aligned, name
 
 
+def test_strides_that_split_elements():
+    # A field of a structured array on a GPU; NumPy copes with it.
+    odd = DeviceArray(zeros(K))
+    odd.strides = (odd.strides[0], odd.strides[1], 66, 4)
+    arguments = {"q": DeviceArray(zeros(Q)), "k": DeviceArray(zeros(K)), "v": DeviceArray(zeros(V))}
+    for name in ("k", "v"):
+        with raises(
+            ValueError, f"{name}: strides must be multiples of the item size, 4 bytes, got (896, 448, 66, 4)"
+        ):
+            normalize.problem(**(arguments | {"v": DeviceArray(zeros(K)), name: odd}))
+    host = np.zeros((1, 1, 7, 16), np.dtype([("a", np.float32), ("b", np.int8)]))["a"]
+    assert normalize.problem(host, host, host).seqlen_q == 7
+
+
 def test_strides_of_axes_of_length_one_say_nothing():
     q = zeros((1, 3, 1, 16))[:, ::2]
     problem = normalize.problem(q, zeros((1, 1, 9, 16)), zeros((1, 1, 9, 16)))
