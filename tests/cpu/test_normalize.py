@@ -532,6 +532,16 @@ def test_strides_are_in_elements(layout, strides, aligned):
         assert normalize.problem(*arrays).aligned is aligned, name
 
 
+@pytest.mark.parametrize(("value", "wanted"), [(None, False), ("0", False), ("", False), ("1", True)])
+def test_tf32_is_asked_for_as_cupy_asks(monkeypatch, value, wanted):
+    monkeypatch.delenv("CUPY_TF32", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUPY_TF32", value)
+    assert normalize.problem(zeros(Q), zeros(K), zeros(V)).tf32 is wanted
+    half = (zeros(shape, np.float16) for shape in (Q, K, V))
+    assert normalize.problem(*half).tf32 is False  # it is a matter of float32 alone
+
+
 def test_strides_that_split_elements():
     # A field of a structured array on a GPU; NumPy copes with it.
     odd = DeviceArray(zeros(K))
