@@ -112,8 +112,10 @@ class LSH:
             ("seed", seed),
         ):
             object.__setattr__(self, name, value)
-        # Hashed on every call, so once.
-        object.__setattr__(self, "_hash", hash((group_size, block_q, n_proj, seed, self.representative)))
+        # Hashed on every call, so once; numbers alone, because the hash travels with a pickle to other processes,
+        # where text has another hash.
+        numbers = (group_size, block_q, n_proj, seed, self.representative == "mean")
+        object.__setattr__(self, "_hash", hash(numbers))
 
     def __hash__(self) -> int:
         return self.__dict__["_hash"]  # type: ignore[no-any-return]

@@ -96,7 +96,7 @@ union SharedStorage {
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
 // Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
-// neighbouring groups side by side: the permutation costs an address per row, and fusion has no bank conflicts.
+// neighbouring groups side by side: the permutation costs an address per row, and fusion reads whole rows.
 DEVICE void read_permutation(GroupedShared& shared, const u8* permutation, int thread) {
     for (int row = thread; row < kMembers * kDepth; row += kThreads) {
         const int group = row % kDepth;

@@ -36,7 +36,8 @@ DEVICE Chunk sum_chunks(const T* first) {
 }
 
 // khat (groups, keys) from keys (members x groups, keys): row g of khat is the sum of the rows g, g + groups, ...
-// Threads side by side take chunks side by side, so neither reads nor writes have bank conflicts.
+// Threads side by side take chunks side by side: with rows of eight chunks (64 keys of 16 bits) and more, neither reads
+// nor writes have bank conflicts; shorter rows have a few.
 template <int kMembers, int kThreads, class RawTile, class FusedTile>
 DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
     constexpr int kElements = kChunkBytes / int(sizeof(khat.data[0]));

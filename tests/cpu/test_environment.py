@@ -13,7 +13,7 @@ import pytest
 
 import cudistr
 from cudistr import compiler, launch
-from tests.cpu.fakes import DeviceArray, library
+from tests.cpu.fakes import DeviceArray, forgotten, library
 
 Q = (1, 2, 5, 16)
 
@@ -90,11 +90,8 @@ CACHES = (
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
     """What the fake says is remembered by nobody."""
-    for cache in CACHES:
-        cache.cache_clear()
-    yield
-    for cache in CACHES:
-        cache.cache_clear()
+    with forgotten(CACHES):
+        yield
 
 
 @pytest.fixture

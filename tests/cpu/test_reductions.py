@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,3 +81,14 @@ def test_projections_follow_the_seed():
     np.testing.assert_array_equal(
         projections(16, 128, 7), np.random.RandomState(7).standard_normal((16, 128)).astype("f4")
     )
+
+
+def test_a_pickle_has_the_hash_of_its_equal_in_another_process():
+    code = (
+        "import pickle, sys, cudistr; x = pickle.loads(bytes.fromhex(sys.argv[1])); "
+        "y = cudistr.LSH(4, representative='mean'); assert x == y; assert hash(x) == hash(y)"
+    )
+    pickled = pickle.dumps(LSH(4, representative="mean")).hex()
+    for seed in ("1", "2"):  # of the hash of text
+        environ = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, pickled], env=environ, check=True)
