@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def _buffer_of(array: np.ndarray) -> _Buffer | None:
     return None
 
 
-class ndarray(np.ndarray):  # noqa: N801 (CuPy's name)
+class ndarray(np.ndarray):
     """An array on the device. Made by this constructor without memory, its elements have no value yet."""
 
     __module__ = "cupy"
@@ -282,6 +282,7 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint32),
         ("dynamic_bytes", ctypes.c_uint32),
         ("dynamic_limit", ctypes.c_uint32),
+        ("parameter_bytes", ctypes.c_uint32),
     )
 
 
@@ -315,7 +316,7 @@ class Function:
     """A loaded kernel."""
 
     _numbers = itertools.count(1)
-    _loaded: dict[int, Function] = {}
+    _loaded: ClassVar[dict[int, Function]] = {}
 
     def __init__(self, library: ctypes.CDLL, path: str, name: str) -> None:
         self.library, self.path, self.name = library, path, name
@@ -358,6 +359,7 @@ class Function:
             threads=threads,
             dynamic_bytes=shared_bytes,
             dynamic_limit=self.library.machine_dynamic_limit(),
+            parameter_bytes=len(raw),
         )
         failed = machine.machine_launch(ctypes.byref(launch))
         statistics.launches.append(self.name)

@@ -32,8 +32,8 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr unsigned kSharedWindow = 1u << 24;  // where shared memory begins: a stray 32-bit number is no address in it
-constexpr unsigned kBanks = 32;
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxParameterBytes = 4096;  // what every driver takes
 
 typedef unsigned u32;
 typedef std::uint64_t u64;
@@ -103,6 +103,7 @@ struct Machine {
 
     void (*kernel)(const void*) = nullptr;
     const void* parameters = nullptr;
+    unsigned parameter_bytes = 0;
     unsigned threads = 0;
     u64 block = 0;
     u64 random = 1;
@@ -314,7 +315,9 @@ void yield() {
 
 void fiber_main() {
     for (;;) {
-        m.kernel(m.parameters);
+        alignas(128) unsigned char parameters[kMaxParameterBytes];
+        memcpy(parameters, m.parameters, m.parameter_bytes);
+        m.kernel(parameters);
         Fiber& fiber = *m.fibers[m.running];
         for (const auto& group : fiber.groups) {
             if (!group.empty()) fail(fiber.caller, "%s ended before its copies landed", place_of(m.running).c_str());
@@ -753,6 +756,7 @@ struct Launch {
     u32 threads;
     u32 dynamic_bytes;
     u32 dynamic_limit;
+    u32 parameter_bytes;
 };
 
 // 0: all went well; 1: report says what did not.
@@ -771,6 +775,10 @@ extern "C" int machine_launch(const Launch* launch) {
         if (m.threads == 0 || m.threads > kMaxThreads || m.threads % kWarpLanes) {
             fail(nullptr, "a launch of %u threads: the machine runs whole warps, at most %u threads", m.threads,
                  kMaxThreads);
+        }
+        m.parameter_bytes = launch->parameter_bytes;
+        if (m.parameter_bytes > kMaxParameterBytes) {
+            fail(nullptr, "%u bytes of parameters, at most %u are passed", m.parameter_bytes, kMaxParameterBytes);
         }
         Library library = {reinterpret_cast<const void*>(launch->kernel), false};
         dl_iterate_phdr(find_library, &library);

@@ -115,10 +115,9 @@ namespace machine {
 template <class Params>
 struct Entry {
     static constexpr unsigned kBytes = sizeof(Params);
+    static_assert(alignof(Params) <= 128, "the machine aligns parameters to 128 bytes");
     static void run(void (*kernel)(Params), const void* bytes) {
-        Params params;
-        __builtin_memcpy(&params, bytes, sizeof(Params));
-        kernel(params);
+        kernel(*static_cast<const Params*>(bytes));
     }
 };
 template <class Params>

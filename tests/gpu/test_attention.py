@@ -309,6 +309,7 @@ def test_scores_that_are_all_minus_infinity(dtype, reduction):
 # Sizes
 
 
+@pytest.mark.hardware
 @each_dtype
 @each_method
 def test_more_heads_than_a_grid_axis_holds(dtype, reduction):
@@ -331,6 +332,7 @@ def empty_pool():
     cp.get_default_memory_pool().free_all_blocks()
 
 
+@pytest.mark.hardware
 @pytest.mark.usefixtures("empty_pool")
 @each_method
 def test_strides_beyond_32_bits(reduction):
@@ -352,6 +354,7 @@ def test_strides_beyond_32_bits(reduction):
     same_bits(out, cudistr.attention(*map(on_device, host), causal=True, reduction=reduction))
 
 
+@pytest.mark.hardware
 @pytest.mark.usefixtures("empty_pool")
 def test_more_elements_than_32_bits_count():
     # 2**31 + 8 * 1000 elements in q and in out: 4.3 GB each. Rows do not depend on each other.
