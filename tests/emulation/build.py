@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[1] / "build" / "emulated"  # of what g++ made of the machine and of kernels
 SHARED_LIMIT = 232448  # bytes of shared memory that a thread block of any GPU may have: 227 KB
 # The machine stands in for the runtime of -fsanitize=thread and -fsanitize=undefined (see machine.cpp). Products and
 # sums stay apart, or results would depend on the host.
@@ -67,16 +68,23 @@ def digest() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def _build_machine(library: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="cudistr-machine-") as temporary:
+        made = Path(temporary) / "machine.so"
+        _run([compiler(), *MACHINE_OPTIONS, "-shared", "-o", str(made), *map(str, sorted(HERE.glob("*.cpp")))])
+        library.parent.mkdir(parents=True, exist_ok=True)
+        copy = library.with_suffix(f".{os.getpid()}")
+        shutil.copy(made, copy)
+        os.replace(copy, library)  # another process sees all of it or nothing
+
+
 @functools.cache
 def machine() -> ctypes.CDLL:
-    """The machine, compiled and loaded once per process; kernels find its functions when they are loaded."""
-    folder = Path(tempfile.mkdtemp(prefix="cudistr-machine-"))
-    try:
-        library = folder / "machine.so"
-        _run([compiler(), *MACHINE_OPTIONS, "-shared", "-o", str(library), str(HERE / "machine.cpp")])
-        loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    finally:
-        shutil.rmtree(folder)
+    """The machine, compiled once and loaded once per process; kernels find its functions when they are loaded."""
+    library = CACHE / f"machine-{digest()[:16]}.so"
+    if not library.is_file():
+        _build_machine(library)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.machine_report.restype = ctypes.c_char_p
     loaded.machine_report_caller.restype = ctypes.c_void_p
     loaded.machine_statistics.restype = ctypes.POINTER(ctypes.c_uint64)

@@ -506,14 +506,11 @@ def modules() -> dict[str, types.ModuleType]:
     return {module.__name__: module for module in (cupy, cuda, nvrtc, driver, runtime, function)}
 
 
-CACHE = build.HERE.parents[1] / "build" / "emulated"  # of compiled kernels; see cudistr.compiler.cache_folder
-
-
 def install() -> None:
     """Let ``import cupy`` find the stand-in from now on; before anything has imported the real one."""
     assert "cupy" not in sys.modules
     sys.modules.update(modules())
-    os.environ["CUDISTR_CACHE_DIR"] = str(CACHE)
+    os.environ["CUDISTR_CACHE_DIR"] = str(build.CACHE)
 
 
 def _caches() -> Iterator[Any]:
@@ -536,7 +533,7 @@ def installed() -> Iterator[types.ModuleType]:
         for name in before:
             del sys.modules[name]
         sys.modules.update(ours)
-        os.environ["CUDISTR_CACHE_DIR"] = str(CACHE)
+        os.environ["CUDISTR_CACHE_DIR"] = str(build.CACHE)
         try:
             yield ours["cupy"]
         finally:

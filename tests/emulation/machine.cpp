@@ -9,130 +9,23 @@
 //   - two accesses, one of them a write, that no barrier orders (vector clocks, as in a race detector)
 // The last is found in any order of execution; the order of warps and lanes is permuted by a seed nevertheless, so that
 // results can be compared.
-#include "machine.hpp"
+#include "core.hpp"
 
-#include <csetjmp>
+#include <algorithm>
 #include <cstdarg>
-#include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <deque>
 #include <link.h>
-#include <memory>
-#include <string>
 #include <sys/mman.h>
-#include <ucontext.h>
-#include <vector>
 
 namespace machine {
 
 Place place;
+Machine m;
 
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr unsigned kSharedWindow = 1u << 24;  // where shared memory begins: a stray 32-bit number is no address in it
-constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxParameterBytes = 4096;  // what every driver takes
-
-typedef unsigned u32;
-typedef std::uint64_t u64;
-typedef std::uintptr_t address_t;
-
-struct Failure {};
-
-// What Python says of a launch. Valid bytes are a map, because an array may have gaps between its rows.
-struct Region {
-    address_t start;
-    u64 bytes;
-    const unsigned char* valid;  // per byte; null: all
-    unsigned char* written;      // per byte; null: all of it has a value
-    const char* name;
-};
-
-struct Statistics {
-    u64 instructions[8];  // see Counter
-};
-enum Counter { kMultiply, kLoadMatrix, kLoadMatrixConflicts, kCopyAsync, kBlockBarrier, kShuffle, kRead, kWrite };
-
-enum State { kReady, kAtInstruction, kAtBlockBarrier, kAtWarpBarrier, kDone };
-
-struct Copy {
-    u32 destination;
-    const void* source;
-    bool valid;
-};
-
-struct Fiber {
-    jmp_buf context;
-    ucontext_t first;
-    unsigned char* stack = nullptr;
-    bool started = false;
-
-    State state = kDone;
-    const char* instruction = nullptr;
-    WarpInstruction execute = nullptr;
-    Operands operands = {};
-    const char* file = nullptr;
-    int line = 0;
-    const void* caller = nullptr;
-
-    std::deque<std::vector<Copy>> groups;  // committed copies, oldest first
-    std::vector<Copy> open;
-};
-
-struct Write {
-    u32 clock;  // 0: nobody
-    u32 thread;
-};
-
-struct Global {
-    Region region;
-    std::unique_ptr<u32[]> writer;  // 1 + thread of the launch, per byte; 0: nobody in this launch
-};
-
-struct Machine {
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    jmp_buf scheduler;
-    ucontext_t scheduler_first;
-    unsigned running = 0;
-    bool inside = false;  // whether a fiber runs
-    bool failed = false;
-    char report[4096] = {};
-    const void* report_caller = nullptr;
-
-    void (*kernel)(const void*) = nullptr;
-    const void* parameters = nullptr;
-    unsigned parameter_bytes = 0;
-    unsigned threads = 0;
-    u64 block = 0;
-    u64 random = 1;
-    Statistics statistics = {};
-
-    address_t shared_start = 0, shared_bytes = 0;  // everything thread-local of the kernel's library
-    address_t dynamic_start = 0, dynamic_bytes = 0, dynamic_limit = 0;
-    std::vector<Global> globals;
-    std::vector<std::pair<address_t, address_t>> constants;  // the library's own segments
-
-    // Vector clocks: clocks[t][u] is the last moment of thread u that thread t knows to be over.
-    std::vector<u32> clocks;
-    std::vector<Write> writes;        // per byte of shared memory
-    std::vector<u32> in_flight;       // per byte: 1 + thread whose asynchronous copy has not landed
-    u32* reads = nullptr;             // [thread][byte]: clock of its last read
-    size_t reads_bytes = 0;
-    // A short cut: what was read before the last barrier of the whole block is behind everybody.
-    std::vector<u32> read_epochs;  // per byte: epoch of the last read by any thread
-    u32 epoch = 1;                 // barriers of the whole block, and blocks, so far
-
-    u32& clock(unsigned of, unsigned at) { return clocks[size_t(of) * threads + at]; }
-    u32 next() {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        return static_cast<u32>(random >> 16);
-    }
-};
-Machine m;
 
 [[noreturn]] void to_scheduler_for_good() {
     m.failed = true;
@@ -143,15 +36,23 @@ Machine m;
     throw Failure();
 }
 
-std::string place_of(unsigned thread) {
-    char text[96];
-    snprintf(text, sizeof text, "thread %u (warp %u, lane %u) of block %llu", thread, thread / kWarpLanes,
-             thread % kWarpLanes, static_cast<unsigned long long>(m.block));
+}  // namespace
+
+std::string place_of(unsigned who) {
+    char text[112];
+    const auto block = static_cast<unsigned long long>(m.block);
+    if (who < m.threads) {
+        snprintf(text, sizeof text, "thread %u (warp %u, lane %u) of block %llu", who, who / kWarpLanes,
+                 who % kWarpLanes, block);
+    } else if (who < m.copy_unit(0)) {
+        snprintf(text, sizeof text, "a product of warp %u of block %llu", who - m.warp_unit(0), block);
+    } else {
+        snprintf(text, sizeof text, "a bulk copy of block %llu", block);
+    }
     return text;
 }
 
-// Ends the launch. The first line says what; Python adds the source lines that `caller` belongs to.
-[[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const void* caller, const char* format, ...) {
+void fail(const void* caller, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(m.report, sizeof m.report, format, arguments);
@@ -162,60 +63,61 @@ std::string place_of(unsigned thread) {
 
 // ---- memory ----
 
-bool in_shared(address_t a, size_t bytes) {
+static bool in_shared(address_t a, size_t bytes) {
     if (a < m.shared_start || a + bytes > m.shared_start + m.shared_bytes) return false;
     const address_t unused = m.dynamic_start + m.dynamic_bytes;
     return a + bytes <= unused || a >= m.dynamic_start + m.dynamic_limit;
 }
 
-void check_shared(unsigned thread, address_t a, size_t bytes, bool write, const void* caller, const char* how) {
+void check_shared(unsigned who, u32 clock, const Clock& known, address_t a, size_t bytes, bool write,
+                  const void* caller, const char* how) {
     if (!in_shared(a, bytes)) {
         fail(caller, "%s of %zu bytes outside shared memory: offset %lld of %llu, by %s", how, bytes,
              static_cast<long long>(a - m.dynamic_start), static_cast<unsigned long long>(m.dynamic_bytes),
-             place_of(thread).c_str());
+             place_of(who).c_str());
     }
     const size_t first = a - m.shared_start;
     const long long offset = static_cast<long long>(a - m.dynamic_start);
-    const u32* known = &m.clocks[size_t(thread) * m.threads];
     for (size_t i = first; i < first + bytes; ++i) {
         if (m.in_flight[i]) {
-            fail(caller, "%s of shared memory at offset %lld, into which the asynchronous copy of %s has not landed, "
-                         "by %s", how, offset, place_of(m.in_flight[i] - 1).c_str(), place_of(thread).c_str());
+            fail(caller, "%s of shared memory at offset %lld, into which an asynchronous copy of %s has not landed, "
+                         "by %s", how, offset, place_of(m.in_flight[i] - 1).c_str(), place_of(who).c_str());
         }
         const Write& last = m.writes[i];
         if (!last.clock) {
             if (!write) {
                 fail(caller, "%s of shared memory at offset %lld that nothing wrote, by %s", how, offset,
-                     place_of(thread).c_str());
+                     place_of(who).c_str());
             }
-        } else if (last.thread != thread && last.clock > known[last.thread]) {
+        } else if (last.who != who && last.clock > known[last.who]) {
             fail(caller, "%s of shared memory at offset %lld by %s, and a write by %s that no barrier puts before it",
-                 how, offset, place_of(thread).c_str(), place_of(last.thread).c_str());
+                 how, offset, place_of(who).c_str(), place_of(last.who).c_str());
         }
     }
     if (!write) {
-        u32* mine = m.reads + size_t(thread) * m.shared_bytes;
+        u32* mine = m.reads_of(who);
         for (size_t i = first; i < first + bytes; ++i) {
-            mine[i] = known[thread];
-            m.read_epochs[i] = m.epoch;
+            mine[i] = clock;
+            // Barriers of the block say nothing about what works beside the threads.
+            if (m.read_epochs[i] != kNeverOld) m.read_epochs[i] = who < m.threads ? m.epoch : kNeverOld;
         }
         return;
     }
     bool recent = false;
-    for (size_t i = first; i < first + bytes; ++i) recent |= m.read_epochs[i] == m.epoch;
-    for (unsigned other = 0; recent && other < m.threads; ++other) {
-        const u32* theirs = m.reads + size_t(other) * m.shared_bytes;
+    for (size_t i = first; i < first + bytes; ++i) recent |= m.read_epochs[i] >= m.epoch;
+    for (unsigned other = 0; recent && other < m.readers(); ++other) {
+        const u32* theirs = m.reads_of(other);
         u32 latest = 0;
-        for (size_t i = first; i < first + bytes; ++i) latest = theirs[i] > latest ? theirs[i] : latest;
-        if (other != thread && latest > known[other]) {
+        for (size_t i = first; i < first + bytes; ++i) latest = std::max(latest, theirs[i]);
+        if (other != who && latest > known[other]) {
             fail(caller, "%s of shared memory at offset %lld by %s, and a read by %s that no barrier puts before it",
-                 how, offset, place_of(thread).c_str(), place_of(other).c_str());
+                 how, offset, place_of(who).c_str(), place_of(other).c_str());
         }
     }
-    for (size_t i = first; i < first + bytes; ++i) m.writes[i] = {known[thread], thread};
+    for (size_t i = first; i < first + bytes; ++i) m.writes[i] = {clock, who};
 }
 
-bool all_set(const unsigned char* map, size_t bytes) {
+static bool all_set(const unsigned char* map, size_t bytes) {
     for (size_t i = 0; i < bytes; ++i) {
         if (!map[i]) return false;
     }
@@ -281,14 +183,23 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
          static_cast<unsigned long long>(nearest ? nearest->bytes : 0), place_of(thread).c_str());
 }
 
-bool in_constants(address_t a, size_t bytes) {
+// Atomic operations of several threads do not disturb each other.
+void check_atomic(unsigned thread, address_t a, size_t bytes, const void* caller, const char* how) {
+    for (Global& global : m.globals) {
+        const address_t start = global.region.start;
+        if (a >= start && a + bytes <= start + global.region.bytes) global.writer.reset();
+    }
+    check_global(thread, a, bytes, false, caller, how);
+}
+
+static bool in_constants(address_t a, size_t bytes) {
     for (const auto& [start, end] : m.constants) {
         if (a >= start && a + bytes <= end) return true;
     }
     return false;
 }
 
-void check_access(address_t a, size_t bytes, size_t alignment, bool write, const void* caller) {
+static void check_access(address_t a, size_t bytes, size_t alignment, bool write, const void* caller) {
     if (!m.inside) return;
     const address_t stack = reinterpret_cast<address_t>(m.fibers[m.running]->stack);
     if (a - stack < kStackBytes || (!write && a - reinterpret_cast<address_t>(&place) < sizeof place)) return;
@@ -299,7 +210,8 @@ void check_access(address_t a, size_t bytes, size_t alignment, bool write, const
              place_of(m.running).c_str());
     }
     if (a - m.shared_start < m.shared_bytes) {
-        check_shared(m.running, a, bytes, write, caller, how);
+        const Clock& known = m.clocks[m.running];
+        check_shared(m.running, known[m.running], known, a, bytes, write, caller, how);
     } else if (write || !in_constants(a, bytes)) {
         check_global(m.running, a, bytes, write, caller, how);
     }
@@ -308,10 +220,22 @@ void check_access(address_t a, size_t bytes, size_t alignment, bool write, const
 // ---- fibers ----
 
 void yield() {
-    Fiber& fiber = *m.fibers[m.running];
+    Fiber& fiber = running();
     m.inside = false;
     if (!_setjmp(fiber.context)) _longjmp(m.scheduler, 1);
 }
+
+void learn(Clock& clock, const Clock& of) {
+    for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], of[i]);
+}
+
+void release(Clock& clock) {
+    Clock& own = m.clocks[m.running];
+    learn(clock, own);
+    ++own[m.running];
+}
+
+namespace {
 
 void fiber_main() {
     for (;;) {
@@ -323,6 +247,7 @@ void fiber_main() {
             if (!group.empty()) fail(fiber.caller, "%s ended before its copies landed", place_of(m.running).c_str());
         }
         if (!fiber.open.empty()) fail(fiber.caller, "%s never committed a copy", place_of(m.running).c_str());
+        hopper_check_end(m.running);
         fiber.state = kDone;
         yield();
     }
@@ -358,27 +283,32 @@ void make_fiber(Fiber& fiber) {
 
 // All of the threads know from now on what each of them did.
 void join(unsigned first, unsigned count) {
-    std::vector<u32> known(m.threads, 0);
+    Clock known(m.columns(), 0);
+    for (unsigned t = first; t < first + count; ++t) learn(known, m.clocks[t]);
     for (unsigned t = first; t < first + count; ++t) {
-        for (unsigned u = 0; u < m.threads; ++u) known[u] = std::max(known[u], m.clock(t, u));
-    }
-    for (unsigned t = first; t < first + count; ++t) {
-        memcpy(&m.clock(t, 0), known.data(), known.size() * sizeof(u32));
-        ++m.clock(t, t);
+        m.clocks[t] = known;
+        ++m.clocks[t][t];
     }
 }
 
-const char* waiting_for(const Fiber& fiber) {
+std::string waiting_for(const Fiber& fiber) {
     switch (fiber.state) {
         case kAtInstruction: return fiber.instruction;
         case kAtBlockBarrier: return "__syncthreads";
         case kAtWarpBarrier: return "__syncwarp";
+        case kAtNamedBarrier: return "barrier " + std::to_string(fiber.barrier);
+        case kAtMbarrier:
+            return "parity " + std::to_string(fiber.parity) + " of the mbarrier at offset " +
+                   std::to_string(static_cast<long long>(shared_pointer(fiber.barrier) - m.dynamic_start));
         case kDone: return "nothing: it has returned";
         default: return "nothing";
     }
 }
 
-// Lets every lane of a warp run to its next meeting point, and executes what they meet for.
+// Whether a lane waits for all the others of its warp.
+bool meets(const Fiber& fiber) { return fiber.state == kAtInstruction || fiber.state == kAtWarpBarrier; }
+
+// Lets every lane of a warp run to its next meeting point, and executes what all of them have come for.
 void step(unsigned warp) {
     const unsigned first = warp * kWarpLanes;
     const unsigned start = m.next() % kWarpLanes;
@@ -388,38 +318,53 @@ void step(unsigned warp) {
         if (m.fibers[thread]->state == kReady) resume(thread);
         if (m.failed) throw Failure();
     }
-    const Fiber& lead = *m.fibers[first];
-    for (unsigned lane = 1; lane < kWarpLanes; ++lane) {
-        const Fiber& other = *m.fibers[first + lane];
-        const bool same = other.state == lead.state &&
-                          (lead.state != kAtInstruction || !strcmp(other.instruction, lead.instruction));
-        if (!same) {
-            m.running = first + lane;
-            fail(other.state == kDone ? lead.caller : other.caller,
-                 "warp %u of block %llu has diverged: lane 0 waits for %s, lane %u for %s", warp,
-                 static_cast<unsigned long long>(m.block), waiting_for(lead), lane, waiting_for(other));
+    const Fiber* lead = nullptr;
+    unsigned met = 0;
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+        const Fiber& fiber = *m.fibers[first + lane];
+        if (meets(fiber)) {
+            ++met;
+            if (!lead) lead = &fiber;
         }
     }
-    if (lead.state == kAtInstruction) {
+    if (!lead) return;
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+        const Fiber& other = *m.fibers[first + lane];
+        const bool same = other.state == lead->state &&
+                          (lead->state != kAtInstruction || !strcmp(other.instruction, lead->instruction));
+        // A lane at a barrier among warps may come later; one that waits for something else, or has returned, cannot.
+        const bool comes = other.state == kReady || other.state == kAtMbarrier || other.state == kAtNamedBarrier;
+        if (!same && !comes) {
+            m.running = first + lane;
+            fail(other.state == kDone ? lead->caller : other.caller,
+                 "warp %u of block %llu has diverged: one lane waits for %s, lane %u for %s", warp,
+                 static_cast<unsigned long long>(m.block), waiting_for(*lead).c_str(), lane,
+                 waiting_for(other).c_str());
+        }
+    }
+    if (met < kWarpLanes) return;
+    if (lead->state == kAtInstruction) {
         Operands lanes[kWarpLanes];
         for (unsigned lane = 0; lane < kWarpLanes; ++lane) lanes[lane] = m.fibers[first + lane]->operands;
         m.running = first;
-        lead.execute(lanes);
-    } else if (lead.state == kAtWarpBarrier) {
-        join(first, kWarpLanes);
+        lead->execute(lanes);
     } else {
-        return;  // at the barrier of the block, or done
+        join(first, kWarpLanes);
     }
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) m.fibers[first + lane]->state = kReady;
 }
 
-void meet_at_barrier() {
+// Nobody can go on. If that is because all wait at the barrier of the block, they go on; true if all have returned.
+bool meet_at_barrier() {
     const Fiber* lead = nullptr;
     const Fiber* done = nullptr;
     for (unsigned t = 0; t < m.threads; ++t) {
         const Fiber& fiber = *m.fibers[t];
         if (fiber.state == kDone) {
             done = &fiber;
+        } else if (fiber.state != kAtBlockBarrier) {
+            fail(fiber.caller, "no thread of block %llu can go on: thread %u waits for %s",
+                 static_cast<unsigned long long>(m.block), t, waiting_for(fiber).c_str());
         } else if (!lead) {
             lead = &fiber;
         } else if (strcmp(fiber.file, lead->file) || fiber.line != lead->line) {
@@ -433,10 +378,17 @@ void meet_at_barrier() {
     }
     join(0, m.threads);
     ++m.epoch;
-    if (lead) {
-        ++m.statistics.instructions[kBlockBarrier];
-        for (unsigned t = 0; t < m.threads; ++t) m.fibers[t]->state = kReady;
+    if (!lead) return true;
+    ++m.statistics.instructions[kBlockBarrier];
+    for (unsigned t = 0; t < m.threads; ++t) m.fibers[t]->state = kReady;
+    return false;
+}
+
+bool is_ready(unsigned warp) {
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+        if (m.fibers[warp * kWarpLanes + lane]->state == kReady) return true;
     }
+    return false;
 }
 
 void run_block() {
@@ -444,29 +396,32 @@ void run_block() {
     memset(reinterpret_cast<void*>(m.shared_start), 0xff, m.shared_bytes);
     std::fill(m.writes.begin(), m.writes.end(), Write{0, 0});
     std::fill(m.in_flight.begin(), m.in_flight.end(), 0);
+    std::fill(m.read_epochs.begin(), m.read_epochs.end(), 0);
+    hopper_begin_block();
     for (unsigned t = 0; t < m.threads; ++t) {
         Fiber& fiber = *m.fibers[t];
         fiber.state = kReady;
         fiber.groups.clear();
         fiber.open.clear();
     }
-    const unsigned warps = m.threads / kWarpLanes;
     std::vector<unsigned> ready;
     for (;;) {
         ready.clear();
-        for (unsigned w = 0; w < warps; ++w) {
-            if (m.fibers[w * kWarpLanes]->state == kReady) ready.push_back(w);
+        for (unsigned w = 0; w < m.warps(); ++w) {
+            if (is_ready(w)) ready.push_back(w);
         }
         if (ready.empty()) {
-            meet_at_barrier();
-            if (m.fibers[0]->state == kDone) return;
+            if (hopper_land_copy()) continue;
+            if (meet_at_barrier()) break;
             continue;
         }
+        if (m.next() % 8 == 0) hopper_land_copy();
         const unsigned warp = ready[m.next() % ready.size()];
         do {
             step(warp);
-        } while (m.fibers[warp * kWarpLanes]->state == kReady && m.next() % 8);
+        } while (is_ready(warp) && m.next() % 8);
     }
+    hopper_end_block();
 }
 
 // The kernel's library keeps shared memory thread-local, and its constants in its own segments.
@@ -498,89 +453,6 @@ int find_library(dl_phdr_info* info, size_t, void* data) {
     return 1;
 }
 
-// ---- instructions ----
-
-void* shared_pointer(u32 address) { return reinterpret_cast<void*>(m.shared_start + (address - kSharedWindow)); }
-
-const Fiber& lane_of_warp(unsigned lane) { return *m.fibers[m.running / kWarpLanes * kWarpLanes + lane]; }
-
-void load_matrices_as(Operands (&lanes)[kWarpLanes], bool transposed, const char* how) {
-    const unsigned first = m.running / kWarpLanes * kWarpLanes;
-    ++m.statistics.instructions[kLoadMatrix];
-    unsigned short element[4][8][8];
-    for (unsigned matrix = 0; matrix < 4; ++matrix) {
-        unsigned rows_in_bank[8] = {};
-        unsigned most = 0;
-        for (unsigned row = 0; row < 8; ++row) {
-            const unsigned lane = matrix * 8 + row;
-            const u32 address = *static_cast<const u32*>(lanes[lane].in);
-            if (address % 16) {
-                fail(lane_of_warp(lane).caller, "%s of a row at an address that is not a multiple of 16, by %s", how,
-                     place_of(first + lane).c_str());
-            }
-            const address_t pointer = reinterpret_cast<address_t>(shared_pointer(address));
-            check_shared(first + lane, pointer, 16, false, lane_of_warp(lane).caller, how);
-            memcpy(element[matrix][row], reinterpret_cast<const void*>(pointer), 16);
-            most = std::max(most, ++rows_in_bank[address / 16 % 8]);
-        }
-        m.statistics.instructions[kLoadMatrixConflicts] += most - 1;
-    }
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        u32* out = static_cast<u32*>(lanes[lane].out);
-        for (unsigned matrix = 0; matrix < 4; ++matrix) {
-            const unsigned row = lane / 4, column = lane % 4 * 2;
-            const auto& of = element[matrix];
-            const u32 low = transposed ? of[column][row] : of[row][column];
-            const u32 high = transposed ? of[column + 1][row] : of[row][column + 1];
-            out[matrix] = high << 16 | low;
-        }
-    }
-}
-
-// Tensor cores keep products whole and cut the sum off where float32 ends.
-float cut(double sum) {
-    const float nearest = static_cast<float>(sum);
-    if (!(std::abs(static_cast<double>(nearest)) > std::abs(sum)) || __builtin_isinf(nearest)) return nearest;
-    u32 bits;
-    memcpy(&bits, &nearest, 4);
-    --bits;
-    float below;
-    memcpy(&below, &bits, 4);
-    return below;
-}
-
-template <int kDepth, class Decode>
-void multiply(Operands (&lanes)[kWarpLanes], Decode decode) {
-    ++m.statistics.instructions[kMultiply];
-    float a[16][kDepth], b[8][kDepth];
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        const Product& p = *static_cast<const Product*>(lanes[lane].in);
-        const unsigned row = lane / 4, column = lane % 4;
-        for (unsigned i = 0; i < 4; ++i) decode(p.a[i], &a[row + i % 2 * 8][0], column, i / 2);
-        for (unsigned i = 0; i < 2; ++i) decode(p.b[i], &b[row][0], column, i);
-    }
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        const Product& p = *static_cast<const Product*>(lanes[lane].in);
-        float* out = static_cast<float*>(lanes[lane].out);
-        for (unsigned i = 0; i < 4; ++i) {
-            const float* left = a[lane / 4 + i / 2 * 8];
-            const float* right = b[lane % 4 * 2 + i % 2];
-            double sums[4] = {};  // as wide as the host's vectors; double holds the products of a step whole
-            for (int k = 0; k < kDepth; k += 4) {
-                for (int j = 0; j < 4; ++j) sums[j] += static_cast<double>(left[k + j]) * right[k + j];
-            }
-            out[i] = cut(p.c[i] + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
-        }
-    }
-}
-
-float bfloat_to_float(u32 bits) {
-    bits <<= 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 }  // namespace
 
 void together(const char* name, WarpInstruction execute, const void* in, void* out) {
@@ -607,136 +479,6 @@ void warp_barrier() {
     fiber.caller = __builtin_return_address(0);
     fiber.state = kAtWarpBarrier;
     yield();
-}
-
-unsigned shared_address(const void* pointer) {
-    const address_t a = reinterpret_cast<address_t>(pointer);
-    if (a - m.shared_start > m.shared_bytes) {
-        fail(__builtin_return_address(0), "the address of something that is not in shared memory, by %s",
-             place_of(m.running).c_str());
-    }
-    return static_cast<unsigned>(a - m.shared_start) + kSharedWindow;
-}
-
-void copy_async(unsigned destination, const void* source, bool valid) {
-    const void* caller = __builtin_return_address(0);
-    ++m.statistics.instructions[kCopyAsync];
-    const address_t to = reinterpret_cast<address_t>(shared_pointer(destination));
-    const address_t from = reinterpret_cast<address_t>(source);
-    if (destination % 16 || (valid && from % 16)) {
-        fail(caller, "cp.async of 16 bytes %s an address that is not a multiple of 16, by %s",
-             destination % 16 ? "to" : "from", place_of(m.running).c_str());
-    }
-    if (valid) check_global(m.running, from, 16, false, caller, "cp.async");
-    check_shared(m.running, to, 16, true, caller, "cp.async");
-    // Until it lands, what stood there is gone and what will stand there has not come.
-    memset(reinterpret_cast<void*>(to), 0xff, 16);
-    for (int i = 0; i < 16; ++i) m.in_flight[to - m.shared_start + i] = m.running + 1;
-    m.fibers[m.running]->open.push_back({destination, source, valid});
-}
-
-void copy_commit() {
-    Fiber& fiber = *m.fibers[m.running];
-    fiber.groups.push_back(std::move(fiber.open));
-    fiber.open.clear();
-}
-
-void copy_wait(int pending) {
-    Fiber& fiber = *m.fibers[m.running];
-    while (fiber.groups.size() > static_cast<size_t>(pending)) {
-        for (const Copy& copy : fiber.groups.front()) {
-            unsigned char* to = static_cast<unsigned char*>(shared_pointer(copy.destination));
-            const size_t first = reinterpret_cast<address_t>(to) - m.shared_start;
-            if (copy.valid) {
-                memcpy(to, copy.source, 16);
-            } else {
-                memset(to, 0, 16);
-            }
-            for (size_t i = first; i < first + 16; ++i) {
-                m.in_flight[i] = 0;
-                m.writes[i] = {m.clock(m.running, m.running), m.running};
-            }
-        }
-        fiber.groups.pop_front();
-    }
-}
-
-void shuffle_xor(Operands (&lanes)[kWarpLanes]) {
-    ++m.statistics.instructions[kShuffle];
-    struct In {
-        float value;
-        int mask;
-    };
-    const auto in = [&](unsigned lane) { return static_cast<const In*>(lanes[lane].in); };
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        *static_cast<float*>(lanes[lane].out) = in(lane ^ static_cast<unsigned>(in(lane)->mask))->value;
-    }
-}
-
-void vote_any(Operands (&lanes)[kWarpLanes]) {
-    int any = 0;
-    for (const Operands& lane : lanes) any |= *static_cast<const int*>(lane.in) != 0;
-    for (const Operands& lane : lanes) *static_cast<int*>(lane.out) = any;
-}
-
-void load_matrices(Operands (&lanes)[kWarpLanes]) { load_matrices_as(lanes, false, "ldmatrix"); }
-void load_matrices_transposed(Operands (&lanes)[kWarpLanes]) { load_matrices_as(lanes, true, "ldmatrix.trans"); }
-
-// 16-bit operands hold two neighbouring terms of the sum, the second half of the depth in the later registers.
-void multiply_f16(Operands (&lanes)[kWarpLanes]) {
-    multiply<16>(lanes, [](u32 bits, float* row, unsigned column, unsigned half) {
-        row[half * 8 + column * 2] = half_to_float(static_cast<unsigned short>(bits));
-        row[half * 8 + column * 2 + 1] = half_to_float(static_cast<unsigned short>(bits >> 16));
-    });
-}
-void multiply_bf16(Operands (&lanes)[kWarpLanes]) {
-    multiply<16>(lanes, [](u32 bits, float* row, unsigned column, unsigned half) {
-        row[half * 8 + column * 2] = bfloat_to_float(bits & 0xffff);
-        row[half * 8 + column * 2 + 1] = bfloat_to_float(bits >> 16);
-    });
-}
-void multiply_tf32(Operands (&lanes)[kWarpLanes]) {
-    multiply<8>(lanes, [](u32 bits, float* row, unsigned column, unsigned half) {
-        bits &= 0xffffe000u;  // all that the tensor cores read
-        float x;
-        memcpy(&x, &bits, 4);
-        row[half * 4 + column] = x;
-    });
-}
-
-float half_to_float(unsigned short bits) {
-    const u32 sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ffu;
-    float x;
-    if (exponent == 0) {
-        x = static_cast<float>(mantissa) * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    const u32 out = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-    memcpy(&x, &out, 4);
-    return x;
-}
-
-unsigned short float_to_half(float x) {
-    u32 bits;
-    memcpy(&bits, &x, 4);
-    const unsigned short sign = static_cast<unsigned short>(bits >> 16 & 0x8000u);
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return 0x7fff;
-    if (bits >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
-    if (bits < 0x38800000u) {                        // below the smallest normal number: a multiple of 2**-24
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        return sign | static_cast<unsigned short>(__builtin_rintf(magnitude * 0x1p24f));
-    }
-    const u32 rounded = bits + 0xfffu + (bits >> 13 & 1);
-    return sign | static_cast<unsigned short>((rounded - 0x38000000u) >> 13);
-}
-
-unsigned short float_to_bfloat(float x) {
-    u32 bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-    return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace machine
@@ -796,13 +538,13 @@ extern "C" int machine_launch(const Launch* launch) {
             m.fibers.push_back(std::make_unique<Fiber>());
             make_fiber(*m.fibers.back());
         }
-        m.clocks.assign(size_t(m.threads) * m.threads, 0);
-        for (unsigned t = 0; t < m.threads; ++t) m.clock(t, t) = 1;
+        m.clocks.assign(m.threads, Clock(m.columns(), 0));
+        for (unsigned t = 0; t < m.threads; ++t) m.clocks[t][t] = 1;
         m.writes.resize(m.shared_bytes);
         m.in_flight.resize(m.shared_bytes);
         m.read_epochs.assign(m.shared_bytes, 0);
         m.epoch = 1;
-        m.reads_bytes = size_t(m.threads) * m.shared_bytes * sizeof(u32);
+        m.reads_bytes = size_t(m.readers()) * m.shared_bytes * sizeof(u32);
         void* reads = mmap(nullptr, m.reads_bytes, PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (reads == MAP_FAILED) fail(nullptr, "the machine has no memory for what its threads read");

@@ -7,6 +7,7 @@
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // At block scope this implies static, and 'extern' may stand before it: the two ways to declare shared memory. The
 // machine runs one thread block at a time on one thread of the host, so thread-local memory is the block's memory.
@@ -44,6 +45,7 @@ void copy_wait(int pending);
 
 // WarpInstructions. Operands as the twins in ptx/ fill them.
 void shuffle_xor(Operands (&lanes)[kWarpLanes]);    // in {value, mask}, out value
+void shuffle_index(Operands (&lanes)[kWarpLanes]);  // in {value, lane}, out value
 void vote_any(Operands (&lanes)[kWarpLanes]);       // in, out int
 void load_matrices(Operands (&lanes)[kWarpLanes]);  // in address, out u32[4]
 void load_matrices_transposed(Operands (&lanes)[kWarpLanes]);
@@ -55,6 +57,29 @@ struct Product {
 void multiply_f16(Operands (&lanes)[kWarpLanes]);  // in Product, out float[4]
 void multiply_bf16(Operands (&lanes)[kWarpLanes]);
 void multiply_tf32(Operands (&lanes)[kWarpLanes]);
+
+// Hopper: barriers in shared memory and by number, bulk copies, products of a warpgroup. See hopper.cpp.
+void mbarrier_init(unsigned barrier, unsigned arrivals);
+void mbarrier_init_fence();
+void mbarrier_arrive(unsigned barrier);
+void mbarrier_expect(unsigned barrier, unsigned bytes);
+bool mbarrier_wait(unsigned barrier, unsigned parity);
+void named_barrier(int barrier, int threads, bool wait);
+void async_proxy_fence();
+void copy_box(unsigned destination, const void* map, unsigned barrier, const int* x, int rank);
+int atomic_add(int* counter, int value);
+struct WarpgroupProduct {
+    float* d;  // tiles x 4
+    int tiles;
+    const unsigned* a_registers;  // null: a lies in shared memory
+    unsigned long long a, b;      // descriptors
+    bool accumulate;
+    bool bfloat;
+};
+void warpgroup_multiply(Operands (&lanes)[kWarpLanes]);  // in WarpgroupProduct
+void warpgroup_fence(Operands (&lanes)[kWarpLanes]);
+void warpgroup_commit(Operands (&lanes)[kWarpLanes]);
+void warpgroup_wait(Operands (&lanes)[kWarpLanes]);  // in int pending
 
 float half_to_float(unsigned short bits);
 unsigned short float_to_half(float x);
@@ -102,6 +127,12 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     } in = {value, mask};
     float out;
     ::machine::together("__shfl_xor_sync", ::machine::shuffle_xor, &in, &out);
+    return out;
+}
+inline int __shfl_sync(unsigned, int value, int lane) {
+    const int in[2] = {value, lane};
+    int out;
+    ::machine::together("__shfl_sync", ::machine::shuffle_index, in, &out);
     return out;
 }
 inline int __any_sync(unsigned, int predicate) {
