@@ -152,8 +152,9 @@ def shared_bytes(tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, grou
     columns_v = _round_up(head_dim_v, 16)
     queries = tile.block_m * (depth + pad) * itemsize
     if group:
-        keys = (members + 1) * depth * (tile.tile_k + 8) * itemsize
-        table = members * depth * 4
+        fused = int(itemsize == 4)  # of float32, Khat lies in shared memory too
+        keys = (members + fused) * depth * (tile.tile_k + 8) * itemsize
+        table = members * depth * 8
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0

@@ -56,6 +56,10 @@ constexpr int kSteps = kDepth / Traits<T>::kMmaDepth;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr bool kSplit = SPLIT;
+// How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; or
+// summed within shared memory first.
+enum Fusion { kExact, kOnTheWay, kInShared };
+constexpr Fusion kFusion = !kGroup ? kExact : sizeof(T) == 2 ? kOnTheWay : kInShared;
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
@@ -63,49 +67,53 @@ typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
 typedef SharedTile<T, TILE_K, kOutColumns> ValueTile;
 typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
 
-// Grouped: the transposed K and its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types; float32
-// lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
+// Grouped: the transposed K, and perhaps its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types;
+// float32 lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
 typedef SharedTile<T, TILE_K, kDepth> PlainKeyTile;
 typedef SharedTile<T, kMembers * kDepth, TILE_K, 8> RawKeyTile;
 typedef SharedTile<T, kDepth, TILE_K, 8> FusedKeyTile;
 
-struct ExactShared {
+template <Fusion kHow>
+struct LoopShared {
     QueryTile q;
-    PlainKeyTile k;
+    RawKeyTile k;
     ValueTile v;
+    const T* key_row[kMembers * kDepth];  // where each row of the tile comes from in the transposed K
 };
-struct GroupedShared {
+template <>
+struct LoopShared<kInShared> {
     QueryTile q;
     RawKeyTile k;
     FusedKeyTile khat;
     ValueTile v;
-    i32 key_row[kMembers * kDepth];  // row of the transposed K for each row of its tile, -1 for padding
-};
-template <bool kGrouped>
-struct SharedOf {
-    typedef ExactShared type;
+    const T* key_row[kMembers * kDepth];
 };
 template <>
-struct SharedOf<true> {
-    typedef GroupedShared type;
+struct LoopShared<kExact> {
+    QueryTile q;
+    PlainKeyTile k;
+    ValueTile v;
 };
 union SharedStorage {
-    SharedOf<kGroup != 0>::type loop;
+    LoopShared<kFusion> loop;
     OutTile out;
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
 // Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
-// neighbouring groups side by side: the permutation costs an address per row, and fusion reads whole rows.
-DEVICE void read_permutation(GroupedShared& shared, const u8* permutation, int thread) {
+// neighbouring groups side by side: the permutation costs an address per row, and fusion reads whole rows. Groups that
+// only pad the sum to whole matrix instructions have the first row, which is not read.
+template <class Shared>
+DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* permutation, int thread) {
     for (int row = thread; row < kMembers * kDepth; row += kThreads) {
         const int group = row % kDepth;
-        shared.key_row[row] = group < kGroups ? permutation[group * kMembers + row / kDepth] : -1;
+        shared.key_row[row] = k + (group < kGroups ? permutation[group * kMembers + row / kDepth] : 0) * row_stride;
     }
 }
 
 // Qhat: one column per group, sampled or averaged. Padding becomes zero.
-DEVICE void gather_queries(GroupedShared& shared, const T* q, i64 row_stride, int rows, int thread) {
+template <class Shared>
+DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation, int thread) {
     for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
         const int row = i / kDepth;
         const int group = i % kDepth;
@@ -113,15 +121,14 @@ DEVICE void gather_queries(GroupedShared& shared, const T* q, i64 row_stride, in
         T value = Traits<T>::from_float(0.f);
         if (valid) {
             const T* source = q + row * row_stride;
+            const u8* columns = permutation + group * kMembers;
             if constexpr (MEAN) {
                 float total = 0.f;
 #pragma unroll
-                for (int member = 0; member < kMembers; ++member) {
-                    total += Traits<T>::to_float(source[shared.key_row[member * kDepth + group]]);
-                }
+                for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(source[columns[member]]);
                 value = Traits<T>::from_float(total * (1.f / kMembers));
             } else {
-                value = source[shared.key_row[group]];
+                value = source[columns[0]];
             }
         }
         shared.q.at(row, group) = value;
@@ -129,7 +136,8 @@ DEVICE void gather_queries(GroupedShared& shared, const T* q, i64 row_stride, in
 }
 
 // A tile of the transposed K: keys [key, key + TILE_K) of every column, columns in the block's order.
-DEVICE void copy_transposed_keys(GroupedShared& shared, const T* k, i64 row_stride, int key, int key_columns, int thread) {
+template <class Shared>
+DEVICE void copy_transposed_keys(Shared& shared, int key, int key_columns, int thread) {
     typedef CopyShape<kThreads, TILE_K / kElements> Shape;
     const int first_row = thread / Shape::kAcross;
     const int column = thread % Shape::kAcross * kElements;
@@ -139,12 +147,12 @@ DEVICE void copy_transposed_keys(GroupedShared& shared, const T* k, i64 row_stri
     for (int row = 0; row < RawKeyTile::kRows; row += Shape::kRowsPerPass) {
         const bool row_inside = RawKeyTile::kRows % Shape::kRowsPerPass == 0 || first_row + row < RawKeyTile::kRows;
         if (!row_inside) continue;
-        const int source_row = shared.key_row[first_row + row];
-        const T* source = k + (source_row < 0 ? 0 : source_row) * row_stride + key + column;
+        const bool padding = kGroups < kDepth && (first_row + row) % kDepth >= kGroups;
+        const T* source = shared.key_row[first_row + row] + (key + column);
 #pragma unroll
         for (int pass = 0; pass < Shape::kPassesAcross; ++pass) {
             const int offset = pass * Shape::kAcross * kElements;
-            const bool valid = source_row >= 0 && key + column + offset < key_columns;
+            const bool valid = !padding && key + column + offset < key_columns;
             if (column + offset < TILE_K) {
                 copy_chunk<true>(to, to_address, row * RawKeyTile::kPitch + offset, source + offset, valid);
             }
@@ -226,9 +234,10 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
 }
 
 // One thread block's work. A template, so that the branch not taken need not make sense.
-template <bool kGrouped>
+template <Fusion kHow>
 DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
-    typename SharedOf<kGrouped>::type& shared = storage.loop;
+    constexpr bool kGrouped = kHow != kExact;
+    LoopShared<kHow>& shared = storage.loop;
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
     const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
@@ -249,9 +258,11 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     const int first_tile = first_key / TILE_K;
     int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
 
+    const u8* permutation = nullptr;
     if constexpr (kGrouped) {
         const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
-        read_permutation(shared, params.permutation + block * HEAD_DIM, thread);
+        permutation = params.permutation + block * HEAD_DIM;
+        find_key_rows(shared, k, params.k_row, permutation, thread);
         __syncthreads();
     }
     // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
@@ -259,8 +270,8 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     KeyCopy key_copy;
     ValueCopy value_copy;
     if constexpr (kGrouped) {
-        if (tile >= first_tile) copy_transposed_keys(shared, k, params.k_row, tile * TILE_K, params.key_columns, thread);
-        gather_queries(shared, q, params.q_row, rows, thread);
+        if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
+        gather_queries(shared, q, params.q_row, rows, permutation, thread);
     } else {
         key_copy.open(k + tile * (TILE_K * params.k_row), params.k_row);
         if (tile >= first_tile) key_copy.run(shared.k, params.k_row, keys_left);
@@ -286,23 +297,27 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         keys_left += TILE_K;
 
         float scores[ROW_TILES][kKeyTiles][4] = {};
-        if constexpr (kGrouped) {
+        if constexpr (kHow == kInShared) {
             fuse_keys<kMembers, kThreads>(shared.khat, shared.k, thread_index());
             __syncthreads();  // Khat is complete, and the raw keys may be overwritten
             if (tile > first_tile) {
-                copy_transposed_keys(shared, k, params.k_row, key - TILE_K, params.key_columns, thread_index());
+                copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
             }
             cp_async_commit();
-            multiply_queries_keys<T, kSplit, kSteps, kGrouped, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+            multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
             cp_async_wait<1>();
             __syncthreads();  // the values have landed, and every warp is done with Khat
         } else {
-            multiply_queries_keys<T, kSplit, kSteps, kGrouped, QueryTile::kPitch>(scores, queries, shared.k, lane);
+            multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
             cp_async_wait<0>();
             __syncthreads();  // the values have landed, and every warp is done with the keys
             if (tile > first_tile) {
-                key_copy.move(-TILE_K * params.k_row);
-                key_copy.run(shared.k, params.k_row, keys_left);
+                if constexpr (kGrouped) {
+                    copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                } else {
+                    key_copy.move(-TILE_K * params.k_row);
+                    key_copy.run(shared.k, params.k_row, keys_left);
+                }
             }
             cp_async_commit();
         }
@@ -326,5 +341,5 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 // The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const AttentionParams params) {
     extern __shared__ __align__(16) unsigned char storage[];
-    attend<kGroup != 0>(params, *reinterpret_cast<SharedStorage*>(storage));
+    attend<kFusion>(params, *reinterpret_cast<SharedStorage*>(storage));
 }

@@ -101,21 +101,40 @@ DEVICE u32 transposed_address(const Tile& tile, int lane) {
     return shared_address(&tile.at(lane % 16, lane / 16 * 8));
 }
 
-// scores += Q K^T for one key tile; queries is the warp's left_address. K lies (keys, sum), or transposed (sum, keys).
+// A fragment of Khat from the transposed K: the sum of kCount fragments that lie kStride bytes apart, pair by pair, so
+// that roundings grow with the logarithm of a group.
+template <class T, int kCount, int kStride>
+DEVICE void load_sum(u32 (&sum)[4], u32 address) {
+    if constexpr (kCount == 1) {
+        ldmatrix_x4_trans(sum, address);
+    } else {
+        constexpr int kHalf = kCount / 2;
+        u32 other[4];
+        load_sum<T, kHalf, kStride>(sum, address);
+        load_sum<T, kCount - kHalf, kStride>(other, address + kHalf * kStride);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = Traits<T>::add(sum[i], other[i]);
+    }
+}
+
+// scores += Q K^T for one key tile; queries is the warp's left_address. kMembers 0: K lies (keys, sum). Otherwise it
+// lies transposed, (members x sum, keys), and the members of a group are summed on the way to the product: the sums are
+// made by every warp anew, which costs an addition where each of them saves a product.
 // Queries are read anew for every tile: kept in registers they were worth 2% at 64 columns, less than a longer tile,
 // and beyond that there are no registers.
-template <class T, bool kSplit, int kSteps, bool kTransposed, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
+template <class T, bool kSplit, int kSteps, int kMembers, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
 DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 queries, const Tile& keys, int lane) {
     typedef Multiply<T, kSplit> Mma;
     constexpr int kBytes = int(sizeof(T));
     constexpr int kDepth = Traits<T>::kMmaDepth;
-    // float32 has no transposing ldmatrix: lanes read their elements themselves.
+    constexpr bool kTransposed = kMembers != 0;
+    // float32 has no transposing ldmatrix: lanes read their elements themselves, of a Khat made before.
     constexpr bool kElementwise = kTransposed && kBytes == 4;
+    static_assert(!kElementwise || kMembers == 1, "multiply_queries_keys: float32 is fused in shared memory");
     const u32 address = kTransposed ? transposed_address(keys, lane) : right_address<T>(keys, lane);
     const T* element = &keys.at(kElementwise ? lane % 4 : 0, kElementwise ? lane / 4 : 0);
-    // Unrolled whole, ptxas reads so many operands ahead that float32 (twice the steps, three products in each) and
-    // the grouped kernels spill.
-#pragma unroll(kBytes == 4 ? 4 : kTransposed ? 1 : kSteps)
+    // Unrolled whole, ptxas reads so many operands ahead that float32 (twice the steps, three products in each) spills.
+#pragma unroll(kBytes == 4 ? 4 : kSteps)
     for (int step = 0; step < kSteps; ++step) {
         typename Mma::A a[kRowTiles];
 #pragma unroll
@@ -134,7 +153,8 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
                     raw[i] = __float_as_uint(element[offset]);
                 }
             } else if constexpr (kTransposed) {
-                ldmatrix_x4_trans(raw, address + (step * kDepth * Tile::kPitch + pair * 16) * kBytes);
+                load_sum<T, kMembers, Tile::kRows / kMembers * Tile::kPitch * kBytes>(
+                    raw, address + (step * kDepth * Tile::kPitch + pair * 16) * kBytes);
             } else {
                 ldmatrix_x4(raw, address + (pair * 16 * Tile::kPitch + step * kDepth) * kBytes);
             }
