@@ -144,7 +144,25 @@ def _depth(head_dim: int, group: int) -> int:
     return _round_up(head_dim // max(group, 1), 16)
 
 
-def shared_bytes(tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, group: int) -> int:
+def fuses_in_shared(problem: Problem, device: Device) -> bool:
+    """Whether the columns of a group are summed within shared memory, rather than on the way from there to the product.
+
+    On the way, nothing waits for Khat, but every warp makes the sums anew, and an operand takes group_size reads. On an
+    H100 (bfloat16, 16k tokens, hidden size 2048; N = 4k / 16k), in shared memory and on the way: LSH(2), 128 columns,
+    1.875 / 6.42 and 1.725 / 5.94 ms; 64 columns 2.00 / 6.76 and 1.86 / 6.43 ms; LSH(4), 64 columns, 1.71 / 5.89 and
+    1.75 / 6.16 ms.
+    """
+    reduction = problem.reduction
+    if reduction is None:
+        return False
+    # float32 has no matrix load that transposes. The others are those for which ptxas has no registers left.
+    crowded = reduction.representative == "mean" or (problem.head_dim_v == 64 and device.capability < 90)
+    return problem.dtype == "float32" or reduction.group_size > 2 or crowded
+
+
+def shared_bytes(
+    tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, group: int, fuse_in_shared: bool
+) -> int:
     """Shared memory of the attention kernel; a ``static_assert`` in the kernel compares it with its own."""
     pad = 16 // itemsize
     members = max(group, 1)
@@ -152,8 +170,7 @@ def shared_bytes(tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, grou
     columns_v = _round_up(head_dim_v, 16)
     queries = tile.block_m * (depth + pad) * itemsize
     if group:
-        fused = int(itemsize == 4)  # of float32, Khat lies in shared memory too
-        keys = (members + fused) * depth * (tile.tile_k + 8) * itemsize
+        keys = (members + fuse_in_shared) * depth * (tile.tile_k + 8) * itemsize
         table = members * depth * 8
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
@@ -212,10 +229,12 @@ def _choose_tile(problem: Problem, device: Device, group: int) -> Tile:
     """The first tile whose shared memory the device has, and whose rows lie inside one block of the reduction."""
     itemsize = ITEMSIZE[problem.dtype]
     block_q = problem.reduction.rows_per_block if problem.reduction is not None else BLOCK_Q_DEFAULT
+    fused = fuses_in_shared(problem, device)
     for tile in _tiles(problem, device, group):
         if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
             continue
-        if shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes:
+        needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
+        if needed <= device.shared_bytes:
             return tile
     raise AssertionError(f"no tile for {problem} on {device}")  # the last tiles fit the smallest device
 
@@ -226,12 +245,14 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     group = 0 if reduction is None else reduction.group_size
     tile = _choose_tile(problem, device, group)
     itemsize = ITEMSIZE[problem.dtype]
-    smem = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group)
+    fused = fuses_in_shared(problem, device)
+    smem = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "GROUP": group,
+        "FUSE_IN_SHARED": int(fused),
         "MEAN": int(reduction is not None and reduction.representative == "mean"),
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,

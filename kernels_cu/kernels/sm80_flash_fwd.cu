@@ -5,6 +5,8 @@
 //   DTYPE       0 float16, 1 bfloat16, 2 float32
 //   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V
 //   GROUP       0 exact; otherwise columns per group, and K comes transposed as (batch, heads_kv, HEAD_DIM, key_columns)
+//   FUSE_IN_SHARED  1: the columns of a group are summed in shared memory, once for all warps; 0: on the way from there
+//               to the product, by every warp
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
@@ -59,7 +61,8 @@ constexpr bool kSplit = SPLIT;
 // How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; or
 // summed within shared memory first.
 enum Fusion { kExact, kOnTheWay, kInShared };
-constexpr Fusion kFusion = !kGroup ? kExact : sizeof(T) == 2 ? kOnTheWay : kInShared;
+constexpr Fusion kFusion = !kGroup ? kExact : FUSE_IN_SHARED ? kInShared : kOnTheWay;
+static_assert(kFusion != kOnTheWay || sizeof(T) == 2, "float32 is fused in shared memory");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 

@@ -24,7 +24,8 @@ from tests.strategies import random
 FLASH = "kernels/sm80_flash_fwd.cu"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
-GROUPED = {"reduction": cudistr.LSH(2)}
+GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
+FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
 BARRIER = "__syncthreads();"
@@ -57,15 +58,15 @@ FAULTS = {
         RACE,
     ),
     "no barrier between fusion and its readers": Fault(
-        FLASH, f"{BARRIER}  // Khat is complete", "// Khat is complete", RACE, GROUPED
+        FLASH, f"{BARRIER}  // Khat is complete", "// Khat is complete", RACE, FUSED
     ),
     "no barrier before Khat is overwritten": Fault(
-        FLASH, f"{BARRIER}  // the values have landed, and every warp is done with Khat", "", RACE, GROUPED
+        FLASH, f"{BARRIER}  // the values have landed, and every warp is done with Khat", "", RACE, FUSED
     ),
     "no barrier after the permutation is read": Fault(
         FLASH,
-        f"block * HEAD_DIM, thread);\n        {BARRIER}",
-        "block * HEAD_DIM, thread);",
+        f"permutation, thread);\n        {BARRIER}",
+        "permutation, thread);",
         RACE,
         GROUPED,
     ),
@@ -118,7 +119,7 @@ FAULTS = {
         "asynchronous copy of thread .* has not landed"
     ),
     "a wait that leaves one copy too many": Fault(
-        FLASH, "cp_async_wait<1>();", "cp_async_wait<2>();", "asynchronous copy of thread .* has not landed", GROUPED
+        FLASH, "cp_async_wait<1>();", "cp_async_wait<2>();", "asynchronous copy of thread .* has not landed", FUSED
     ),
     "a copy that is never committed": Fault(
         FLASH,
@@ -163,7 +164,10 @@ FAULTS = {
         GROUPED,
     ),
     "the wrong member of a group": Fault(
-        "tile/fuse.cuh", "FusedTile::kRows * FusedTile::kPitch>", "FusedTile::kPitch>", WRONG, GROUPED
+        "tile/fuse.cuh", "FusedTile::kRows * FusedTile::kPitch>", "FusedTile::kPitch>", WRONG, FUSED
+    ),
+    "the wrong member on the way to the product": Fault(
+        "tile/product.cuh", "address + kHalf * kStride);", "address);", WRONG, GROUPED
     ),
     "the padding of transposed keys not written": Fault(
         PREPARE, "min(kTile, params.key_columns - key)", "min(kTile, params.seqlen_k / 8 * 8 - key)",
@@ -171,7 +175,7 @@ FAULTS = {
     ),
     "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge=True),
     "a group without a column": Fault(
-        FLASH, "group < kGroups ? permutation", "group < kGroups - 1 ? permutation", "read of 2 bytes outside", GROUPED
+        FLASH, "group < kGroups ? permutation", "group < kGroups - 1 ? permutation", WRONG, GROUPED
     ),
     # Matrix instructions and shared tiles
     "a wrong swizzle of the transposed operand": Fault(
