@@ -1,0 +1,86 @@
+// The two products of attention for a warpgroup of 64 queries: scores = Q K^T, output += P V. Both are asynchronous:
+// the caller fences before, commits and waits after.
+#pragma once
+#include "ptx/wgmma.cuh"
+#include "tile/dtype.cuh"
+#include "tile/panels.cuh"
+
+template <class T>
+struct WarpgroupMultiply;
+template <>
+struct WarpgroupMultiply<f16> {
+    template <bool kAccumulate, int kTiles>
+    static DEVICE void run(float (&d)[kTiles][4], u64 a, u64 b) {
+        wgmma_f16<kAccumulate>(d, a, b);
+    }
+    template <int kTiles>
+    static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
+        wgmma_values_f16<true>(d, a, b);
+    }
+};
+template <>
+struct WarpgroupMultiply<bf16> {
+    template <bool kAccumulate, int kTiles>
+    static DEVICE void run(float (&d)[kTiles][4], u64 a, u64 b) {
+        wgmma_bf16<kAccumulate>(d, a, b);
+    }
+    template <int kTiles>
+    static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
+        wgmma_values_bf16<true>(d, a, b);
+    }
+};
+
+// scores = Q K^T. queries: address of the warpgroup's first row in the tile of Q.
+template <class T, class QueryTile, class KeyTile, int kKeyTiles>
+DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
+    static_assert(KeyTile::kRows == kKeyTiles * 8 && KeyTile::kColumns == QueryTile::kColumns, "start_scores: shapes");
+    WarpgroupMultiply<T>::template run<false>(scores, QueryTile::along_columns(queries, 0), KeyTile::along_columns(keys, 0));
+#pragma unroll
+    for (int step = 1; step < KeyTile::kColumns / 16; ++step) {
+        WarpgroupMultiply<T>::template run<true>(scores, QueryTile::along_columns(queries, step),
+                                                 KeyTile::along_columns(keys, step));
+    }
+}
+
+// output += P V.
+template <class T, class ValueTile, int kSteps, int kOutTiles>
+DEVICE void start_output(float (&output)[kOutTiles][4], const u32 (&weights)[kSteps][4], u32 values) {
+    static_assert(ValueTile::kRows == kSteps * 16 && ValueTile::kColumns == kOutTiles * 8, "start_output: shapes");
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        WarpgroupMultiply<T>::run_values(output, weights[step], ValueTile::along_rows(values, step));
+    }
+}
+
+// Weights as the left operand of the next product: the accumulator's layout is the operand's, so nothing moves between
+// lanes.
+template <class T, int kSteps, int kKeyTiles>
+DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTiles][4]) {
+    static_assert(kKeyTiles == 2 * kSteps, "pack_weights: 16 keys a step");
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&pair)[4] = scores[2 * step + i / 2];
+            weights[step][i] = Traits<T>::pack(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
+    }
+}
+
+// Four words of each lane of a quad, transposed: lane q gets word q of the four lanes, in their order.
+DEVICE void transpose_quad(u32 (&word)[4], int lane) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const bool upper = lane & step;
+            const u32 received = __shfl_xor_sync(kFullWarp, upper ? word[i] : word[i + step], step);
+            if (upper) {
+                word[i] = received;
+            } else {
+                word[i + step] = received;
+            }
+        }
+    }
+}
