@@ -235,6 +235,7 @@ struct Consumer {
                     start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * KeyTile::kBytes);
                     wgmma_commit();
                     shared.v_barriers.wait(step - 1);
+                    wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * ValueTile::kBytes);
                     wgmma_commit();
                     pass_turn();
