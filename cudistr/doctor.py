@@ -275,7 +275,7 @@ def _compile(gpu: Gpu | None) -> Compiled:
     q = np.zeros((1, 1, 128, 64), np.float16)
     device = plan.Device(capability, SHARED_BYTES_EVERYWHERE if gpu is None else gpu.shared_optin)
     kernel, _ = plan.attention_kernel(normalize.problem(q, q, q), device)
-    architecture = compiler.target(capability)
+    architecture = compiler.target(capability, kernel.specific)
     start = time.perf_counter()
     compiler.compile_cubin(kernel, architecture)
     return Compiled(kernel.name, architecture, time.perf_counter() - start)
