@@ -68,7 +68,7 @@ _ATTENTION = _parameters(
 )
 _HOPPER = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
-    ("out lse", "u8"),
+    ("out lse counter", "u8"),
     ("out_batch out_head out_row band_low band_high", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
@@ -143,7 +143,7 @@ class _Recipe(NamedTuple):
     prepare: _Launch | None
     projections: Any
     transposed_bytes: int
-    scratch_bytes: int  # the transposed K, and the column orders behind it
+    scratch_bytes: int  # the transposed K, and the column orders behind it; for the Hopper kernel, a counter
     maps: tuple[Layout, Layout, Layout] | None = None  # of q, k and v, for the Hopper kernel
 
 
@@ -278,7 +278,7 @@ def _hopper_recipe(problem: Problem, chosen: Plan, device: Device, values: dict[
         for heads, seqlen, columns, strides, rows in parts
     )
     launch = _launch(chosen.attention, chosen.blocks, device, problem.device, _HOPPER, own)
-    return _Recipe(launch, None, None, 0, 0, (q, k, v))
+    return _Recipe(launch, None, None, 0, 4 if chosen.dynamic else 0, (q, k, v))
 
 
 def _prepare_launch(
@@ -376,7 +376,11 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     lse_address = 0 if lse is None else lse.data.ptr
     if recipe.maps is not None:
         maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
-        recipe.attention(*maps, out.data.ptr, lse_address)
+        counter = None
+        if recipe.scratch_bytes:
+            counter = cupy.cuda.alloc(recipe.scratch_bytes)
+            counter.memset_async(0, recipe.scratch_bytes)
+        recipe.attention(*maps, out.data.ptr, lse_address, 0 if counter is None else counter.ptr)
         return out, lse
     if recipe.prepare is None:
         recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)

@@ -126,6 +126,8 @@ class Plan:
         Tiles of queries per head, and thread blocks in all.
     section : int
         Of the Hopper kernel, 0 otherwise: heads, over all batches, whose tiles are taken in turn.
+    dynamic : bool
+        Whether its thread blocks take tiles from a counter, whoever is free first.
     prepare_kernel : Kernel or None
         What runs before it when the score product is grouped: the column order, and K transposed.
     prepare : Prepare or None
@@ -137,6 +139,7 @@ class Plan:
     row_blocks: int
     blocks: int
     section: int = 0
+    dynamic: bool = False
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
 
@@ -263,7 +266,8 @@ def portable_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
 
 HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere else
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
-HOPPER_BARRIER_BYTES = 8 * (2 + 4 * HOPPER_STAGES)  # full and empty, of Q and of the stages of K and V
+# Full and empty, of Q and of the stages of K, V and the number of the next tile; and that number.
+HOPPER_BARRIER_BYTES = 8 * (2 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 # Keys per step by columns of V. A consumer's thread holds, per row of 64, scores (keys / 2), weights (keys / 4) and
@@ -349,16 +353,13 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
     return kernel, tile
 
 
-def _hopper_order(problem: Problem, device: Device, tiles: int) -> tuple[int, int]:
-    """Thread blocks, and heads whose tiles are taken in turn."""
+def _hopper_section(problem: Problem) -> int:
+    """Heads, over all batches, whose tiles the Hopper kernel takes in turn."""
     if problem.left is None and problem.right is None:
-        # Tiles take equally long: as many thread blocks as fit the GPU, each with its share of tiles, so that the
-        # copies for a tile start while the tile before is being finished.
-        return min(tiles, device.multiprocessors), 1
-    # Tiles do not take equally long: one thread block each, the longest first, so that the GPU shares them out.
+        return 1  # tiles take equally long, so their order does not matter
     bytes_per_head = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     heads = HOPPER_SECTION_BYTES // bytes_per_head * (problem.heads // problem.heads_kv)
-    return tiles, max(1, min(heads, problem.batch * problem.heads))
+    return max(1, min(heads, problem.batch * problem.heads))
 
 
 def prepare_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
@@ -438,8 +439,10 @@ def plan(problem: Problem, device: Device) -> Plan:
     row_blocks = -(-problem.seqlen_q // tile.block_m)
     blocks = check_blocks(row_blocks * problem.batch * problem.heads)
     if kernel.specific:
-        blocks, section = _hopper_order(problem, device, blocks)
-        return Plan(kernel, tile, row_blocks, blocks, section)
+        # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
+        dynamic = problem.left is not None or problem.right is not None
+        grid = min(blocks, device.multiprocessors)
+        return Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), dynamic and grid < blocks)
     if problem.reduction is None:
         return Plan(kernel, tile, row_blocks, blocks)
     return Plan(

@@ -12,6 +12,7 @@
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   SHARED_BYTES  what the plan reserves
+#include "ptx/atomic.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/warpgroup.cuh"
@@ -22,7 +23,8 @@ typedef ElementOf<DTYPE>::type T;
 struct HopperParams {
     TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile, ValueTile
     T* out;
-    float* lse;  // (batch, heads, seqlen_q), contiguous; null if not wanted
+    float* lse;    // (batch, heads, seqlen_q), contiguous; null if not wanted
+    i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
     i64 out_batch, out_head, out_row;
     i64 band_low, band_high;
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
@@ -56,12 +58,16 @@ typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM_V> ValueTile;
 
+constexpr u32 kKeyStage = sizeof(KeyTile) / 16;  // from stage to stage, in a descriptor's units
+constexpr u32 kValueStage = sizeof(ValueTile) / 16;
+
 struct SharedStorage {
     QueryTile q;
     KeyTile k[kStages];
     ValueTile v[kStages];
     RingBarriers<1> q_barriers;
-    RingBarriers<kStages> k_barriers, v_barriers;
+    RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
+    i32 work[kStages];  // the tile of queries after the current one
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
@@ -99,7 +105,13 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 again = policy_evict_last();
     u32 step = 0;   // tiles of keys so far
     u32 place_number = 0;
-    for (int work = block_index(); work < params.tiles; work += gridDim.x) {
+    int next;
+    u32 work_number = 0;
+    for (int work = block_index(); work < params.tiles; work = next, ++work_number) {
+        next = gridDim.x + (params.counter ? atomic_add(params.counter, 1) : work);
+        shared.work_barriers.wait_empty(work_number);
+        shared.work[work_number % kStages] = next;
+        mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
         const Place place(params, work);
         if (place.last_tile < place.first_tile) continue;
         const int head_kv = place.head / params.heads_per_kv;
@@ -179,6 +191,14 @@ struct Consumer {
         if (lane == 0) ring.release(n);
     }
 
+    // The tile of queries after the current one, which the producer chose.
+    DEVICE int next_work(u32 work_number) {
+        shared.work_barriers.wait(work_number);
+        const int next = __shfl_sync(kFullWarp, shared.work[work_number % kStages], 0);
+        release(shared.work_barriers, work_number);
+        return next;
+    }
+
     // Whether a tile of keys needs the mask, by the span of keys that every row of this warpgroup sees whole.
     struct Common {
         int first, last;
@@ -195,14 +215,15 @@ struct Consumer {
     }
 
     DEVICE void run() {
-        const u32 queries = shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth;
-        const u32 keys = shared_address(shared.k[0].data);
-        const u32 values = shared_address(shared.v[0].data);
+        const u32 queries = QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth);
+        const u32 keys = KeyTile::lower(shared_address(shared.k[0].data));
+        const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         const Band band = {params.band_low, params.band_high, params.seqlen_k};
         if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
-        for (int work = block_index(); work < params.tiles; work += gridDim.x) {
+        u32 work_number = 0;
+        for (int work = block_index(); work < params.tiles; work = next_work(work_number++)) {
             const Place place(params, work);
             const int group_row = place.first_row + group * kGroupRows;
             const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
@@ -218,7 +239,7 @@ struct Consumer {
                 shared.q_barriers.wait(place_number);
                 shared.k_barriers.wait(step);
                 wgmma_fence();
-                start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * KeyTile::kBytes);
+                start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(scores[0]);
@@ -227,16 +248,16 @@ struct Consumer {
                 weigh(scores, rescale, softmax, band, common, place.first_row, tile * TILE_K);
                 pack_weights<T>(weights, scores[0]);
 
+                if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
                 for (--tile; tile >= place.first_tile; --tile) {
                     ++step;
-                    shared.k_barriers.wait(step);
                     wait_for_turn();
                     wgmma_fence();
-                    start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * KeyTile::kBytes);
+                    start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
                     wgmma_commit();
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
-                    start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * ValueTile::kBytes);
+                    start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
                     pass_turn();
                     wgmma_wait<1>();
@@ -244,6 +265,9 @@ struct Consumer {
                     release(shared.k_barriers, step);
                     if (tile == place.first_tile) release(shared.q_barriers, place_number);
                     weigh(scores, rescale, softmax, band, common, place.first_row, tile * TILE_K);
+                    // Between the weights and the wait for the last product, because a loop ends a basic block: ptxas
+                    // moves the wait up within its own, and then nothing would be computed during that product.
+                    if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
                     wgmma_wait<0>();
                     wgmma_pin(output[0]);
                     wgmma_pin(scores[0]);  // so that the weights are not packed while the last product reads the old ones
@@ -254,7 +278,7 @@ struct Consumer {
                 }
                 shared.v_barriers.wait(step);
                 wgmma_fence();
-                start_output<T, ValueTile>(output[0], weights, values + step % kStages * ValueTile::kBytes);
+                start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(output[0]);
@@ -280,6 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         shared.q_barriers.init(4 * kConsumers);
         shared.k_barriers.init(4 * kConsumers);
         shared.v_barriers.init(4 * kConsumers);
+        shared.work_barriers.init(4 * kConsumers);
         fence_mbarrier_init();
     }
     __syncthreads();

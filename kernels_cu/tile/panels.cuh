@@ -31,22 +31,21 @@ struct PanelTile {
         }
     }
 
-    // What a descriptor of any place in the tile has in common; bits 62 and 63 name the swizzle.
-    static constexpr u64 kSwizzle = u64(kWidth == 128 ? 1 : kWidth == 64 ? 2 : 3) << 62;
-    static constexpr u64 kEightRows = u64(8 * kWidth / 16) << 32;  // from a group of eight rows to the next
+    // A descriptor tells a product where a matrix lies. Its upper word is the same for all places in a tile: the
+    // swizzle, and the distance of groups of eight rows. The lower one is an address and a distance of panels, both in
+    // units of 16 bytes; an address in shared memory does not carry into the distance, so constants can be added.
+    static constexpr u64 kUpper = u64(kWidth == 128 ? 1 : kWidth == 64 ? 2 : 3) << 62 | u64(8 * kWidth / 16) << 32;
+    static DEVICE u32 lower(u32 address) { return u32(kPanelBytes / 16) << 16 | address / 16; }
 
-    // Descriptor of a matrix whose sum runs along the rows: 16 columns of the tile from column 16 * step on, rows
-    // counted from the tile's address. The distance of panels is not used, since 16 columns lie in one panel.
-    static DEVICE u64 along_columns(u32 address, int step) {
+    // A matrix whose sum runs along the rows: 16 columns of the tile from column 16 * step on. They lie in one panel.
+    static DEVICE u64 along_columns(u32 lower, int step) {
         const int column = step * 16;
         const int offset = column / kPanelColumns * kPanelBytes + column % kPanelColumns * int(sizeof(T));
-        return kSwizzle | kEightRows | u64(1) << 16 | (address + offset) / 16;
+        return kUpper | (lower + offset / 16);
     }
 
-    // Descriptor of a matrix whose sum runs down the columns: 16 rows from row 16 * step on, all columns.
-    static DEVICE u64 along_rows(u32 address, int step) {
-        return kSwizzle | kEightRows | u64(kPanelBytes / 16) << 16 | (address + step * 16 * kWidth) / 16;
-    }
+    // A matrix whose sum runs down the columns: 16 rows from row 16 * step on, all columns.
+    static DEVICE u64 along_rows(u32 lower, int step) { return kUpper | (lower + step * kWidth); }
 };
 
 // Waits for the phase of the given parity.
@@ -71,11 +70,12 @@ struct RingBarriers {
     }
     static DEVICE u32 parity(u32 n) { return n / kStages % 2; }
 
-    // The writer: waits until use n may begin, and announces its bytes. Returns the barrier for the copy.
+    // The writer: waits until use n may begin.
+    DEVICE void wait_empty(u32 n) { wait_barrier(shared_address(&empty[n % kStages]), parity(n) ^ 1); }
+    // The same for a copy: announces its bytes, and returns the barrier at which they are to arrive.
     DEVICE u32 open(u32 n, u32 bytes) {
-        const u32 stage = n % kStages;
-        wait_barrier(shared_address(&empty[stage]), parity(n) ^ 1);
-        const u32 barrier = shared_address(&full[stage]);
+        wait_empty(n);
+        const u32 barrier = shared_address(&full[n % kStages]);
         mbarrier_arrive_expect(barrier, bytes);
         return barrier;
     }

@@ -30,7 +30,7 @@ struct WarpgroupMultiply<bf16> {
     }
 };
 
-// scores = Q K^T. queries: address of the warpgroup's first row in the tile of Q.
+// scores = Q K^T. Queries of the warpgroup and keys as lower words of descriptors.
 template <class T, class QueryTile, class KeyTile, int kKeyTiles>
 DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
     static_assert(KeyTile::kRows == kKeyTiles * 8 && KeyTile::kColumns == QueryTile::kColumns, "start_scores: shapes");
@@ -42,7 +42,7 @@ DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
     }
 }
 
-// output += P V.
+// output += P V. Values as the lower word of a descriptor.
 template <class T, class ValueTile, int kSteps, int kOutTiles>
 DEVICE void start_output(float (&output)[kOutTiles][4], const u32 (&weights)[kSteps][4], u32 values) {
     static_assert(ValueTile::kRows == kSteps * 16 && ValueTile::kColumns == kOutTiles * 8, "start_output: shapes");
