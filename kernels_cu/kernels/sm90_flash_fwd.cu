@@ -18,6 +18,12 @@
 #include "tile/warpgroup.cuh"
 
 typedef ElementOf<DTYPE>::type T;
+#ifndef EXPERIMENT
+#define EXPERIMENT 0
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
@@ -44,7 +50,7 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = BLOCK_M / kGroupRows;
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 constexpr int kThreads = kGroupThreads + kConsumerThreads;
-constexpr int kStages = 2;
+constexpr int kStages = STAGES;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = HEAD_DIM_V / 8;
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
@@ -102,7 +108,7 @@ struct Place {
 // a tile comes after K of the next.
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
-    const u64 again = policy_evict_last();
+    const u64 again = EXPERIMENT & 2 ? policy_evict_normal() : policy_evict_last();
     u32 step = 0;   // tiles of keys so far
     u32 place_number = 0;
     int next;
@@ -133,14 +139,14 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
 
 // Normalises the output, and stores it and the lse. row: this lane's first row within the sequence.
 DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
-                         OnlineSoftmax<1>& softmax, int row, int lane) {
+                         WarpgroupSoftmax& softmax, int row, int lane) {
     softmax.reduce_sums();
     constexpr int kChunks = HEAD_DIM_V / 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int own = row + half * 8;
         const bool inside = own < params.seqlen_q;
-        const float sum = softmax.sum[0][half];
+        const float sum = softmax.sum[half];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
         T* out = params.out + place.batch * params.out_batch + place.head * params.out_head + own * params.out_row;
         // Each lane of a quad has two columns of every chunk; after the transpose it has a chunk out of four.
@@ -167,7 +173,7 @@ DEVICE void store_output(const HopperParams& params, const Place& place, float (
             }
         }
         if (params.lse && lane % 4 == 0 && inside) {
-            const float log_sum = fmaf(softmax.maximum[0][half], params.score_scale * 0.6931471806f, logf(sum));
+            const float log_sum = fmaf(softmax.maximum[half], params.score_scale * 0.6931471806f, logf(sum));
             params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
         }
     }
@@ -182,13 +188,13 @@ struct Consumer {
     int row;  // of this lane, the first of two in the tile
 
     // Turns: barrier 1 + g is the turn of consumer g.
-    DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
-    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
+    DEVICE void wait_for_turn() { if (!(EXPERIMENT & 1)) named_barrier_sync(1 + group, 2 * kGroupThreads); }
+    DEVICE void pass_turn() { if (!(EXPERIMENT & 1)) named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
 
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
     template <int kRingStages>
     DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
-        if (lane == 0) ring.release(n);
+        if (EXPERIMENT & 4 ? row % 64 == 0 && lane == 0 : lane == 0) ring.release(n);
     }
 
     // The tile of queries after the current one, which the producer chose.
@@ -205,13 +211,12 @@ struct Consumer {
         DEVICE bool covers(int key) const { return key >= first && key + TILE_K - 1 <= last; }
     };
 
-    // Scores of a tile to weights, and the factors for the output of the tiles before.
-    DEVICE void weigh(float (&scores)[1][kKeyTiles][4], float (&rescale)[2], OnlineSoftmax<1>& softmax, const Band& band,
-                      const Common& common, int first_row, int key) {
+    // Scores of a tile as the softmax wants them, and into its maxima.
+    DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
+                      const Band& band, const Common& common, int first_row, int key) {
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         if (!common.covers(key)) apply_mask(scores, band, first_row, key, row, lane % 4 * 2);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) rescale[half] = softmax.weigh_row(scores, 0, half, params.score_scale);
+        softmax.raise(scores[0], params.score_scale, shift, rescale);
     }
 
     DEVICE void run() {
@@ -229,11 +234,11 @@ struct Consumer {
             const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
             const Common common = {band.first_key(last_row), band.last_key(group_row)};
             float output[1][kOutTiles][4] = {};
-            OnlineSoftmax<1> softmax;
+            WarpgroupSoftmax softmax;
             softmax.clear();
             if (place.last_tile >= place.first_tile) {
                 float scores[1][kKeyTiles][4];
-                float rescale[2];
+                float shift[2], rescale[2];
                 u32 weights[TILE_K / 16][4];
                 int tile = place.last_tile;
                 shared.q_barriers.wait(place_number);
@@ -245,8 +250,8 @@ struct Consumer {
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
                 if (tile == place.first_tile) release(shared.q_barriers, place_number);
-                weigh(scores, rescale, softmax, band, common, place.first_row, tile * TILE_K);
-                pack_weights<T>(weights, scores[0]);
+                raise(scores, softmax, shift, rescale, band, common, place.first_row, tile * TILE_K);
+                softmax.weigh<T>(weights, scores[0], params.score_scale, shift, rescale);
 
                 if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
                 for (--tile; tile >= place.first_tile; --tile) {
@@ -255,26 +260,26 @@ struct Consumer {
                     wgmma_fence();
                     start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
                     wgmma_commit();
+                    if (EXPERIMENT & 8) pass_turn();
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
-                    pass_turn();
+                    if (!(EXPERIMENT & 8)) pass_turn();
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
                     if (tile == place.first_tile) release(shared.q_barriers, place_number);
-                    weigh(scores, rescale, softmax, band, common, place.first_row, tile * TILE_K);
-                    // Between the weights and the wait for the last product, because a loop ends a basic block: ptxas
-                    // moves the wait up within its own, and then nothing would be computed during that product.
-                    if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
+                    raise(scores, softmax, shift, rescale, band, common, place.first_row, tile * TILE_K);
+                    // ptxas would move the wait for the last product up, before the maxima, if this branch did not
+                    // depend on them and end the block. A factor is never negative.
+                    if (tile > place.first_tile || rescale[0] + rescale[1] < 0.f) shared.k_barriers.wait(step + 1);
                     wgmma_wait<0>();
                     wgmma_pin(output[0]);
-                    wgmma_pin(scores[0]);  // so that the weights are not packed while the last product reads the old ones
+                    wgmma_pin(scores[0]);  // no weight is computed while the last product reads the old ones
                     release(shared.v_barriers, step - 1);
-                    pack_weights<T>(weights, scores[0]);
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) softmax.rescale_row(output, 0, half, rescale[half]);
+                    WarpgroupSoftmax::rescale_output(output[0], rescale);
+                    softmax.weigh<T>(weights, scores[0], params.score_scale, shift, rescale);
                 }
                 shared.v_barriers.wait(step);
                 wgmma_fence();
@@ -301,10 +306,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
-        shared.q_barriers.init(4 * kConsumers);
-        shared.k_barriers.init(4 * kConsumers);
-        shared.v_barriers.init(4 * kConsumers);
-        shared.work_barriers.init(4 * kConsumers);
+        shared.q_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
+        shared.k_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
+        shared.v_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
+        shared.work_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
         fence_mbarrier_init();
     }
     __syncthreads();

@@ -20,47 +20,6 @@ struct OnlineSoftmax {
         }
     }
 
-    // Turns one row's scores into weights; returns the factor for its output so far.
-    template <int kKeyTiles>
-    DEVICE float weigh_row(float (&scores)[kRowTiles][kKeyTiles][4], int mt, int half, float score_scale) {
-        float top = maximum[mt][half];
-#pragma unroll
-        for (int nt = 0; nt < kKeyTiles; ++nt) {
-            top = fmaxf(top, fmaxf(scores[mt][nt][half * 2], scores[mt][nt][half * 2 + 1]));
-        }
-        top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
-        // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
-        const float shift = __fmul_rn(top == -infinity() ? 0.f : top, score_scale);
-        // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
-        const float rescale = exp2_approx(__fmul_rn(maximum[mt][half], score_scale) - shift);
-        maximum[mt][half] = top;
-        float total = 0.f;  // of this tile: short sums of short sums round less than one long sum
-#pragma unroll
-        for (int nt = 0; nt < kKeyTiles; ++nt) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float& score = scores[mt][nt][half * 2 + i];
-                score = exp2_approx(fmaf(score, score_scale, -shift));
-                total += score;
-            }
-        }
-        sum[mt][half] = fmaf(sum[mt][half], rescale, total);
-        return rescale;
-    }
-
-    // After the first tiles maxima rarely move: a vote costs less than kOutTiles * 2 multiplications by 1.
-    template <int kOutTiles>
-    static DEVICE void rescale_row(float (&output)[kRowTiles][kOutTiles][4], int mt, int half, float rescale) {
-        if (__any_sync(kFullWarp, rescale != 1.f)) {
-#pragma unroll
-            for (int nt = 0; nt < kOutTiles; ++nt) {
-                output[mt][nt][half * 2] *= rescale;
-                output[mt][nt][half * 2 + 1] *= rescale;
-            }
-        }
-    }
-
     template <int kKeyTiles, int kOutTiles>
     DEVICE void update(float (&scores)[kRowTiles][kKeyTiles][4], float (&output)[kRowTiles][kOutTiles][4],
                        float score_scale) {
@@ -68,7 +27,37 @@ struct OnlineSoftmax {
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                rescale_row(output, mt, half, weigh_row(scores, mt, half, score_scale));
+                float top = maximum[mt][half];
+#pragma unroll
+                for (int nt = 0; nt < kKeyTiles; ++nt) {
+                    top = fmaxf(top, fmaxf(scores[mt][nt][half * 2], scores[mt][nt][half * 2 + 1]));
+                }
+                top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+                // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
+                const float shift = __fmul_rn(top == -infinity() ? 0.f : top, score_scale);
+                // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
+                const float rescale = exp2_approx(__fmul_rn(maximum[mt][half], score_scale) - shift);
+                maximum[mt][half] = top;
+                float total = 0.f;  // of this tile: short sums of short sums round less than one long sum
+#pragma unroll
+                for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float& score = scores[mt][nt][half * 2 + i];
+                        score = exp2_approx(fmaf(score, score_scale, -shift));
+                        total += score;
+                    }
+                }
+                sum[mt][half] = fmaf(sum[mt][half], rescale, total);
+                // After the first tiles maxima rarely move: a vote costs less than kOutTiles * 2 multiplications by 1.
+                if (__any_sync(kFullWarp, rescale != 1.f)) {
+#pragma unroll
+                    for (int nt = 0; nt < kOutTiles; ++nt) {
+                        output[mt][nt][half * 2] *= rescale;
+                        output[mt][nt][half * 2 + 1] *= rescale;
+                    }
+                }
             }
         }
     }
