@@ -205,17 +205,32 @@ struct Consumer {
         return next;
     }
 
-    // Whether a tile of keys needs the mask, by the span of keys that every row of this warpgroup sees whole.
-    struct Common {
-        int first, last;
-        DEVICE bool covers(int key) const { return key >= first && key + TILE_K - 1 <= last; }
+    // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
+    struct Visible {
+        KeySpan common, rows[2];
+
+        // Whether a tile of keys needs no mask.
+        DEVICE bool all(int key) const { return key >= common.first && key + TILE_K - 1 <= common.last; }
     };
+    DEVICE Visible visible(int first_row) const {
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
+        const int group_row = first_row + group * kGroupRows;
+        const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
+        Visible keys;
+        keys.common = {band.first_key(last_row), band.last_key(group_row)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = first_row + row + half * 8;
+            keys.rows[half] = {band.first_key(query), band.last_key(query)};
+        }
+        return keys;
+    }
 
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
-                      const Band& band, const Common& common, int first_row, int key) {
+                      const Visible& keys, int key) {
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!common.covers(key)) apply_mask(scores, band, first_row, key, row, lane % 4 * 2);
+        if (!keys.all(key)) apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
         softmax.raise(scores[0], params.score_scale, shift, rescale);
     }
 
@@ -223,16 +238,13 @@ struct Consumer {
         const u32 queries = QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth);
         const u32 keys = KeyTile::lower(shared_address(shared.k[0].data));
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
-        const Band band = {params.band_low, params.band_high, params.seqlen_k};
         if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
         for (int work = block_index(); work < params.tiles; work = next_work(work_number++)) {
             const Place place(params, work);
-            const int group_row = place.first_row + group * kGroupRows;
-            const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
-            const Common common = {band.first_key(last_row), band.last_key(group_row)};
+            const Visible visible_keys = visible(place.first_row);
             float output[1][kOutTiles][4] = {};
             WarpgroupSoftmax softmax;
             softmax.clear();
@@ -250,7 +262,7 @@ struct Consumer {
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
                 if (tile == place.first_tile) release(shared.q_barriers, place_number);
-                raise(scores, softmax, shift, rescale, band, common, place.first_row, tile * TILE_K);
+                raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
                 softmax.weigh<T>(weights, scores[0], params.score_scale, shift, rescale);
 
                 if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
@@ -270,7 +282,7 @@ struct Consumer {
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
                     if (tile == place.first_tile) release(shared.q_barriers, place_number);
-                    raise(scores, softmax, shift, rescale, band, common, place.first_row, tile * TILE_K);
+                    raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
                     // ptxas would move the wait for the last product up, before the maxima, if this branch did not
                     // depend on them and end the block. A factor is never negative.
                     if (tile > place.first_tile || rescale[0] + rescale[1] < 0.f) shared.k_barriers.wait(step + 1);
