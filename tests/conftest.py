@@ -26,14 +26,34 @@ def missing_gpu() -> str | None:
     return None if cupy.cuda.is_available() else "no CUDA device"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device and CuPy")
-    config.addinivalue_line(
-        "markers", "small: GPU test small enough for compute-sanitizer; every kernel family"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate",
+        action="store_true",
+        help="run GPU tests on the emulated device of tests/emulation; needs g++",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device and CuPy, or --emulate")
+    config.addinivalue_line(
+        "markers", "small: GPU test small enough for compute-sanitizer; every kernel family"
+    )
+    config.addinivalue_line(
+        "markers", "hardware: GPU test of what is not emulated: streams, graphs, size, other libraries"
+    )
+    if config.getoption("--emulate"):
+        from tests.emulation import fake_cupy
+
+        fake_cupy.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--emulate"):
+        for item in items:
+            if item.get_closest_marker("hardware"):
+                item.add_marker(pytest.mark.skip(reason="not emulated"))
+        return
     reason = missing_gpu()
     # A machine that should have a GPU must not pass by skipping everything.
     if reason is None or os.environ.get("CUDISTR_REQUIRE_GPU"):

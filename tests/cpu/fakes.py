@@ -58,6 +58,7 @@ def library(monkeypatch: pytest.MonkeyPatch, name: str) -> type[ForeignArray]:
 @contextlib.contextmanager
 def forgotten(caches: Iterable[Any]) -> Iterator[None]:
     """Nothing that these caches remembered counts inside, and nothing from inside counts afterwards."""
+    caches = list(caches)
     for cache in caches:
         cache.cache_clear()
     try:

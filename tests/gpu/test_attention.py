@@ -7,7 +7,7 @@ import pytest
 
 import cudistr
 from cudistr import reference
-from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, on_device, same_bits
+from tests.gpu.util import ROUNDOFF, check_kernel, check_tf32, cp, inputs, on_device, same_bits
 from tests.strategies import DTYPES, LAYOUTS, expanded
 
 pytestmark = pytest.mark.gpu
@@ -309,6 +309,7 @@ def test_scores_that_are_all_minus_infinity(dtype, reduction):
 # Sizes
 
 
+@pytest.mark.hardware
 @each_dtype
 @each_method
 def test_more_heads_than_a_grid_axis_holds(dtype, reduction):
@@ -331,6 +332,7 @@ def empty_pool():
     cp.get_default_memory_pool().free_all_blocks()
 
 
+@pytest.mark.hardware
 @pytest.mark.usefixtures("empty_pool")
 @each_method
 def test_strides_beyond_32_bits(reduction):
@@ -352,6 +354,7 @@ def test_strides_beyond_32_bits(reduction):
     same_bits(out, cudistr.attention(*map(on_device, host), causal=True, reduction=reduction))
 
 
+@pytest.mark.hardware
 @pytest.mark.usefixtures("empty_pool")
 def test_more_elements_than_32_bits_count():
     # 2**31 + 8 * 1000 elements in q and in out: 4.3 GB each. Rows do not depend on each other.
@@ -370,25 +373,13 @@ def test_more_elements_than_32_bits_count():
 @each_method
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_tf32_when_cupy_is_asked_for_it(monkeypatch, reduction, head_dim):
-    # The yardstick is the same call on inputs rounded to 11 significant bits, which is what TF32 operands are; P is
-    # rounded too, so one rounding of the output's size comes on top.
-    monkeypatch.setenv("CUPY_TF32", "1")
     q, k, v = inputs(25, np.float32, lengths=(113, 203), head_dim=head_dim)
-    exact = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), reduction=reduction)
-    low = [x.astype(np.float64) for x in (q, k, v)]
-    low = [
-        np.round(x * 2.0 ** (10 - e)) * 2.0 ** (e - 10.0) for x, e in ((x, np.frexp(x)[1] - 1) for x in low)
-    ]
-    baseline = np.abs(reference.attention(q.astype(np.float64), *low[1:], reduction=reduction) - exact).max()
-    error = np.abs(
-        cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction)) - exact
-    ).max()
-    assert error <= 2 * baseline + 2.0**-11 * np.abs(exact).max()
+    monkeypatch.setenv("CUPY_TF32", "1")
+    error = check_tf32(q, k, v, reduction=reduction)
     monkeypatch.delenv("CUPY_TF32")
-    split = np.abs(
-        cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction)) - exact
-    ).max()
-    assert split < error / 30  # the default is float32-grade: TF32 drops 13 of 24 bits
+    exact = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), reduction=reduction)
+    split = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction)) - exact
+    assert np.abs(split).max() < error / 30  # the default is float32-grade: TF32 drops 13 of 24 bits
 
 
 # Method against method

@@ -78,6 +78,7 @@ def test_layouts(dtype, layout):
     check(random(2, 2, 3, 150, 64, dtype=dtype), cudistr.LSH(4), layout)
 
 
+@pytest.mark.hardware
 def test_more_blocks_than_a_grid_axis_holds():
     q = random(3, 1, 5, 65, 16, dtype=np.float16)
     reduction = cudistr.LSH(2, block_q=64)

@@ -29,6 +29,7 @@ def arrays():
 # Streams and graphs
 
 
+@pytest.mark.hardware
 @each_dtype
 @each_method
 @pytest.mark.parametrize("given_out", [False, True])
@@ -65,6 +66,7 @@ def test_a_captured_graph_replays(dtype, reduction, given_out):
             same_bits(lse, expected_lse)
 
 
+@pytest.mark.hardware
 def test_group_and_merge_can_be_captured(arrays):
     reduction = cudistr.LSH(2)
     stream = cp.cuda.Stream(non_blocking=True)
@@ -85,6 +87,7 @@ def test_group_and_merge_can_be_captured(arrays):
         same_bits(result, value)
 
 
+@pytest.mark.hardware
 @each_method
 def test_work_is_queued_on_the_current_stream(arrays, reduction):
     q, k, v = arrays
@@ -103,6 +106,7 @@ def test_work_is_queued_on_the_current_stream(arrays, reduction):
     same_bits(out, expected)
 
 
+@pytest.mark.hardware
 @each_method
 def test_streams_do_not_disturb_each_other(reduction):
     streams = [cp.cuda.Stream(non_blocking=True) for _ in range(4)]
@@ -153,6 +157,7 @@ def test_dtypes(dtype):
         cudistr.merge([x], [lse])
 
 
+@pytest.mark.hardware
 def test_host_and_device_mixed(arrays):
     q, k, v = arrays
     with raises(TypeError, "arrays of different libraries are mixed (q: cupy, k: numpy, v: cupy)"):
@@ -215,6 +220,7 @@ def test_inputs_are_left_alone(arrays):
 # Other libraries
 
 
+@pytest.mark.hardware
 @each_dtype
 @each_method
 def test_torch(dtype, reduction):
@@ -240,6 +246,7 @@ def test_torch(dtype, reduction):
         cudistr.attention(q, k.cpu(), v)
 
 
+@pytest.mark.hardware
 def test_torch_streams():
     torch = pytest.importorskip("torch")
     host = inputs(4, np.float16, lengths=(150, 170))
@@ -257,6 +264,7 @@ def test_torch_streams():
     same_bits(cp.from_dlpack(out), expected)
 
 
+@pytest.mark.hardware
 @each_dtype
 @each_method
 def test_jax(dtype, reduction):

@@ -203,6 +203,7 @@ def test_groups_are_those_of_the_reference(case, reduction):
     same_bits(cudistr.group(arrays, reduction), reference.group(case.q, reduction))
 
 
+@pytest.mark.hardware
 def test_same_bits_with_every_multiprocessor_busy():
     # Enough thread blocks that their order differs from run to run.
     arrays = [on_device(random(seed, 4, 16, 1000, 64, dtype=np.float16)) for seed in range(3)]

@@ -203,6 +203,30 @@ def check_kernel(
     return result
 
 
+def check_tf32(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: str = "contiguous", **options: Any
+) -> float:
+    """Hold the float32 kernel to TF32's error, with ``CUPY_TF32=1`` set. Returns its largest error.
+
+    The yardstick is the same call on keys and values rounded to 11 significant bits, which is what TF32 operands are;
+    P is rounded too, so one rounding of the output's size comes on top.
+    """
+
+    def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
+        exponent = np.frexp(x)[1] - 1
+        return np.round(x * 2.0 ** (10 - exponent)) * 2.0 ** (exponent - 10.0)
+
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    exact = reference.attention(*wide, **options)
+    like = np.abs(reference.attention(wide[0], *map(rounded_to_tf32, wide[1:]), **options) - exact).max()
+    error = np.abs(
+        cp.asnumpy(cudistr.attention(*(on_device(x, layout) for x in (q, k, v)), **options)) - exact
+    )
+    largest = float(error.max())
+    assert largest <= 2 * like + 2.0**-11 * np.abs(exact).max()
+    return largest
+
+
 def inputs(
     seed: int,
     dtype: Any,

@@ -1,0 +1,290 @@
+"""Faults planted in the kernels, each of which the emulated device finds, and says what it found.
+
+A fault is a change of one line in a copy of ``kernels_cu``. Those of synchronisation are found whatever the order in
+which threads run, and most of them would rarely or never show on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import compiler
+from tests.emulation.fake_cupy import EmulationError, Settings
+from tests.gpu import util
+from tests.strategies import random
+
+FLASH = "kernels/sm80_flash_fwd.cu"
+PREPARE = "kernels/smxx_lsh_prepare.cu"
+MERGE = "kernels/smxx_merge.cu"
+GROUPED = {"reduction": cudistr.LSH(2)}
+WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
+RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
+BARRIER = "__syncthreads();"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` becomes ``new`` in ``file``; the call of ``options`` must then end with ``found``."""
+
+    file: str
+    old: str
+    new: str
+    found: str
+    options: dict[str, Any] = field(default_factory=dict)
+    layout: str = "contiguous"
+    dtype: Any = np.float16
+    head_dim_v: int = 64
+    merge: bool = False
+
+
+FAULTS = {
+    # Barriers
+    "no barrier before a tile of keys is used": Fault(
+        FLASH, f"{BARRIER}  // the keys have landed", "// the keys have landed", f"ldmatrix {RACE}"
+    ),
+    "no barrier before the next keys overwrite": Fault(
+        FLASH,
+        f"{BARRIER}  // the values have landed, and every warp is done with the keys",
+        "",
+        RACE,
+    ),
+    "no barrier between fusion and its readers": Fault(
+        FLASH, f"{BARRIER}  // Khat is complete", "// Khat is complete", RACE, GROUPED
+    ),
+    "no barrier before Khat is overwritten": Fault(
+        FLASH, f"{BARRIER}  // the values have landed, and every warp is done with Khat", "", RACE, GROUPED
+    ),
+    "no barrier after the permutation is read": Fault(
+        FLASH,
+        f"block * HEAD_DIM, thread);\n        {BARRIER}",
+        "block * HEAD_DIM, thread);",
+        RACE,
+        GROUPED,
+    ),
+    "no barrier before the tiles become the output": Fault(
+        FLASH, f"{BARRIER}  // the tiles of the loop become", "// the tiles of the loop become", f"write {RACE}", head_dim_v=128
+    ),
+    "no barrier before the output is copied": Fault(
+        FLASH, f"    {BARRIER}\n\n    T* out = ", "    T* out = ", RACE
+    ),
+    "no barrier before the transposed keys are read": Fault(
+        PREPARE,
+        f"    {BARRIER}\n\n    T* out = params.transposed",
+        "    T* out = params.transposed",
+        RACE,
+        GROUPED,
+    ),
+    "no barrier before columns are compared": Fault(
+        PREPARE,
+        f"    {BARRIER}\n    if (!active) return;",
+        "    if (!active) return;",
+        RACE,
+        GROUPED,
+    ),
+    "no barrier before the projections are overwritten": Fault(
+        PREPARE,
+        f"const int staged = min(kStageRows, longest - start);\n        {BARRIER}",
+        "const int staged = min(kStageRows, longest - start);",
+        RACE,
+        GROUPED,
+    ),
+    "a barrier that one warp does not reach": Fault(
+        FLASH,
+        "softmax.reduce_sums();\n    __syncthreads();",
+        "softmax.reduce_sums();\n    if (thread_index() >= 32) __syncthreads();",
+        "wait at different barriers",
+    ),
+    "a thread that returns before a barrier": Fault(
+        PREPARE, "    float sums[2][kProjections] = {};", "    if (thread == 5) return;\n    float sums[2][kProjections] = {};",
+        "others have returned", GROUPED
+    ),
+    "an instruction of the warp that a lane skips": Fault(
+        "tile/softmax.cuh",
+        "top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
+        "if (thread_index() % 32 < 31) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
+        "has diverged: lane 0 waits for __shfl_xor_sync, lane 31 for",
+    ),
+    # Asynchronous copies
+    "no wait for the keys": Fault(
+        FLASH, "        cp_async_wait<0>();\n        __syncthreads();  // the keys", "        __syncthreads();  // the keys",
+        "asynchronous copy of thread .* has not landed"
+    ),
+    "a wait that leaves one copy too many": Fault(
+        FLASH, "cp_async_wait<1>();", "cp_async_wait<2>();", "asynchronous copy of thread .* has not landed", GROUPED
+    ),
+    "a copy that is never committed": Fault(
+        FLASH,
+        "value_copy.move(-TILE_K * params.v_row);\n        cp_async_commit();",
+        "value_copy.move(-TILE_K * params.v_row);",
+        "asynchronous copy of thread .* has not landed",
+    ),
+    "copies in flight when the block ends": Fault(
+        FLASH,
+        "    cp_async_wait<0>();\n    softmax.reduce_sums();",
+        "    cp_async_chunk(shared_address(&storage), q, false);\n    cp_async_commit();\n    softmax.reduce_sums();",
+        f"{RACE}|before its copies landed",
+    ),
+    # Indices
+    "one row too many at the end of a sequence": Fault(
+        "tile/shared.cuh", "row0 + row < rows &&", "row0 + row <= rows &&", "cp.async of 16 bytes outside"
+    ),
+    "one row too many where rows are not aligned": Fault(
+        "tile/shared.cuh", "row0 + row < rows &&", "row0 + row <= rows &&", "read of 2 bytes outside", layout="ragged"
+    ),
+    "one key too few under a mask": Fault(
+        "tile/mask.cuh", "offset > last", "offset >= last", WRONG, {"causal": True}
+    ),
+    "one key too many at the end of a sequence": Fault("tile/mask.cuh", "min(query + high, end - 1)", "query + high", WRONG),
+    "the wrong key head": Fault(
+        FLASH, "place.head / params.heads_per_kv", "place.head", "cp.async of 16 bytes outside"
+    ),
+    "the rows of the output one too far": Fault(
+        FLASH, "place.first_row * params.out_row;", "(place.first_row + 1) * params.out_row;", "(outside|wrote too)"
+    ),
+    "an output row of another thread block": Fault(
+        FLASH, "rows = min(BLOCK_M, params.seqlen_q - first_row);", "rows = BLOCK_M;", "(outside|wrote too)"
+    ),
+    "lse stored by every lane of a row": Fault(
+        FLASH, "params.lse && lane % 4 == 0 &&", "params.lse &&", r"wrote too in this launch"
+    ),
+    "a transposed permutation": Fault(
+        FLASH,
+        "permutation[group * kMembers + row / kDepth]",
+        "permutation[row / kDepth * kGroups + group]",
+        WRONG,
+        GROUPED,
+    ),
+    "the wrong member of a group": Fault(
+        "tile/fuse.cuh", "FusedTile::kRows * FusedTile::kPitch>", "FusedTile::kPitch>", WRONG, GROUPED
+    ),
+    "the padding of transposed keys not written": Fault(
+        PREPARE, "min(kTile, params.key_columns - key)", "min(kTile, params.seqlen_k / 8 * 8 - key)",
+        "cp.async of an array .* which nothing wrote", GROUPED
+    ),
+    "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge=True),
+    "a group without a column": Fault(
+        FLASH, "group < kGroups ? permutation", "group < kGroups - 1 ? permutation", "read of 2 bytes outside", GROUPED
+    ),
+    # Matrix instructions and shared tiles
+    "a wrong swizzle of the transposed operand": Fault(
+        "tile/product.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16 ^ 1, lane / 16 * 8)", WRONG
+    ),
+    "rows of a matrix that do not start on 16 bytes": Fault(
+        "tile/product.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16, lane / 16 * 8 + 4)",
+        "ldmatrix.trans of a row at an address that is not a multiple of 16"
+    ),
+    "a tile larger than the plan reserves": Fault(
+        "tile/shared.cuh", "kPitch = kColumns + kPad;", "kPitch = kColumns + 2 * kPad;", "plan and the kernel disagree"
+    ),
+    "a step of the sum too many": Fault(
+        FLASH, "kDepth / Traits<T>::kMmaDepth;", "kDepth / Traits<T>::kMmaDepth + 1;", f"nothing wrote|outside|{WRONG}"
+    ),
+    "the wrong lanes of a row": Fault(
+        "tile/softmax.cuh", "__shfl_xor_sync(kFullWarp, total, 2)", "__shfl_xor_sync(kFullWarp, total, 4)", WRONG
+    ),
+    "a float32 operand of the wrong row": Fault(
+        "tile/product.cuh", "i % 2 * 4) * Tile::kPitch", "i % 2 * 2) * Tile::kPitch", WRONG, GROUPED, dtype=np.float32
+    ),
+    # Numbers
+    "minus infinity taken from itself": Fault(
+        "tile/softmax.cuh", "top == -infinity() ? 0.f : top", "top", WRONG, {"window": (0, None), "causal": True}
+    ),
+    "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][half * 2] *= rescale;", "", WRONG),
+    "a hash with products and sums rounded together": Fault(
+        PREPARE, "__fadd_rn(sums[i][b], __fmul_rn(shared.stage[row][b], x))", "fmaf(shared.stage[row][b], x, sums[i][b])",
+        "Mismatched", {"near_ties": True}, dtype=np.float32
+    ),
+    "vector loads where rows are not aligned": Fault(
+        PREPARE, "if (ALIGNED) {", "if (true) {", "not a multiple of 16", GROUPED, layout="shifted"
+    ),
+    "an index that overflows": Fault(
+        FLASH, "row * params.out_row + column", "row * 0x7fffffff + column", "a product that overflows at .*sm80_flash_fwd.cu"
+    ),
+    "an index outside its array": Fault(
+        "tile/softmax.cuh", "maximum[mt][half] = top;", "maximum[mt][half + 1] = top;", "an index outside its array at .*softmax"
+    ),
+}  # fmt: skip
+
+
+def run(fault: Fault) -> None:
+    """One small call of the kind that the fault needs."""
+    if fault.merge:
+        outs, lses = [random(1, 1, 3, 11, 40, dtype=fault.dtype)] * 2, [random(2, 1, 3, 11)] * 2
+        cudistr.merge([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
+        return
+    if "near_ties" in fault.options:
+        from tests.strategies import near_ties
+
+        reduction = cudistr.LSH(2)
+        q = near_ties(0, 128, 64, reduction)[None, None]
+        util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
+        return
+    q, k, v = util.inputs(
+        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=(161, 173), head_dim_v=fault.head_dim_v
+    )
+    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
+
+
+@pytest.fixture
+def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fault:
+    """A fault, in a copy of the sources that is compiled in this test."""
+    fault: Fault = request.param
+    sources = tmp_path / "kernels_cu"
+    shutil.copytree(compiler.SOURCES, sources)
+    path = sources / fault.file
+    text = path.read_text()
+    assert text.count(fault.old) >= 1, f"{fault.file} has changed: plant this fault anew"
+    path.write_text(text.replace(fault.old, fault.new, 1))
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    compiler._digest.cache_clear()
+    return fault
+
+
+@pytest.mark.parametrize("planted", FAULTS.values(), ids=FAULTS, indirect=True)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_planted_fault_is_found(planted: Fault, seed: int) -> None:
+    Settings.seed = seed
+    with pytest.raises((EmulationError, cudistr.CompileError, AssertionError)) as found:
+        run(planted)
+    assert re.search(planted.found, str(found.value)), str(found.value)
+
+
+def calls() -> dict[str, Fault]:
+    """The calls of the faults, each once."""
+    different = {
+        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge): f for f in FAULTS.values()
+    }
+    return {" ".join(map(str, key)): fault for key, fault in different.items()}
+
+
+@pytest.mark.parametrize("fault", calls().values(), ids=calls())
+def test_without_a_fault_nothing_is_found(fault: Fault) -> None:
+    run(fault)
+
+
+def test_a_report_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fault = FAULTS["one row too many at the end of a sequence"]
+    sources = tmp_path / "kernels_cu"
+    shutil.copytree(compiler.SOURCES, sources)
+    path = sources / fault.file
+    path.write_text(path.read_text().replace(fault.old, fault.new, 1))
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    compiler._digest.cache_clear()
+    with pytest.raises(EmulationError) as found:
+        run(fault)
+    text = str(found.value)
+    line = next(
+        n for n, text in enumerate(path.read_text().splitlines(), 1) if "copy_chunk<kVector>(to" in text
+    )
+    assert re.match(
+        r"sm80_flash_fwd: cp.async of 16 bytes outside .* of an array \(1, 2, 173, 64\) of float16", text
+    )
+    assert "by thread " in text and f"tile/shared.cuh:{line} in " in text and "sm80_flash_fwd.cu:" in text

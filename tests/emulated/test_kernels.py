@@ -1,0 +1,142 @@
+"""Every kernel of the grid on the emulated device, against the float64 reference of the same method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import compiler, launch, reference
+from cudistr import plan as planner
+from cudistr.normalize import Problem
+from cudistr.plan import Device, Kernel
+from tests import grid
+from tests.emulation.fake_cupy import Settings, statistics
+from tests.gpu import util
+from tests.strategies import random
+
+MASKS: tuple[dict[str, Any], ...] = ({"causal": True}, {"window": (150, 20)}, {})
+
+
+def attention_variants() -> dict[Kernel, tuple[str, Problem, int]]:
+    """Every attention kernel that the planner names for the grid on any device, once: name, problem, capability."""
+    found: dict[Kernel, tuple[str, Problem, int]] = {}
+    for capability, device in grid.DEVICES.items():
+        for name, problem in grid.problems():
+            kernel, _ = planner.attention_kernel(problem, device)
+            found.setdefault(kernel, (f"{name} sm_{capability}", problem, capability))
+    return found
+
+
+def other_variants(kind: str) -> dict[str, Kernel]:
+    """The kernels of the grid that are the same for all devices."""
+    found = grid.kernels(80)
+    return {name: kernel for name, kernel in found.items() if kernel.name == kind}
+
+
+ATTENTION = attention_variants()
+PREPARE = other_variants("smxx_lsh_prepare")
+MERGE = other_variants("smxx_merge")
+
+
+def use(device: Device) -> None:
+    Settings.capability, Settings.shared_bytes = device.capability, device.shared_bytes
+
+
+def test_the_suite_is_the_grid() -> None:
+    kernels = {*ATTENTION, *PREPARE.values(), *MERGE.values()}
+    for capability in grid.DEVICES:
+        assert set(grid.kernels(capability).values()) <= kernels
+
+
+@pytest.mark.parametrize(
+    ("number", "kernel"), list(enumerate(ATTENTION)), ids=[name for name, *_ in ATTENTION.values()]
+)
+def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two tiles of queries and two of keys, or more, the last ones short; two heads that share their keys.
+    _, problem, capability = ATTENTION[kernel]
+    use(grid.DEVICES[capability])
+    _, tile = planner.attention_kernel(problem, grid.DEVICES[capability])
+    seqlen_q = problem.seqlen_q if problem.seqlen_q <= planner.SMALL_SEQLEN_Q else tile.block_m + 37
+    seqlen_k = tile.tile_k * (1 if tile.tile_k > 64 else 2) + 29
+    q, k, v = util.inputs(
+        number,
+        grid.DTYPES[problem.dtype],
+        batch=1,
+        heads=2,
+        heads_kv=1,
+        lengths=(seqlen_q, seqlen_k),
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+    )
+    layout = "transposed" if problem.aligned else "ragged"
+    options = {**MASKS[number % len(MASKS)], "reduction": problem.reduction, "softcap": problem.softcap}
+    if problem.tf32:
+        monkeypatch.setenv("CUPY_TF32", "1")
+        util.check_tf32(q, k, v, layout, **options)
+    else:
+        util.check_kernel(q, k, v, layouts=(layout,) * 3, on_host=True, **options)
+    assert (kernel, 0) in compiler._functions  # it was this one that ran
+    assert statistics.counts["multiplications"] > 0
+    assert statistics.counts["matrix_load_conflicts"] == 0  # what the pitch of shared tiles is for
+
+
+@pytest.mark.parametrize("kernel", PREPARE.values(), ids=PREPARE)
+def test_prepare(kernel: Kernel) -> None:
+    # Both tasks by themselves: not every head_dim has a group size with which attention would call for them.
+    constants = dict(kernel.constants)
+    head_dim = constants["HEAD_DIM"]
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    layout = "transposed" if constants["ALIGNED"] else "ragged"
+    reduction = cudistr.LSH(1)
+    q = random(1, 1, 2, 161, head_dim, dtype=dtype)
+    k = random(2, 2, 1, 77, head_dim, dtype=dtype)
+    on_device = util.on_device(q, layout)
+    permutation = cudistr.group(on_device, reduction)
+    util.same_bits(permutation, reference.group(q, reduction))
+
+    keys = util.on_device(k, layout)
+    chosen = planner.prepare(2, 1, 0, head_dim, 128, (1, 77))
+    strides = launch.row_strides(keys.shape, keys.strides, keys.itemsize)
+    more = {
+        **dict(zip(("k_batch", "k_head", "k_row"), strides, strict=True)), "heads_kv": 1, "seqlen_k": 77,
+    }  # fmt: skip
+    run, vectors = launch._prepare_launch(kernel, chosen, (1, 0), (0, 0, 0), reduction, 0, more)
+    transposed = util.cp.ndarray((2, 1, head_dim, 80), dtype)
+    run(on_device.data.ptr, vectors.data.ptr, permutation.data.ptr, keys.data.ptr, transposed.data.ptr)
+    expected = np.zeros(transposed.shape, dtype)
+    expected[..., :77] = k.swapaxes(2, 3)
+    util.same_bits(transposed, expected)
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("shards", [1, 3, 32])
+def test_merge(kernel: Kernel, shards: int) -> None:
+    dtype = np.dtype(list(grid.DTYPES.values())[dict(kernel.constants)["DTYPE"]])
+    outs = [random(seed, 1, 3, 11, 64, dtype=dtype) for seed in range(shards)]
+    lses = [random(100 + seed, 1, 3, 11, spread=3.0) for seed in range(shards)]
+    arrays = ([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
+    out, lse = cudistr.merge(*arrays, return_lse=True)
+    exact, exact_lse = reference.merge(outs, lses, return_lse=True)
+    assert (
+        np.abs(util.cp.asnumpy(out).astype(np.float64) - exact).max()
+        <= 2 * util.ROUNDOFF[dtype] * np.abs(exact).max()
+    )
+    assert np.abs(util.cp.asnumpy(lse) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("reduction", [None, cudistr.LSH(2)], ids=["exact", "G2"])
+@pytest.mark.parametrize("dtype", grid.DTYPES.values(), ids=grid.DTYPES)
+def test_the_order_of_warps_and_lanes_does_not_matter(dtype: Any, reduction: cudistr.LSH | None) -> None:
+    arrays = [util.on_device(x) for x in util.inputs(7, dtype, batch=1, heads=2, lengths=(161, 173))]
+    results = []
+    for seed in range(5):
+        Settings.seed = seed
+        results.append(cudistr.attention(*arrays, causal=True, reduction=reduction, return_lse=True))
+    for out, lse in results[1:]:
+        util.same_bits(out, results[0][0])
+        util.same_bits(lse, results[0][1])

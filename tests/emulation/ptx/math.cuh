@@ -1,0 +1,38 @@
+// Emulated twin of kernels_cu/ptx/math.cuh.
+#pragma once
+#include "ptx/arch.cuh"
+
+DEVICE float exp2_approx(float x) {
+    const float smallest = __uint_as_float(0x00800000u);  // ftz: denormal operands and results are zero
+    const float y = static_cast<float>(exp2(fabsf(x) < smallest ? 0.0 : static_cast<double>(x)));
+    return fabsf(y) < smallest ? 0.f : y;
+}
+
+// Half of the last kept bit is added to the magnitude, which rounds ties away from zero.
+DEVICE u32 round_to_tf32(float x) {
+    const u32 bits = __float_as_uint(x);
+    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    return finite ? (bits + 0x1000u) & 0xffffe000u : (bits & 0x7fffffu) ? 0x7fffe000u : bits;
+}
+
+DEVICE float f16_to_float(u16 x) { return machine::half_to_float(x); }
+DEVICE u16 float_to_f16(float x) { return machine::float_to_half(x); }
+DEVICE u16 float_to_bf16(float x) { return machine::float_to_bfloat(x); }
+DEVICE u32 floats_to_f16x2(float low, float high) {
+    return static_cast<u32>(machine::float_to_half(high)) << 16 | machine::float_to_half(low);
+}
+DEVICE u32 floats_to_bf16x2(float low, float high) {
+    return static_cast<u32>(machine::float_to_bfloat(high)) << 16 | machine::float_to_bfloat(low);
+}
+
+// The sum of two numbers of 11 bits, or 8, is rounded once: where float32 rounds it, the smaller is far below half of
+// a last bit of the result.
+DEVICE u32 add_f16x2(u32 a, u32 b) {
+    return floats_to_f16x2(f16_to_float(static_cast<u16>(a)) + f16_to_float(static_cast<u16>(b)),
+                           f16_to_float(static_cast<u16>(a >> 16)) + f16_to_float(static_cast<u16>(b >> 16)));
+}
+DEVICE u32 add_bf16x2(u32 a, u32 b) {
+    const double low = static_cast<double>(__uint_as_float(a << 16)) + __uint_as_float(b << 16);
+    const double high = static_cast<double>(__uint_as_float(a & 0xffff0000u)) + __uint_as_float(b & 0xffff0000u);
+    return floats_to_bf16x2(static_cast<float>(low), static_cast<float>(high));
+}
