@@ -18,12 +18,6 @@
 #include "tile/warpgroup.cuh"
 
 typedef ElementOf<DTYPE>::type T;
-#ifndef EXPERIMENT
-#define EXPERIMENT 0
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
@@ -50,7 +44,7 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = BLOCK_M / kGroupRows;
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 constexpr int kThreads = kGroupThreads + kConsumerThreads;
-constexpr int kStages = STAGES;
+constexpr int kStages = 2;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = HEAD_DIM_V / 8;
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
@@ -108,7 +102,7 @@ struct Place {
 // a tile comes after K of the next.
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
-    const u64 again = EXPERIMENT & 2 ? policy_evict_normal() : policy_evict_last();
+    const u64 again = policy_evict_last();
     u32 step = 0;   // tiles of keys so far
     u32 place_number = 0;
     int next;
@@ -188,13 +182,13 @@ struct Consumer {
     int row;  // of this lane, the first of two in the tile
 
     // Turns: barrier 1 + g is the turn of consumer g.
-    DEVICE void wait_for_turn() { if (!(EXPERIMENT & 1)) named_barrier_sync(1 + group, 2 * kGroupThreads); }
-    DEVICE void pass_turn() { if (!(EXPERIMENT & 1)) named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
+    DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
+    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
 
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
     template <int kRingStages>
     DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
-        if (EXPERIMENT & 4 ? row % 64 == 0 && lane == 0 : lane == 0) ring.release(n);
+        if (lane == 0) ring.release(n);
     }
 
     // The tile of queries after the current one, which the producer chose.
@@ -272,12 +266,11 @@ struct Consumer {
                     wgmma_fence();
                     start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
                     wgmma_commit();
-                    if (EXPERIMENT & 8) pass_turn();
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
-                    if (!(EXPERIMENT & 8)) pass_turn();
+                    pass_turn();
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
@@ -318,10 +311,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
-        shared.q_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
-        shared.k_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
-        shared.v_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
-        shared.work_barriers.init(EXPERIMENT & 4 ? kConsumers : 4 * kConsumers);
+        shared.q_barriers.init(4 * kConsumers);
+        shared.k_barriers.init(4 * kConsumers);
+        shared.v_barriers.init(4 * kConsumers);
+        shared.work_barriers.init(4 * kConsumers);
         fence_mbarrier_init();
     }
     __syncthreads();

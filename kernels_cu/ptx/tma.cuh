@@ -20,12 +20,6 @@ DEVICE u64 policy_evict_last() {
     return policy;
 }
 
-DEVICE u64 policy_evict_normal() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // createpolicy: a hint for L2 that what is read will not be read again.
 DEVICE u64 policy_evict_first() {
     u64 policy;
