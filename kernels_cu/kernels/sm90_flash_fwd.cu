@@ -194,7 +194,7 @@ struct Consumer {
     // The tile of queries after the current one, which the producer chose.
     DEVICE int next_work(u32 work_number) {
         shared.work_barriers.wait(work_number);
-        const int next = __shfl_sync(kFullWarp, shared.work[work_number % kStages], 0);
+        const int next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
         release(shared.work_barriers, work_number);
         return next;
     }
