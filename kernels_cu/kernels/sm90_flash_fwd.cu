@@ -29,7 +29,7 @@ struct HopperParams {
     i64 band_low, band_high;
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
-    i32 tiles;         // row_blocks of every head of every batch
+    u32 tiles;         // row_blocks of every head of every batch
     i32 section;       // heads, over all batches, whose tiles are taken in turn
     i32 out_aligned;   // whether rows of out start on 16 bytes
     float scale;       // SCORE 1: applied before the softcap
@@ -79,10 +79,11 @@ struct Place {
 
     // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last
     // rows first: under a causal mask they have the most keys, and short tiles fill the tail.
-    DEVICE Place(const HopperParams& params, int work) {
+    DEVICE Place(const HopperParams& params, u32 tile) {
+        const int work = static_cast<int>(tile);
         const int of_section = params.section * params.row_blocks;
         const int first_head = work / of_section * params.section;
-        const int heads = min(params.section, params.tiles / params.row_blocks - first_head);
+        const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
         const int in_section = work % of_section;
         batch_head = first_head + in_section % heads;
         batch = batch_head / params.heads;
@@ -105,10 +106,10 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 again = policy_evict_last();
     u32 step = 0;   // tiles of keys so far
     u32 place_number = 0;
-    int next;
+    u32 next;  // unsigned: it may be past the last tile, of which there can be 2**31 - 1
     u32 work_number = 0;
-    for (int work = block_index(); work < params.tiles; work = next, ++work_number) {
-        next = gridDim.x + (params.counter ? atomic_add(params.counter, 1) : work);
+    for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
+        next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
         shared.work_barriers.wait_empty(work_number);
         shared.work[work_number % kStages] = next;
         mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
@@ -192,9 +193,9 @@ struct Consumer {
     }
 
     // The tile of queries after the current one, which the producer chose.
-    DEVICE int next_work(u32 work_number) {
+    DEVICE u32 next_work(u32 work_number) {
         shared.work_barriers.wait(work_number);
-        const int next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
+        const u32 next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
         release(shared.work_barriers, work_number);
         return next;
     }
@@ -236,7 +237,7 @@ struct Consumer {
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
-        for (int work = block_index(); work < params.tiles; work = next_work(work_number++)) {
+        for (u32 work = block_index(); work < params.tiles; work = next_work(work_number++)) {
             const Place place(params, work);
             const Visible visible_keys = visible(place.first_row);
             float output[1][kOutTiles][4] = {};
