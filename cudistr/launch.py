@@ -353,6 +353,21 @@ def attention(
         return _attention(problem, q, k, v, out, return_lse)
 
 
+_of_graphs: list[Any] = []  # memory that captured launches write whenever their graph runs
+
+
+def _zeros(size: int) -> Any:
+    """Memory on the device that is zero for the next launch on the current stream, and belongs to it alone."""
+    import cupy
+
+    memory = cupy.cuda.alloc(size)
+    memory.memset_async(0, size)
+    stream = cupy.cuda.get_current_stream().ptr
+    if stream and cupy.cuda.runtime.streamIsCapturing(stream):  # the null stream cannot be captured
+        _of_graphs.append(memory)
+    return memory
+
+
 def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
     import cupy
 
@@ -376,10 +391,7 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     lse_address = 0 if lse is None else lse.data.ptr
     if recipe.maps is not None:
         maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
-        counter = None
-        if recipe.scratch_bytes:
-            counter = cupy.cuda.alloc(recipe.scratch_bytes)
-            counter.memset_async(0, recipe.scratch_bytes)
+        counter = _zeros(recipe.scratch_bytes) if recipe.scratch_bytes else None
         recipe.attention(*maps, out.data.ptr, lse_address, 0 if counter is None else counter.ptr)
         return out, lse
     if recipe.prepare is None:
