@@ -110,7 +110,7 @@ FAULTS = {
         "tile/softmax.cuh",
         "top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
         "if (thread_index() % 32 < 31) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
-        "has diverged: lane 0 waits for __shfl_xor_sync, lane 31 for",
+        "has diverged: one lane waits for __shfl_xor_sync, lane 31 for",
     ),
     # Asynchronous copies
     "no wait for the keys": Fault(

@@ -23,6 +23,7 @@ KERNEL_OPTIONS = (
     "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds,alignment,null,shift,signed-integer-overflow,integer-divide-by-zero",
     "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-sign-compare", "-Wno-unused-variable",
+    "-Wno-psabi",
 )  # fmt: skip
 MACHINE_OPTIONS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-Wall", "-Wextra")
 _INCLUDED = re.compile(r'#include "(kernels/(\w+)\.cu)"')
@@ -63,7 +64,7 @@ def digest() -> str:
     parts = [
         *(path.name.encode() + path.read_bytes() for path in sources),
         version,
-        repr(KERNEL_OPTIONS).encode(),
+        repr((KERNEL_OPTIONS, MACHINE_OPTIONS)).encode(),
     ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -71,7 +72,9 @@ def digest() -> str:
 def _build_machine(library: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="cudistr-machine-") as temporary:
         made = Path(temporary) / "machine.so"
-        _run([compiler(), *MACHINE_OPTIONS, "-shared", "-o", str(made), *map(str, sorted(HERE.glob("*.cpp")))])
+        _run(
+            [compiler(), *MACHINE_OPTIONS, "-shared", "-o", str(made), *map(str, sorted(HERE.glob("*.cpp")))]
+        )
         library.parent.mkdir(parents=True, exist_ok=True)
         copy = library.with_suffix(f".{os.getpid()}")
         shutil.copy(made, copy)

@@ -26,6 +26,12 @@ from cudistr import plan as planner
 from tests.cpu.fakes import forgotten
 from tests.emulation import build
 
+try:  # until the Hopper kernel is merged
+    from cudistr import tensormap
+except ImportError:
+    tensormap = types.ModuleType("cudistr.tensormap")
+    tensormap._encoder = None
+
 GUARD = 4096  # bytes around every allocation that belong to nobody
 POISON = 0xFF  # in every byte: NaN in every float, and no column of a head
 
@@ -39,6 +45,9 @@ class Settings:
 
     capability = 90
     shared_bytes = 227 * 1024
+    multiprocessors = (
+        2  # few, so that a thread block of a kernel that stays on the GPU has several tiles to do
+    )
     seed = 0  # of the order in which warps and lanes run
 
 
@@ -101,6 +110,14 @@ class MemoryPointer:
     def __add__(self, offset: int) -> MemoryPointer:
         return MemoryPointer(self.array, self.offset + offset)
 
+    def memset_async(self, value: int, size: int) -> None:
+        """As CuPy's."""
+        buffer = buffer_of(self.array)
+        assert buffer is not None
+        buffer[self.offset : self.offset + size] = value
+        if buffer.written is not None:
+            buffer.written[self.offset : self.offset + size] = 1
+
 
 _seen: deque[weakref.ref[np.ndarray]] = deque(
     maxlen=256
@@ -117,7 +134,7 @@ def _alloc(size: int) -> MemoryPointer:
     return MemoryPointer(buffer)
 
 
-def _buffer_of(array: np.ndarray) -> _Buffer | None:
+def buffer_of(array: np.ndarray) -> _Buffer | None:
     base: Any = array
     while base is not None:
         if isinstance(base, _Buffer):
@@ -150,7 +167,7 @@ class ndarray(np.ndarray):
         return Device(0)
 
     def _written(self) -> None:
-        buffer = _buffer_of(self)
+        buffer = buffer_of(self)
         if buffer is not None:
             buffer.written = None
 
@@ -208,7 +225,7 @@ def _like_cupy(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(result, np.ndarray | np.generic) or isinstance(result, np.bool_):
             return result
         array = np.asarray(result)
-        return array.view(ndarray) if _buffer_of(array) is not None else _guarded(array)
+        return array.view(ndarray) if buffer_of(array) is not None else _guarded(array)
 
     return wrapped
 
@@ -303,7 +320,7 @@ def _region(array: np.ndarray, keep: list[Any]) -> _Region:
         np.lib.stride_tricks.as_strided(
             valid[_address(array) - low :], (*array.shape, array.itemsize), (*array.strides, 1)
         )[...] = 1
-    buffer = _buffer_of(array)
+    buffer = buffer_of(array)
     written = None
     if buffer is not None and buffer.written is not None:
         written = _address(buffer.written) + low - _address(buffer)
@@ -435,6 +452,39 @@ def _module(name: str, **members: Any) -> types.ModuleType:
     return module
 
 
+MAP_MAGIC = 0x70616D726F736E74  # begins a tensor map; hopper.cpp reads it
+INVALID_VALUE = 1
+
+
+def encode_tensor_map(
+    target: int, dtype: int, rank: int, address: int, lengths: Any, strides: Any, box: Any, steps: Any,
+    interleave: int, swizzle: int, promotion: int, fill: int,
+) -> int:  # fmt: skip
+    """``cuTensorMapEncodeTiled``: writes what hopper.cpp reads, and refuses what the driver refuses."""
+    itemsize = {6: 2, 9: 2, 7: 4}[dtype]
+    lengths, strides, box = list(lengths)[:rank], list(strides)[: rank - 1], list(box)[:rank]
+    row = box[0] * itemsize
+    legal = (
+        target % 64 == 0
+        and address % 16 == 0
+        and all(1 <= n <= 2**32 for n in lengths)
+        and all(s % 16 == 0 and 0 <= s < 2**40 for s in strides)
+        and all(1 <= n <= 256 for n in box)
+        and row % 16 == 0
+        and row <= 16 << swizzle
+        and list(steps)[:rank] == [1] * rank
+        and interleave == fill == 0
+    )
+    if not legal:
+        return INVALID_VALUE
+    if row != 16 << swizzle:
+        raise NotImplementedError("the machine swizzles boxes whose rows are as wide as the swizzle")
+    words = [MAP_MAGIC, address, itemsize | rank << 8 | swizzle << 16, *lengths, *[0] * (5 - rank), *strides]
+    words += [0] * (12 - len(words)) + [sum(n << 12 * i for i, n in enumerate(box))]
+    ctypes.memmove(target, np.array(words + [0] * 3, np.uint64).tobytes(), 128)
+    return 0
+
+
 class CUDARuntimeError(RuntimeError):
     """Never raised."""
 
@@ -468,7 +518,11 @@ def modules() -> dict[str, types.ModuleType]:
     runtime = _module(
         "cupy.cuda.runtime",
         cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
-        deviceGetAttribute=lambda attribute, device: Settings.shared_bytes,
+        cudaDevAttrMultiProcessorCount=16,
+        deviceGetAttribute=lambda attribute, device: {
+            97: Settings.shared_bytes,
+            16: Settings.multiprocessors,
+        }[attribute],
         getDevice=lambda: 0,
         getDeviceCount=lambda: 1,
         CUDARuntimeError=CUDARuntimeError,
@@ -510,12 +564,13 @@ def install() -> None:
     """Let ``import cupy`` find the stand-in from now on; before anything has imported the real one."""
     assert "cupy" not in sys.modules
     sys.modules.update(modules())
+    tensormap._encoder = lambda: encode_tensor_map
     os.environ["CUDISTR_CACHE_DIR"] = str(build.CACHE)
 
 
 def _caches() -> Iterator[Any]:
     """What cudistr remembers of CuPy, its device and compiler."""
-    for module in (compiler, launch, planner):
+    for module in (compiler, launch, planner, tensormap):
         for value in vars(module).values():
             if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
                 yield value
@@ -527,12 +582,14 @@ def installed() -> Iterator[types.ModuleType]:
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "cupy"}
     functions = dict(compiler._functions)
     folder = os.environ.get("CUDISTR_CACHE_DIR")
+    encoder = tensormap._encoder
     ours = modules()
     with forgotten(_caches()):
         compiler._functions.clear()
         for name in before:
             del sys.modules[name]
         sys.modules.update(ours)
+        tensormap._encoder = lambda: encode_tensor_map
         os.environ["CUDISTR_CACHE_DIR"] = str(build.CACHE)
         try:
             yield ours["cupy"]
@@ -540,6 +597,7 @@ def installed() -> Iterator[types.ModuleType]:
             for name in ours:
                 sys.modules.pop(name, None)
             sys.modules.update(before)
+            tensormap._encoder = encoder
             compiler._functions.clear()
             compiler._functions.update(functions)
             del os.environ["CUDISTR_CACHE_DIR"]

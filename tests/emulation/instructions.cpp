@@ -134,24 +134,24 @@ void copy_wait(int pending) {
     }
 }
 
-void shuffle_xor(Operands (&lanes)[kWarpLanes]) {
+namespace {
+
+template <class From>
+void shuffle(Operands (&lanes)[kWarpLanes], From from) {
     ++m.statistics.instructions[kShuffle];
-    struct In {
-        float value;
-        int mask;
-    };
-    const auto in = [&](unsigned lane) { return static_cast<const In*>(lanes[lane].in); };
+    const auto in = [&](unsigned lane) { return static_cast<const u32*>(lanes[lane % kWarpLanes].in); };
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        *static_cast<float*>(lanes[lane].out) = in(lane ^ static_cast<unsigned>(in(lane)->mask))->value;
+        *static_cast<u32*>(lanes[lane].out) = in(from(lane, in(lane)[1]))[0];
     }
 }
 
+}  // namespace
+
+void shuffle_xor(Operands (&lanes)[kWarpLanes]) {
+    shuffle(lanes, [](unsigned lane, u32 mask) { return lane ^ mask; });
+}
 void shuffle_index(Operands (&lanes)[kWarpLanes]) {
-    ++m.statistics.instructions[kShuffle];
-    for (const Operands& lane : lanes) {
-        const int from = static_cast<const int*>(lane.in)[1] % kWarpLanes;
-        *static_cast<int*>(lane.out) = *static_cast<const int*>(lanes[from].in);
-    }
+    shuffle(lanes, [](unsigned, u32 index) { return index; });
 }
 
 void vote_any(Operands (&lanes)[kWarpLanes]) {

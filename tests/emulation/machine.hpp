@@ -120,20 +120,20 @@ inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
 inline long long min(long long a, long long b) { return b < a ? b : a; }
 inline long long max(long long a, long long b) { return a < b ? b : a; }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    struct {
-        float value;
-        int mask;
-    } in = {value, mask};
-    float out;
-    ::machine::together("__shfl_xor_sync", ::machine::shuffle_xor, &in, &out);
-    return out;
+// Shuffles take any type of four bytes.
+template <class T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    const unsigned in[2] = {__builtin_bit_cast(unsigned, value), static_cast<unsigned>(mask)};
+    unsigned out;
+    ::machine::together("__shfl_xor_sync", ::machine::shuffle_xor, in, &out);
+    return __builtin_bit_cast(T, out);
 }
-inline int __shfl_sync(unsigned, int value, int lane) {
-    const int in[2] = {value, lane};
-    int out;
+template <class T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+    const unsigned in[2] = {__builtin_bit_cast(unsigned, value), static_cast<unsigned>(lane)};
+    unsigned out;
     ::machine::together("__shfl_sync", ::machine::shuffle_index, in, &out);
-    return out;
+    return __builtin_bit_cast(T, out);
 }
 inline int __any_sync(unsigned, int predicate) {
     int out;
