@@ -146,6 +146,7 @@ def test_grouped_query_attention(dtype, head_dims, heads):
     check(q, k, v, causal=True)
 
 
+@pytest.mark.hardware
 @each_dtype
 def test_many_tiles(dtype):
     # More tiles than a GPU has multiprocessors, of different lengths: they are taken from a counter.
