@@ -22,14 +22,17 @@ DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// How long a thread may sleep at a barrier before it looks again: longer than anything takes, since it is woken up.
+static constexpr u32 kWaitNanoseconds = 10000000;
+
 // mbarrier.try_wait.parity: whether the phase of this parity is complete; waits for a time that the hardware limits.
 // A fresh barrier is in phase 0, and the phase before it, of parity 1, counts as complete.
 DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
     u32 complete;
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, 0, p; }"
         : "=r"(complete)
-        : "r"(barrier), "r"(parity)
+        : "r"(barrier), "r"(parity), "r"(kWaitNanoseconds)
         : "memory");
     return complete != 0;
 }

@@ -52,8 +52,22 @@ DEVICE void start_output(float (&output)[kOutTiles][4], const u32 (&weights)[kSt
     }
 }
 
-// Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in two halves: between them the product
-// that still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
+// Weights as the left operand of the next product: the accumulator's layout is the operand's, so nothing moves between
+// lanes.
+template <class T, int kSteps, int kKeyTiles>
+DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTiles][4]) {
+    static_assert(kKeyTiles == 2 * kSteps, "pack_weights: 16 keys a step");
+#pragma unroll
+    for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            weights[nt / 2][nt % 2 * 2 + half] = Traits<T>::pack(scores[nt][half * 2], scores[nt][half * 2 + 1]);
+        }
+    }
+}
+
+// Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in parts: between them the product that
+// still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
 // others have the tensor cores, so what counts is how many instructions do not depend on each other: both rows go side
 // by side, and sums and maxima are made of several.
 struct WarpgroupSoftmax {
@@ -99,21 +113,20 @@ struct WarpgroupSoftmax {
         }
     }
 
-    // Scores to weights, as the left operand of the next product: the accumulator's layout is the operand's, so nothing
-    // moves between lanes.
-    template <class T, int kSteps, int kKeyTiles>
-    DEVICE void weigh(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTiles][4], float score_scale,
-                      const float (&shift)[2], const float (&rescale)[2]) {
-        static_assert(kKeyTiles == 2 * kSteps, "weigh: 16 keys a step");
+    // Scores to weights, in place, and into the sums.
+    template <int kKeyTiles>
+    DEVICE void exponentiate(float (&scores)[kKeyTiles][4], float score_scale, const float (&shift)[2],
+                             const float (&rescale)[2]) {
         float total[2][2] = {};
 #pragma unroll
         for (int nt = 0; nt < kKeyTiles; ++nt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float low = exp2_approx(fmaf(scores[nt][half * 2], score_scale, -shift[half]));
-                const float high = exp2_approx(fmaf(scores[nt][half * 2 + 1], score_scale, -shift[half]));
+                float& low = scores[nt][half * 2];
+                float& high = scores[nt][half * 2 + 1];
+                low = exp2_approx(fmaf(low, score_scale, -shift[half]));
+                high = exp2_approx(fmaf(high, score_scale, -shift[half]));
                 total[half][nt % 2] += low + high;
-                weights[nt / 2][nt % 2 * 2 + half] = Traits<T>::pack(low, high);
             }
         }
 #pragma unroll
