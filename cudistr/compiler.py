@@ -78,8 +78,10 @@ def supported_architectures() -> list[int]:
     return sorted(int(x) for x in _nvrtc().getSupportedArchs())
 
 
-def target(capability: int) -> str:
+def target(capability: int, specific: bool = False) -> str:
     """NVRTC's name of the architecture: ``sm_90``, or PTX for the driver (``compute_120``) if NVRTC is too old.
+
+    ``specific`` asks for the instructions that this architecture alone has: ``sm_90a``.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def target(capability: int) -> str:
     """
     known = supported_architectures()
     if capability in known:
-        return f"sm_{capability}"
+        return f"sm_{capability}a" if specific else f"sm_{capability}"
     older = [x for x in known if x < capability]
     if not older:
         major, minor = nvrtc_version()
@@ -257,7 +259,7 @@ def function(kernel: Kernel, capability: int, device: int) -> Any:
             import cupy
 
             module = cupy.cuda.function.Module()
-            code = _cached(kernel, target(capability))
+            code = _cached(kernel, target(capability, kernel.specific))
             try:
                 module.load(code)
             except cupy.cuda.driver.CUDADriverError as error:

@@ -38,6 +38,7 @@ PACKAGES = ("numpy", "ml_dtypes")
 VARIABLES = (
     "CUDISTR_CACHE_DIR",
     "CUDISTR_DEBUG",
+    "CUDISTR_KERNEL",
     "CUPY_TF32",
     "CUPY_CACHE_DIR",
     "CUDA_PATH",
@@ -275,7 +276,7 @@ def _compile(gpu: Gpu | None) -> Compiled:
     q = np.zeros((1, 1, 128, 64), np.float16)
     device = plan.Device(capability, SHARED_BYTES_EVERYWHERE if gpu is None else gpu.shared_optin)
     kernel, _ = plan.attention_kernel(normalize.problem(q, q, q), device)
-    architecture = compiler.target(capability)
+    architecture = compiler.target(capability, kernel.specific)
     start = time.perf_counter()
     compiler.compile_cubin(kernel, architecture)
     return Compiled(kernel.name, architecture, time.perf_counter() - start)
@@ -580,6 +581,8 @@ def check_environment(facts: Facts) -> list[Check]:
         elif name == "CUPY_TF32" and value == "1":
             found = "1: float32 products keep about 3 decimal digits (TF32)"
             lines.append(Check(name, "note", found, "Unset it for float32-grade results."))
+        elif name == "CUDISTR_KERNEL":
+            lines.append(Check(name, "note", value, "Unset it to leave the choice of kernels to cudistr."))
         elif name == "CUDA_PATH" and not pathlib.Path(value).is_dir():
             lines.append(
                 Check(name, "note", f"{value} is no folder", "Unset it, or point it at a CUDA toolkit.")

@@ -25,23 +25,34 @@ from cudistr.plan import (
     MERGE_ROWS,
     Device,
     Kernel,
+    Plan,
     Prepare,
     check_blocks,
     check_device,
     merge_kernel,
+    panel_columns,
     plan,
     prepare,
     prepare_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
+from cudistr.tensormap import MAP_BYTES, Layout, encode
 
 LOG2_E = math.log2(math.e)
 UNBOUNDED = 2**40  # further than any key, near enough that sums with positions stay in 64 bits
 
 
-def _parameters(*fields: tuple[str, str]) -> np.dtype[Any]:
-    """The layout of a kernel's parameter struct: pointers and 64-bit integers first, so that nothing is padded."""
-    return np.dtype([(name, kind) for names, kind in fields for name in names.split()], align=True)
+def _parameters(*fields: tuple[str, str], multiple: int = 1) -> np.dtype[Any]:
+    """The layout of a kernel's parameter struct: pointers and 64-bit integers first, so that nothing is padded.
+
+    The size is made a multiple of ``multiple``, as the alignment of the struct asks for.
+    """
+    plain = np.dtype([(name, kind) for names, kind in fields for name in names.split()], align=True)
+    size = -(-plain.itemsize // multiple) * multiple
+    names = plain.names or ()
+    kinds = [plain[name] for name in names]
+    offsets = [plain.fields[name][1] for name in names] if plain.fields else []
+    return np.dtype({"names": names, "formats": kinds, "offsets": offsets, "itemsize": size})
 
 
 # Twins of the structs at the head of each kernel.
@@ -54,6 +65,14 @@ _ATTENTION = _parameters(
         "i4",
     ),
     ("scale softcap score_scale", "f4"),
+)
+_HOPPER = _parameters(
+    ("q k v", f"V{MAP_BYTES}"),
+    ("out lse counter", "u8"),
+    ("out_batch out_head out_row band_low band_high", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section out_aligned", "i4"),
+    ("scale softcap score_scale", "f4"),
+    multiple=64,
 )
 _PREPARE = _parameters(
     ("q projections permutation k transposed", "u8"),
@@ -75,7 +94,7 @@ _Pointers = ctypes.c_char_p * 1
 
 
 class _Launch(NamedTuple):
-    """A kernel ready to go: call it with the addresses that its parameters begin with."""
+    """A kernel ready to go: call it with the tensor maps and addresses that its parameters begin with."""
 
     function: Any
     launch: Any  # cupy.cuda.driver.launchKernel
@@ -86,7 +105,7 @@ class _Launch(NamedTuple):
     addresses: struct.Struct
     rest: bytes  # the parameters behind the addresses
 
-    def __call__(self, *addresses: int) -> None:
+    def __call__(self, *addresses: int | bytes) -> None:
         # The driver takes an array of pointers to parameters, and there is one: the struct. Calling CuPy's function
         # object with a NumPy array as a struct does the same, and costs two microseconds more.
         parameters = _Pointers(self.addresses.pack(*addresses) + self.rest)
@@ -102,7 +121,9 @@ def _launch(
     record = np.zeros(1, layout)
     for name, value in values.items():
         record[name] = value
-    addresses = struct.Struct("Q" * sum(layout[name] == np.uint64 for name in layout.names or ()))
+    kinds = [layout[name] for name in layout.names or ()]
+    maps = sum(kind.kind == "V" for kind in kinds)
+    addresses = struct.Struct(f"{MAP_BYTES}s" * maps + "Q" * kinds.count(np.dtype(np.uint64)))
     import cupy
 
     return _Launch(
@@ -122,7 +143,8 @@ class _Recipe(NamedTuple):
     prepare: _Launch | None
     projections: Any
     transposed_bytes: int
-    scratch_bytes: int  # the transposed K, and the column orders behind it
+    scratch_bytes: int  # the transposed K, and the column orders behind it; for the Hopper kernel, a counter
+    maps: tuple[Layout, Layout, Layout] | None = None  # of q, k and v, for the Hopper kernel
 
 
 @functools.cache
@@ -139,7 +161,8 @@ def device_properties(index: int) -> Device:
     runtime = cupy.cuda.runtime
     try:
         shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-        return Device(int(cupy.cuda.Device(index).compute_capability), int(shared))
+        count = runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index)
+        return Device(int(cupy.cuda.Device(index).compute_capability), int(shared), int(count))
     except runtime.CUDARuntimeError as error:
         raise _no_answer(index, error) from error
 
@@ -200,6 +223,8 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         "softcap": problem.softcap or 0.0,
         "score_scale": problem.scale * LOG2_E if plain else LOG2_E,
     }
+    if chosen.attention.specific:
+        return _hopper_recipe(problem, chosen, device, values)
     if reduction is None:
         attention_launch = _launch(
             chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
@@ -234,6 +259,26 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         transposed_bytes,
         transposed_bytes + chosen.prepare.order_units * problem.head_dim,
     )
+
+
+def _hopper_recipe(problem: Problem, chosen: Plan, device: Device, values: dict[str, Any]) -> _Recipe:
+    """The recipe of the Hopper kernel; ``values`` has the portable kernel's parameters."""
+    assert problem.device is not None
+    tile = chosen.tile
+    tiles = chosen.row_blocks * problem.batch * problem.heads
+    own = {name: x for name, x in values.items() if name in (_HOPPER.names or ())}
+    own |= {"tiles": tiles, "section": chosen.section}
+    parts = (
+        (problem.heads, problem.seqlen_q, problem.head_dim, problem.q_strides, tile.block_m),
+        (problem.heads_kv, problem.seqlen_k, problem.head_dim, problem.k_strides, tile.tile_k),
+        (problem.heads_kv, problem.seqlen_k, problem.head_dim_v, problem.v_strides, tile.tile_k),
+    )
+    q, k, v = (
+        Layout(problem.dtype, (problem.batch, heads, seqlen, columns), strides, rows, panel_columns(columns))
+        for heads, seqlen, columns, strides, rows in parts
+    )
+    launch = _launch(chosen.attention, chosen.blocks, device, problem.device, _HOPPER, own)
+    return _Recipe(launch, None, None, 0, 4 if chosen.dynamic else 0, (q, k, v))
 
 
 def _prepare_launch(
@@ -308,6 +353,21 @@ def attention(
         return _attention(problem, q, k, v, out, return_lse)
 
 
+_of_graphs: list[Any] = []  # memory that captured launches write whenever their graph runs
+
+
+def _zeros(size: int) -> Any:
+    """Memory on the device that is zero for the next launch on the current stream, and belongs to it alone."""
+    import cupy
+
+    memory = cupy.cuda.alloc(size)
+    memory.memset_async(0, size)
+    stream = cupy.cuda.get_current_stream().ptr
+    if stream and cupy.cuda.runtime.streamIsCapturing(stream):  # the null stream cannot be captured
+        _of_graphs.append(memory)
+    return memory
+
+
 def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
     import cupy
 
@@ -329,6 +389,11 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
 
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
+    if recipe.maps is not None:
+        maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
+        counter = _zeros(recipe.scratch_bytes) if recipe.scratch_bytes else None
+        recipe.attention(*maps, out.data.ptr, lse_address, 0 if counter is None else counter.ptr)
+        return out, lse
     if recipe.prepare is None:
         recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
         return out, lse

@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 256  # the output row of a warp has to stay in registers
 MAX_SEQLEN = (
     2**31 - 1024
 )  # positions are 32-bit inside a kernel; the margin keeps sums with a tile from wrapping
+FAMILIES = ("portable", "hopper")  # of attention kernels
 MAX_SHARDS = 32  # pointers that the merge kernel takes in its parameter block
 
 _DTYPES = {
@@ -51,6 +52,9 @@ class Problem:
         Whether float32 products may round their operands to TF32, as ``CUPY_TF32=1`` asks for.
     device : int or None
         CUDA device of the arrays, None for NumPy arrays.
+    family : str or None
+        The family of kernels that ``CUDISTR_KERNEL`` asks for, ``"portable"`` or ``"hopper"``; None leaves the choice
+        to the planner.
     """
 
     batch: int
@@ -72,6 +76,7 @@ class Problem:
     aligned: bool
     tf32: bool
     device: int | None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -293,6 +298,17 @@ def _tf32() -> bool:
     return os.environ.get("CUPY_TF32", "0") not in ("", "0")
 
 
+def _family() -> str | None:
+    """The family of kernels that is asked for, for comparisons of one with the other."""
+    wanted = os.environ.get("CUDISTR_KERNEL") or None
+    if wanted is not None and wanted not in FAMILIES:
+        raise ValueError(
+            f"the environment variable CUDISTR_KERNEL must be one of {', '.join(FAMILIES)}, got {wanted!r}. "
+            "Unset it to leave the choice to cudistr."
+        )
+    return wanted
+
+
 def _device(array: Any) -> int | None:
     return None if type(array) is np.ndarray else int(array.device.id)
 
@@ -318,7 +334,7 @@ def problem(
     TypeError
         For kinds and dtypes.
     ValueError
-        For shapes, devices and values.
+        For shapes, devices and values, and for a ``CUDISTR_KERNEL`` that is not a family of kernels.
     """
     if reduction is not None and type(reduction) is not LSH:
         raise TypeError(
@@ -343,9 +359,11 @@ def problem(
             f"cudistr.reference takes NumPy arrays, got {_kind(q)}, {_kind(k)}, {_kind(v)}. "
             "Bring them to the host, for example with cupy.asnumpy."
         )
+    family = None
     if on_host:
         device, pointers = None, 0
     else:
+        family = _family()
         device = q.data.device_id
         for name, array in (("k", k), ("v", v)):
             if array.data.device_id != device:
@@ -357,7 +375,7 @@ def problem(
     tf32 = q.dtype == np.float32 and _tf32()
     return _problem(
         q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype,
-        pointers % 16 == 0, tf32, device, reduction, causal, window, scale, softcap, reference,
+        pointers % 16 == 0, tf32, device, family, reduction, causal, window, scale, softcap, reference,
     )  # fmt: skip
 
 
@@ -375,6 +393,7 @@ def _problem(
     pointers_aligned: bool,
     tf32: bool,
     device: int | None,
+    family: str | None,
     reduction: LSH | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
@@ -457,6 +476,7 @@ def _problem(
         aligned=pointers_aligned and all(rows_aligned(0, s, itemsize) for s in strides),
         tf32=tf32,
         device=device,
+        family=family,
     )
 
 

@@ -16,8 +16,10 @@ __all__ = [
     "Prepare",
     "Tile",
     "attention_kernel",
+    "hopper_kernel",
     "merge_kernel",
     "plan",
+    "portable_kernel",
     "prepare",
     "prepare_kernel",
 ]
@@ -42,10 +44,13 @@ class Device:
         Compute capability times ten: 80, 86, 89, 90, ...
     shared_bytes : int
         Shared memory that one thread block may have, after opting in.
+    multiprocessors : int
+        How many of them there are.
     """
 
     capability: int
     shared_bytes: int
+    multiprocessors: int = 132  # of an H100; only the Hopper kernel's grid depends on it
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Kernel:
     threads: int
     shared_bytes: int = 0
     options: tuple[str, ...] = ()  # of the compiler
+    specific: bool = False  # whether it is for one architecture alone, with an "a" behind its name
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Tile:
         Keys per step of the loop.
     row_tiles : int
         16-row tiles per warp. With 2, every operand read from shared memory feeds two matrix instructions; with 1,
-        shared memory is as busy as the tensor cores.
+        shared memory is as busy as the tensor cores. Warpgroup products read it once for four warps, and have 1.
     """
 
     block_m: int
@@ -118,6 +124,10 @@ class Plan:
         Its tile.
     row_blocks, blocks : int
         Tiles of queries per head, and thread blocks in all.
+    section : int
+        Of the Hopper kernel, 0 otherwise: heads, over all batches, whose tiles are taken in turn.
+    dynamic : bool
+        Whether its thread blocks take tiles from a counter, whoever is free first.
     prepare_kernel : Kernel or None
         What runs before it when the score product is grouped: the column order, and K transposed.
     prepare : Prepare or None
@@ -128,6 +138,8 @@ class Plan:
     tile: Tile
     row_blocks: int
     blocks: int
+    section: int = 0
+    dynamic: bool = False
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
 
@@ -241,6 +253,11 @@ def _choose_tile(problem: Problem, device: Device, group: int) -> Tile:
 
 def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     """The attention kernel of a problem, and its tile."""
+    return hopper_kernel(problem, device) or portable_kernel(problem, device)
+
+
+def portable_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
+    """The kernel that runs everywhere, and its tile."""
     reduction = problem.reduction
     group = 0 if reduction is None else reduction.group_size
     tile = _choose_tile(problem, device, group)
@@ -267,6 +284,104 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     options = ("-Xptxas=-O1",) if crowded else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options), tile
+
+
+HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere else
+HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
+# Full and empty, of Q and of the stages of K, V and the number of the next tile; and that number.
+HOPPER_BARRIER_BYTES = 8 * (2 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES
+HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
+MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
+# Keys per step by columns of V. A consumer's thread holds, per row of 64, scores (keys / 2), weights (keys / 4) and
+# output (columns / 2); more keys mean fewer barriers and rescalings per key.
+HOPPER_KEYS = (
+    (64, 128),  # 64 + 32 + 32 of the 160 registers that three consumers have
+    (96, 192),  # 96 + 48 + 48 of 240, as for all below
+    (128, 176),  # 88 + 44 + 64; 192 would leave none for addresses
+    (160, 144),  # 72 + 36 + 80
+    (192, 128),  # 64 + 32 + 96
+    (224, 112),  # 56 + 28 + 112
+    (256, 80),  # 40 + 20 + 128
+)
+HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
+HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
+
+
+def panel_columns(columns: int) -> int:
+    """Columns of a panel of a tile in shared memory: 128, 64 or 32 bytes, the widest that divides a row."""
+    return next(width for width in (64, 32, 16) if columns % width == 0)
+
+
+def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of the Hopper kernel; a ``static_assert`` in the kernel compares it with its own."""
+    sizes = [tile.block_m * head_dim] + [tile.tile_k * x for x in (head_dim, head_dim_v)] * HOPPER_STAGES
+    tiles = sum(_round_up(2 * size, HOPPER_ALIGNMENT) for size in sizes)
+    return _round_up(tiles + HOPPER_BARRIER_BYTES, HOPPER_ALIGNMENT)
+
+
+def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
+    """The tile of the Hopper kernel, None if shared memory is too small for any."""
+    # Three consumers share the tiles of K and V where their accumulators fit 160 registers each, two otherwise.
+    block_m = 192 if problem.head_dim_v <= 64 else 128
+    keys = next(n for columns, n in HOPPER_KEYS if problem.head_dim_v <= columns)
+    if problem.left is not None or problem.right is not None:
+        keys = min(keys, HOPPER_KEYS_MASKED)
+    for tile_k in range(keys, 0, -16):
+        tile = Tile(block_m, tile_k, 1)
+        if hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v) <= device.shared_bytes:
+            return tile
+    return None
+
+
+def _hopper_covers(problem: Problem, device: Device) -> bool:
+    """Whether the Hopper kernel can, and may, compute a problem."""
+    strides = (*problem.q_strides, *problem.k_strides, *problem.v_strides)
+    return (
+        device.capability == HOPPER_CAPABILITY
+        and problem.family != "portable"
+        and problem.reduction is None
+        and ITEMSIZE[problem.dtype] == 2
+        and problem.aligned
+        # Products take 16 terms at a time, and panels are at least 16 columns wide.
+        and problem.head_dim % 16 == 0
+        and problem.head_dim_v % 16 == 0
+        and all(0 <= 2 * stride <= MAX_STRIDE_BYTES for stride in strides)
+        # With few queries most of a tile would be empty.
+        and (problem.seqlen_q > SMALL_SEQLEN_Q or problem.family == "hopper")
+    )
+
+
+def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | None:
+    """The Hopper kernel of a problem, and its tile; None if the portable kernel has to compute it."""
+    tile = _hopper_tile(problem, device) if _hopper_covers(problem, device) else None
+    if tile is None:
+        return None
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "BLOCK_M": tile.block_m,
+        "TILE_K": tile.tile_k,
+        "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v),
+    }
+    kernel = Kernel(
+        "sm90_flash_fwd",
+        tuple(constants.items()),
+        threads=128 + 2 * tile.block_m,
+        shared_bytes=constants["SHARED_BYTES"],
+        specific=True,
+    )
+    return kernel, tile
+
+
+def _hopper_section(problem: Problem) -> int:
+    """Heads, over all batches, whose tiles the Hopper kernel takes in turn."""
+    if problem.left is None and problem.right is None:
+        return 1  # tiles take equally long, so their order does not matter
+    bytes_per_head = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    heads = HOPPER_SECTION_BYTES // bytes_per_head * (problem.heads // problem.heads_kv)
+    return max(1, min(heads, problem.batch * problem.heads))
 
 
 def prepare_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
@@ -345,6 +460,11 @@ def plan(problem: Problem, device: Device) -> Plan:
     kernel, tile = attention_kernel(problem, device)
     row_blocks = -(-problem.seqlen_q // tile.block_m)
     blocks = check_blocks(row_blocks * problem.batch * problem.heads)
+    if kernel.specific:
+        # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
+        dynamic = problem.left is not None or problem.right is not None
+        grid = min(blocks, device.multiprocessors)
+        return Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), dynamic and grid < blocks)
     if problem.reduction is None:
         return Plan(kernel, tile, row_blocks, blocks)
     return Plan(

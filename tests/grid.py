@@ -32,6 +32,7 @@ DEVICES = {
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (128, 64), (192, 128), (256, 64), (64, 256), (256, 8), (8, 256))
+HOPPER_PAIRS = ((32, 64), (32, 128), (64, 128), (128, 64), (16, 256), (256, 16), (192, 128), (48, 80))
 GROUPS = (
     (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
     (256, (2, 4, 8, 32)),
@@ -81,12 +82,29 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
                 yield f"{dtype} {d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
 
 
+def hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
+    """The grid of the Hopper kernel: everything that its registers depend on."""
+    for dtype in ("float16", "bfloat16"):
+        pairs = [(d, d) for d in HEAD_DIMS if d % 16 == 0] + list(HOPPER_PAIRS)
+        for d, dv in pairs:
+            for mask, options in (("", {}), (" causal", {"causal": True})):
+                if dtype == "float16" or d in EDGE_HEAD_DIMS:  # the other dtype differs in conversions alone
+                    yield f"{dtype} {d} v{dv}{mask}", _problem(dtype, d, dv, **options)
+        for d in EDGE_HEAD_DIMS:
+            yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
+            yield f"{dtype} {d} softcap causal", _problem(dtype, d, d, softcap=30.0, causal=True)
+
+
 def kernels(capability: int) -> dict[str, Kernel]:
     """Variant name to kernel, for one architecture."""
     found: dict[str, Kernel] = {}
     for name, problem in problems():
-        kernel, _ = planner.attention_kernel(problem, DEVICES[capability])
+        kernel, _ = planner.portable_kernel(problem, DEVICES[capability])
         found[f"sm80_flash_fwd {name}"] = kernel
+    for name, problem in hopper_problems():
+        of_hopper = planner.hopper_kernel(problem, DEVICES[capability])
+        if of_hopper is not None:
+            found[f"sm90_flash_fwd {name}"] = of_hopper[0]
     for dtype in DTYPES:
         for d in HEAD_DIMS:
             for aligned in (True, False):
@@ -98,7 +116,8 @@ def kernels(capability: int) -> dict[str, Kernel]:
 
 def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], list[str]]:
     name, kernel, capability = job
-    _, log = compiler.compile_cubin(kernel, f"sm_{capability}", report=True)
+    architecture = compiler.target(capability, kernel.specific)
+    _, log = compiler.compile_cubin(kernel, architecture, report=True)
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     used = re.search(r"Used (\d+) registers", log)
     stack = re.search(r"(\d+) bytes stack frame", log)
@@ -126,10 +145,13 @@ def build() -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
 
 
 def rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
-    """The table as text: a header, then a row a variant, with registers / shared bytes for each architecture."""
+    """The table as text: a header, then a row a variant, with registers / shared bytes for each architecture.
+
+    A cell is empty where the variant does not exist.
+    """
     header = ["variant", *(f"sm_{c}" for c in DEVICES)]
     body = [
-        [name, *(f"{of[c]['registers']} / {of[c]['shared_bytes']}" for c in DEVICES)]
+        [name, *(f"{of[c]['registers']} / {of[c]['shared_bytes']}" if c in of else "" for c in DEVICES)]
         for name, of in table.items()
     ]
     return [header, *body]

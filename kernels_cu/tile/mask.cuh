@@ -46,3 +46,26 @@ DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const Band& ban
         }
     }
 }
+
+// The keys that one query sees, first to last.
+struct KeySpan {
+    int first, last;
+};
+
+// The same for the accumulator of a warpgroup: scores[nt] has the keys key + 8 nt (+ 1) of two rows, one after another.
+template <int kKeyTiles>
+DEVICE void apply_mask(float (&scores)[kKeyTiles][4], const KeySpan (&rows)[2], int key) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int first = rows[half].first - key;
+        const int last = rows[half].last - key;
+#pragma unroll
+        for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int offset = nt * 8 + i;
+                if (offset < first || offset > last) scores[nt][half * 2 + i] = -infinity();
+            }
+        }
+    }
+}

@@ -238,6 +238,21 @@ def test_target(monkeypatch: pytest.MonkeyPatch, capability: int, name: str) -> 
     assert compiler.target(capability) == name
 
 
+def test_target_of_a_kernel_for_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "supported_architectures", lambda: [80, 90, 100])
+    assert compiler.target(90, specific=True) == "sm_90a"
+
+
+def test_the_architecture_of_a_kernel_is_passed_on(
+    counted: Counted, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "supported_architectures", lambda: [80, 90])
+    kernel, _ = attention_kernel(problem(), Device(90, 227 * 1024))
+    assert kernel.specific
+    compiler._cached(kernel, compiler.target(90, kernel.specific))
+    assert counted.jobs == [(kernel, "sm_90a")]
+
+
 def test_target_of_a_gpu_that_nvrtc_has_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "supported_architectures", lambda: [90, 100])
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (17, 2))

@@ -53,6 +53,7 @@ class FakeCupy:
         cuda.runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
+            cudaDevAttrMultiProcessorCount=16,
             getDevice=lambda: self._answer(0, self.get_device_error),
             deviceGetAttribute=lambda *_: self._answer(self.shared_bytes, self.attribute_error),
         )

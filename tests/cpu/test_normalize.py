@@ -542,6 +542,23 @@ def test_tf32_is_asked_for_as_cupy_asks(monkeypatch, value, wanted):
     assert normalize.problem(*half).tf32 is False  # it is a matter of float32 alone
 
 
+@pytest.mark.parametrize("value", [None, "", "portable", "hopper"])
+def test_a_family_of_kernels_can_be_asked_for(monkeypatch, value):
+    monkeypatch.delenv("CUDISTR_KERNEL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDISTR_KERNEL", value)
+    on_device = [DeviceArray(zeros(shape)) for shape in (Q, K, V)]
+    assert normalize.problem(*on_device).family == (value or None)
+    assert normalize.problem(zeros(Q), zeros(K), zeros(V)).family is None  # NumPy arrays meet no kernel
+
+
+def test_a_family_of_kernels_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", "fast")
+    text = "the environment variable CUDISTR_KERNEL must be one of portable, hopper, got 'fast'. Unset it"
+    with raises(ValueError, text):
+        normalize.problem(*(DeviceArray(zeros(shape)) for shape in (Q, K, V)))
+
+
 def test_strides_that_split_elements():
     # A field of a structured array on a GPU; NumPy copes with it.
     odd = DeviceArray(zeros(K))

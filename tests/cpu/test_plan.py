@@ -19,7 +19,7 @@ from cudistr.normalize import Problem
 from cudistr.plan import Device, Kernel, Plan, Prepare, Tile, plan
 from tests.grid import DEVICES
 
-AMPERE = DEVICES[80]
+AMPERE, HOPPER = DEVICES[80], DEVICES[90]
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -55,14 +55,22 @@ def problem(**changes: object) -> Problem:
 
 
 devices = st.sampled_from(list(DEVICES.values()))
+hoppers = st.builds(
+    Device, st.just(90), st.just(HOPPER.shared_bytes), st.sampled_from([1, 2, 114, 132]) | st.integers(1, 200)
+)
 head_dims = st.sampled_from([8, 32, 64, 128, 256]) | st.integers(1, 32).map(lambda n: 8 * n)
 seqlens = st.integers(1, 300) | st.sampled_from([1, 64, 65, 128, 4096]) | st.integers(1, normalize.MAX_SEQLEN)
 bounds = st.none() | st.integers(0, 500)
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, reduced: bool | None = None) -> Problem:
-    """Every problem that normalize can hand over; ``reduced`` asks for, or rules out, a reduction."""
+def problems(draw: st.DrawFn, *, reduced: bool | None = None, hopper: bool = False) -> Problem:
+    """Every problem that normalize can hand over.
+
+    ``reduced`` asks for, or rules out, a reduction; ``hopper`` asks for what the Hopper kernel covers.
+    """
+    if hopper:
+        reduced = False
     head_dim = draw(head_dims.filter(group_sizes) if reduced else head_dims)
     reduction = None
     if reduced or (reduced is None and group_sizes(head_dim) and draw(st.booleans())):
@@ -72,8 +80,11 @@ def problems(draw: st.DrawFn, *, reduced: bool | None = None) -> Problem:
             n_proj=draw(st.integers(1, 16)),
             representative=draw(st.sampled_from(["sample", "mean"])),
         )
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(DTYPES[:2] if hopper else DTYPES))
     heads_kv = draw(st.integers(1, 3))
+    head_dim_v = draw(head_dims)
+    if hopper:
+        head_dim, head_dim_v = -(-head_dim // 16) * 16, -(-head_dim_v // 16) * 16
     return problem(
         batch=draw(st.integers(1, 4)),
         heads=heads_kv * draw(st.integers(1, 3)),
@@ -81,14 +92,14 @@ def problems(draw: st.DrawFn, *, reduced: bool | None = None) -> Problem:
         seqlen_q=draw(seqlens),
         seqlen_k=draw(seqlens),
         head_dim=head_dim,
-        head_dim_v=draw(head_dims),
+        head_dim_v=head_dim_v,
         dtype=dtype,
         scale=draw(st.sampled_from([head_dim**-0.5, 1.0, 0.0, -0.5])),
         softcap=draw(st.sampled_from([None, None, 30.0])),
         left=draw(bounds),
         right=draw(bounds),
         reduction=reduction,
-        aligned=draw(st.booleans()),
+        aligned=hopper or draw(st.booleans()),
         tf32=dtype == "float32" and draw(st.booleans()),
     )
 
@@ -104,11 +115,14 @@ def small_enough(one: Problem) -> bool:
 
 @given(problems(), devices)
 def test_a_tile_exists_and_fits(one: Problem, device: Device) -> None:
-    kernel, tile = planner.attention_kernel(one, device)
-    assert kernel.shared_bytes <= device.shared_bytes
-    assert tile.row_tiles in (1, 2) and tile.block_m % (16 * tile.row_tiles) == 0 and tile.tile_k % 16 == 0
-    assert kernel.threads == 32 * tile.block_m // (16 * tile.row_tiles)
-    assert 32 <= kernel.threads <= 1024
+    for kernel, tile in (planner.attention_kernel(one, device), planner.portable_kernel(one, device)):
+        assert kernel.shared_bytes <= device.shared_bytes
+        assert (
+            tile.row_tiles in (1, 2) and tile.block_m % (16 * tile.row_tiles) == 0 and tile.tile_k % 16 == 0
+        )
+        producer = 128 if kernel.specific else 0
+        assert kernel.threads == producer + 32 * tile.block_m // (16 * tile.row_tiles)
+        assert 32 <= kernel.threads <= 1024
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=[f"sm_{c}" for c in DEVICES])
@@ -159,7 +173,9 @@ def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
     chosen = plan(one, device)
     assert (chosen.row_blocks - 1) * chosen.tile.block_m < one.seqlen_q
     assert one.seqlen_q <= chosen.row_blocks * chosen.tile.block_m
-    assert chosen.blocks == chosen.row_blocks * one.batch * one.heads <= planner.MAX_BLOCKS
+    tiles = chosen.row_blocks * one.batch * one.heads
+    assert tiles <= planner.MAX_BLOCKS
+    assert chosen.blocks == (min(tiles, device.multiprocessors) if chosen.attention.specific else tiles)
 
 
 # What runs beside the attention kernel
@@ -228,7 +244,7 @@ def test_the_sums_of_the_preparation_stay_in_32_bits(one: Problem, device: Devic
 
 @given(problems(), devices)
 def test_constants_say_what_was_asked_for(one: Problem, device: Device) -> None:
-    kernel, tile = planner.attention_kernel(one, device)
+    kernel, tile = planner.portable_kernel(one, device)
     constants = dict(kernel.constants)
     assert len(constants) == len(kernel.constants)
     assert {type(value) for value in constants.values()} == {int}  # a bool would be "True" in C
@@ -243,9 +259,28 @@ def test_constants_say_what_was_asked_for(one: Problem, device: Device) -> None:
     assert Tile(constants["BLOCK_M"], constants["TILE_K"], constants["ROW_TILES"]) == tile
 
 
+@given(problems(hopper=True), hoppers)
+def test_constants_of_the_hopper_kernel_say_what_was_asked_for(one: Problem, device: Device) -> None:
+    found = planner.hopper_kernel(one, device)
+    assume(found)
+    assert found is not None
+    kernel, tile = found
+    constants = dict(kernel.constants)
+    assert len(constants) == len(kernel.constants)
+    assert {type(value) for value in constants.values()} == {int}
+    assert DTYPES[constants["DTYPE"]] == one.dtype
+    assert (constants["HEAD_DIM"], constants["HEAD_DIM_V"]) == (one.head_dim, one.head_dim_v)
+    assert constants["SCORE"] == (one.softcap is not None or one.scale <= 0)
+    assert constants["SHARED_BYTES"] == kernel.shared_bytes <= device.shared_bytes
+    assert Tile(constants["BLOCK_M"], constants["TILE_K"], 1) == tile
+
+
 @given(problems(), problems(), devices)
 def test_sizes_and_masks_do_not_ask_for_another_kernel(one: Problem, two: Problem, device: Device) -> None:
-    """Compiling takes seconds: nothing that may change from call to call may be a constant."""
+    """Compiling takes seconds: nothing that may change from call to call may be a constant.
+
+    But for whether there is a mask at all, which the Hopper kernel's tile depends on.
+    """
     mixed = dataclasses.replace(
         one,
         batch=two.batch,
@@ -258,7 +293,89 @@ def test_sizes_and_masks_do_not_ask_for_another_kernel(one: Problem, two: Proble
         softcap=None if one.softcap is None else one.softcap * 0.7,
         seqlen_q=max(65, two.seqlen_q) if one.seqlen_q > 64 else min(64, two.seqlen_q),
     )
-    assert planner.attention_kernel(mixed, device) == planner.attention_kernel(one, device)
+    assert planner.portable_kernel(mixed, device) == planner.portable_kernel(one, device)
+    plain = dataclasses.replace(one, left=None, right=None)
+    masked = (dataclasses.replace(plain, right=0), dataclasses.replace(plain, left=5, right=9))
+    own = masked[0] if (mixed.left, mixed.right) != (None, None) else plain
+    assert planner.attention_kernel(mixed, device) == planner.attention_kernel(own, device)
+    assert planner.attention_kernel(masked[0], device) == planner.attention_kernel(masked[1], device)
+
+
+# The Hopper kernel: what it covers, and the order of its tiles
+
+
+def on_hopper(one: Problem, device: Device = HOPPER) -> bool:
+    """Whether the plan takes the Hopper kernel."""
+    return planner.attention_kernel(one, device)[0].name == "sm90_flash_fwd"
+
+
+def test_what_the_hopper_kernel_covers() -> None:
+    one = problem(head_dim=128, head_dim_v=128)
+    assert on_hopper(one) and on_hopper(dataclasses.replace(one, dtype="bfloat16", softcap=5.0, scale=-1.0))
+    assert on_hopper(dataclasses.replace(one, left=3, right=0, heads=6, heads_kv=3))
+    for changes in (
+        {"dtype": "float32"},
+        {"aligned": False},
+        {"head_dim": 72},
+        {"head_dim_v": 8},
+        {"seqlen_q": 64},
+        {"reduction": LSH(2)},
+        {"family": "portable"},
+        {"q_strides": (0, -128, 128)},
+        {"v_strides": (2**39, 0, 128)},
+    ):
+        assert not on_hopper(dataclasses.replace(one, **changes)), changes  # type: ignore[arg-type]
+    assert on_hopper(dataclasses.replace(one, v_strides=(2**39 - 8, 0, 128)))
+    assert on_hopper(dataclasses.replace(one, seqlen_q=1, family="hopper"))
+    for capability, device in DEVICES.items():
+        assert on_hopper(one, device) == (capability == 90)
+
+
+@given(problems(hopper=True), devices)
+def test_asking_for_the_hopper_kernel_where_it_cannot_run_changes_nothing(
+    one: Problem, device: Device
+) -> None:
+    asked = dataclasses.replace(one, family="hopper", seqlen_q=max(65, one.seqlen_q))
+    left = dataclasses.replace(asked, family=None)
+    assert planner.attention_kernel(asked, device) == planner.attention_kernel(left, device)
+
+
+def test_every_even_shape_has_a_hopper_tile() -> None:
+    for head_dim in range(16, 257, 16):
+        for head_dim_v in range(16, 257, 16):
+            for right in (None, 0):
+                found = planner.hopper_kernel(
+                    problem(head_dim=head_dim, head_dim_v=head_dim_v, right=right), HOPPER
+                )
+                assert found is not None
+                kernel, tile = found
+                assert kernel.shared_bytes <= HOPPER.shared_bytes and tile.tile_k >= 64
+                # Registers of a thread for scores, weights and output, beside which it needs some forty.
+                held = tile.tile_k // 2 + tile.tile_k // 4 + head_dim_v // 2
+                assert held <= {192: 128, 128: 200}[tile.block_m]
+
+
+@given(problems(hopper=True), hoppers)
+def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assume(chosen.attention.specific)
+    heads = one.batch * one.heads
+    tiles = chosen.row_blocks * heads
+    assert 1 <= chosen.section <= heads
+    assert chosen.blocks == min(tiles, device.multiprocessors)
+    masked = (one.left, one.right) != (None, None)
+    assert chosen.dynamic == (masked and tiles > device.multiprocessors)
+    if tiles > 10000:
+        return
+    # As the kernel does it: every tile of every head once, and of a section the last rows first.
+    seen = set()
+    for work in range(tiles):
+        of_section = chosen.section * chosen.row_blocks
+        first_head = work // of_section * chosen.section
+        here = min(chosen.section, tiles // chosen.row_blocks - first_head)
+        seen.add((first_head + work % of_section % here, work % of_section // here))
+    assert seen == {(head, block) for head in range(heads) for block in range(chosen.row_blocks)}
 
 
 # Values
@@ -342,7 +459,7 @@ def asserting(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     def check(kernel: Kernel, *conditions: str) -> None:
         lines = "".join(f'static_assert({c}, "{c}");\n' for c in conditions)
         monkeypatch.setattr(compiler, "unit", lambda one: unit(one) + lines)
-        compiler.compile_cubin(kernel, "sm_80")
+        compiler.compile_cubin(kernel, "sm_90a" if kernel.specific else "sm_80")
 
     return check
 
@@ -365,6 +482,28 @@ def test_shared_memory_and_threads_are_those_of_the_kernel(
 ) -> None:
     kernel, _ = planner.attention_kernel(problem(**changes), AMPERE)
     asserting(kernel, f"sizeof(SharedStorage) == {kernel.shared_bytes}", f"kThreads == {kernel.threads}")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "right"),
+    [(128, 128, None), (64, 64, 0), (48, 112, 0), (256, 256, None), (80, 16, None)],
+)
+def test_shared_memory_of_the_hopper_kernel(
+    asserting: Callable[..., None], head_dim: int, head_dim_v: int, right: int | None
+) -> None:
+    found = planner.hopper_kernel(problem(head_dim=head_dim, head_dim_v=head_dim_v, right=right), HOPPER)
+    assert found is not None
+    kernel, tile = found
+    asserting(
+        kernel,
+        f"sizeof(SharedStorage) == {kernel.shared_bytes}",
+        f"kThreads == {kernel.threads}",
+        # The boxes of the tensor maps.
+        f"QueryTile::kPanelColumns == {planner.panel_columns(head_dim)}",
+        f"KeyTile::kPanelColumns == {planner.panel_columns(head_dim)}",
+        f"ValueTile::kPanelColumns == {planner.panel_columns(head_dim_v)}",
+        f"QueryTile::kRows == {tile.block_m} && KeyTile::kRows == {tile.tile_k} && ValueTile::kRows == {tile.tile_k}",
+    )
 
 
 @pytest.mark.parametrize("difference", [-16, 16])
@@ -404,6 +543,7 @@ def test_threads_and_rows_of_merging(asserting: Callable[..., None]) -> None:
 
 LAYOUTS = {
     "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
+    "HopperParams": (planner.attention_kernel(problem(), HOPPER)[0], launch._HOPPER),
     "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
 }
@@ -423,10 +563,11 @@ def test_parameters_lie_where_the_kernel_reads_them(asserting: Callable[..., Non
         # offsetof, which NVRTC lacks
         *(f"(i64)__INTADDR__(&(({struct}*)0)->{name}) == {offset}" for name, offset in offsets.items()),
     )
-    # A call packs the addresses by themselves and puts the rest behind them.
+    # A call packs tensor maps and addresses by themselves and puts the rest behind them.
     kinds = [layout[name] for name in layout.names]
-    addresses = kinds.count(np.dtype("u8"))
-    assert set(kinds[:addresses]) == {np.dtype("u8")}
+    maps, addresses = kinds.count(np.dtype("V128")), kinds.count(np.dtype("u8"))
+    assert kinds[:maps] == [np.dtype("V128")] * maps
+    assert kinds[maps : maps + addresses] == [np.dtype("u8")] * addresses
 
 
 def test_a_wrong_layout_would_be_noticed(asserting: Callable[..., None]) -> None:

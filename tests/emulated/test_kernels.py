@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,13 @@ def attention_variants() -> dict[Kernel, tuple[str, Problem, int]]:
     """Every attention kernel that the planner names for the grid on any device, once: name, problem, capability."""
     found: dict[Kernel, tuple[str, Problem, int]] = {}
     for capability, device in grid.DEVICES.items():
-        for name, problem in grid.problems():
-            kernel, _ = planner.attention_kernel(problem, device)
-            found.setdefault(kernel, (f"{name} sm_{capability}", problem, capability))
+        families = (("portable", grid.problems()), ("hopper", grid.hopper_problems()))
+        for family, problems in families:
+            for name, problem in problems:
+                asked = dataclasses.replace(problem, family=family)
+                kernel, _ = planner.attention_kernel(asked, device)
+                if kernel.specific == (family == "hopper"):
+                    found.setdefault(kernel, (f"{family} {name} sm_{capability}", asked, capability))
     return found
 
 
@@ -58,6 +63,8 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     # Two tiles of queries and two of keys, or more, the last ones short; two heads that share their keys.
     _, problem, capability = ATTENTION[kernel]
     use(grid.DEVICES[capability])
+    assert problem.family is not None
+    monkeypatch.setenv("CUDISTR_KERNEL", problem.family)
     _, tile = planner.attention_kernel(problem, grid.DEVICES[capability])
     seqlen_q = problem.seqlen_q if problem.seqlen_q <= planner.SMALL_SEQLEN_Q else tile.block_m + 37
     seqlen_k = tile.tile_k * (1 if tile.tile_k > 64 else 2) + 29
@@ -72,7 +79,10 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
         head_dim_v=problem.head_dim_v,
     )
     layout = "transposed" if problem.aligned else "ragged"
-    options = {**MASKS[number % len(MASKS)], "reduction": problem.reduction, "softcap": problem.softcap}
+    masks = MASKS
+    if kernel.specific:  # whose tile depends on whether there is a mask
+        masks = MASKS[2:] if problem.right is None else MASKS[:2]
+    options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
         util.check_tf32(q, k, v, layout, **options)

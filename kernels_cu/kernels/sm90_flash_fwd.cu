@@ -1,0 +1,343 @@
+// Exact attention forward for sm_90a (Hopper): warpgroup products, and a warp that does nothing but start copies.
+// A thread block takes tiles of BLOCK_M queries of one head, one after another; K and V stream through two stages each.
+//
+// Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
+// is empty. The others consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
+// started together with P V of the tile before, and while that product runs, the scores become weights. Consumers take
+// turns at starting products, so that one computes exponentials while another has the tensor cores.
+//
+// Constants, defined by the plan (see plan.py for how they are chosen):
+//   DTYPE       0 float16, 1 bfloat16
+//   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V; multiples of 16
+//   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
+//   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
+//   SHARED_BYTES  what the plan reserves
+#include "ptx/atomic.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+#include "tile/warpgroup.cuh"
+
+typedef ElementOf<DTYPE>::type T;
+
+// Strides are in elements. Queries see keys from query + band_low to query + band_high.
+struct HopperParams {
+    TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile, ValueTile
+    T* out;
+    float* lse;    // (batch, heads, seqlen_q), contiguous; null if not wanted
+    i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
+    i64 out_batch, out_head, out_row;
+    i64 band_low, band_high;
+    i32 heads, heads_per_kv, seqlen_q, seqlen_k;
+    i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
+    u32 tiles;         // row_blocks of every head of every batch
+    i32 section;       // heads, over all batches, whose tiles are taken in turn
+    i32 out_aligned;   // whether rows of out start on 16 bytes
+    float scale;       // SCORE 1: applied before the softcap
+    float softcap;     // SCORE 1: 0 for none
+    float score_scale; // from scores to powers of two
+};
+
+namespace {
+
+constexpr int kGroupRows = 64;
+constexpr int kGroupThreads = 128;
+constexpr int kConsumers = BLOCK_M / kGroupRows;
+constexpr int kConsumerThreads = kConsumers * kGroupThreads;
+constexpr int kThreads = kGroupThreads + kConsumerThreads;
+constexpr int kStages = 2;
+constexpr int kKeyTiles = TILE_K / 8;
+constexpr int kOutTiles = HEAD_DIM_V / 8;
+static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
+static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
+
+// The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back.
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+// Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
+// packing of weights and the rescaling of the output, which fill each other's gaps. With three consumers, which compute
+// exponentials most of the time, before is 3% faster at (64, 64) and 5% at (32, 64); with two, after is 2 to 3% faster
+// (one H100, 16k tokens).
+constexpr bool kEarlyWeights = kConsumers == 3;
+
+typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
+typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
+typedef PanelTile<T, TILE_K, HEAD_DIM_V> ValueTile;
+
+constexpr u32 kKeyStage = sizeof(KeyTile) / 16;  // from stage to stage, in a descriptor's units
+constexpr u32 kValueStage = sizeof(ValueTile) / 16;
+
+struct SharedStorage {
+    QueryTile q;
+    KeyTile k[kStages];
+    ValueTile v[kStages];
+    RingBarriers<1> q_barriers;
+    RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
+    i32 work[kStages];  // the tile of queries after the current one
+};
+static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
+static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
+
+// A tile of queries, and the tiles of keys that its rows see.
+struct Place {
+    int batch_head, batch, head, first_row;
+    int first_tile, last_tile;
+
+    // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last
+    // rows first: under a causal mask they have the most keys, and short tiles fill the tail.
+    DEVICE Place(const HopperParams& params, u32 tile) {
+        const int work = static_cast<int>(tile);
+        const int of_section = params.section * params.row_blocks;
+        const int first_head = work / of_section * params.section;
+        const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
+        const int in_section = work % of_section;
+        batch_head = first_head + in_section % heads;
+        batch = batch_head / params.heads;
+        head = batch_head % params.heads;
+        first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
+
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
+        const int last_row = min(first_row + BLOCK_M, params.seqlen_q) - 1;
+        const int first_key = band.first_key(first_row);
+        const int last_key = band.last_key(last_row);
+        first_tile = first_key / TILE_K;
+        last_tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+    }
+};
+
+// One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
+// a tile comes after K of the next.
+DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
+    const u64 once = policy_evict_first();
+    const u64 again = policy_evict_last();
+    u32 step = 0;   // tiles of keys so far
+    u32 place_number = 0;
+    u32 next;  // unsigned: it may be past the last tile, of which there can be 2**31 - 1
+    u32 work_number = 0;
+    for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
+        next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+        shared.work_barriers.wait_empty(work_number);
+        shared.work[work_number % kStages] = next;
+        mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
+        const Place place(params, work);
+        if (place.last_tile < place.first_tile) continue;
+        const int head_kv = place.head / params.heads_per_kv;
+        u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
+        shared.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
+        barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
+        shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
+        ++place_number;
+        for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
+            if (tile > place.first_tile) {
+                barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
+                shared.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv, place.batch, again);
+            }
+            barrier = shared.v_barriers.open(step, ValueTile::kBytes);
+            shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
+        }
+    }
+}
+
+// Normalises the output, and stores it and the lse. row: this lane's first row within the sequence.
+DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
+                         WarpgroupSoftmax& softmax, int row, int lane) {
+    softmax.reduce_sums();
+    constexpr int kChunks = HEAD_DIM_V / 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int own = row + half * 8;
+        const bool inside = own < params.seqlen_q;
+        const float sum = softmax.sum[half];
+        const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
+        T* out = params.out + place.batch * params.out_batch + place.head * params.out_head + own * params.out_row;
+        // Each lane of a quad has two columns of every chunk; after the transpose it has a chunk out of four.
+#pragma unroll
+        for (int first = 0; first < kChunks; first += 4) {
+            union {
+                Chunk chunk;
+                u32 word[4];
+                T element[8];
+            } value;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = output[0][first + i < kChunks ? first + i : 0];
+                value.word[i] = Traits<T>::pack(pair[half * 2] * inverse, pair[half * 2 + 1] * inverse);
+            }
+            transpose_quad(value.word, lane);
+            const int chunk = first + lane % 4;
+            if (!inside || chunk >= kChunks) continue;
+            if (params.out_aligned) {
+                *reinterpret_cast<Chunk*>(out + chunk * 8) = value.chunk;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) out[chunk * 8 + i] = value.element[i];
+            }
+        }
+        if (params.lse && lane % 4 == 0 && inside) {
+            const float log_sum = fmaf(softmax.maximum[half], params.score_scale * 0.6931471806f, logf(sum));
+            params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
+        }
+    }
+}
+
+// One warpgroup of consumers.
+struct Consumer {
+    const HopperParams& params;
+    SharedStorage& shared;
+    int group;  // 0 to kConsumers - 1
+    int lane;
+    int row;  // of this lane, the first of two in the tile
+
+    // Turns: barrier 1 + g is the turn of consumer g.
+    DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
+    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
+
+    // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
+    template <int kRingStages>
+    DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
+        if (lane == 0) ring.release(n);
+    }
+
+    // The tile of queries after the current one, which the producer chose.
+    DEVICE u32 next_work(u32 work_number) {
+        shared.work_barriers.wait(work_number);
+        const u32 next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
+        release(shared.work_barriers, work_number);
+        return next;
+    }
+
+    // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
+    struct Visible {
+        KeySpan common, rows[2];
+
+        // Whether a tile of keys needs no mask.
+        DEVICE bool all(int key) const { return key >= common.first && key + TILE_K - 1 <= common.last; }
+    };
+    DEVICE Visible visible(int first_row) const {
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
+        const int group_row = first_row + group * kGroupRows;
+        const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
+        Visible keys;
+        keys.common = {band.first_key(last_row), band.last_key(group_row)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = first_row + row + half * 8;
+            keys.rows[half] = {band.first_key(query), band.last_key(query)};
+        }
+        return keys;
+    }
+
+    // Scores of a tile as the softmax wants them, and into its maxima.
+    DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
+                      const Visible& keys, int key) {
+        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
+        if (!keys.all(key)) apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+        softmax.raise(scores[0], params.score_scale, shift, rescale);
+    }
+
+    DEVICE void run() {
+        const u32 queries = QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth);
+        const u32 keys = KeyTile::lower(shared_address(shared.k[0].data));
+        const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
+        if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
+        u32 step = 0;
+        u32 place_number = 0;
+        u32 work_number = 0;
+        for (u32 work = block_index(); work < params.tiles; work = next_work(work_number++)) {
+            const Place place(params, work);
+            const Visible visible_keys = visible(place.first_row);
+            float output[1][kOutTiles][4] = {};
+            WarpgroupSoftmax softmax;
+            softmax.clear();
+            if (place.last_tile >= place.first_tile) {
+                float scores[1][kKeyTiles][4];
+                float shift[2], rescale[2];
+                u32 weights[TILE_K / 16][4];
+                int tile = place.last_tile;
+                shared.q_barriers.wait(place_number);
+                shared.k_barriers.wait(step);
+                wgmma_fence();
+                start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(scores[0]);
+                release(shared.k_barriers, step);
+                if (tile == place.first_tile) release(shared.q_barriers, place_number);
+                raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
+                softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                pack_weights<T>(weights, scores[0]);
+
+                if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
+                for (--tile; tile >= place.first_tile; --tile) {
+                    ++step;
+                    wait_for_turn();
+                    wgmma_fence();
+                    start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
+                    wgmma_commit();
+                    shared.v_barriers.wait(step - 1);
+                    wgmma_fence();
+                    start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
+                    wgmma_commit();
+                    pass_turn();
+                    wgmma_wait<1>();
+                    wgmma_pin(scores[0]);
+                    release(shared.k_barriers, step);
+                    if (tile == place.first_tile) release(shared.q_barriers, place_number);
+                    raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
+                    if constexpr (kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                    // ptxas would move the wait for the last product up, before all this, if the next branch did not
+                    // depend on it and end the block. Sums and factors are never negative.
+                    const float (&last)[2] = kEarlyWeights ? softmax.sum : rescale;
+                    if (tile > place.first_tile || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);
+                    wgmma_wait<0>();
+                    wgmma_pin(output[0]);
+                    wgmma_pin(scores[0]);  // nothing is packed while the last product reads the old weights
+                    release(shared.v_barriers, step - 1);
+                    WarpgroupSoftmax::rescale_output(output[0], rescale);
+                    if constexpr (!kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                    pack_weights<T>(weights, scores[0]);
+                }
+                shared.v_barriers.wait(step);
+                wgmma_fence();
+                start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(output[0]);
+                release(shared.v_barriers, step);
+                ++step;
+                ++place_number;
+            }
+            store_output(params, place, output, softmax, place.first_row + row, lane);
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const __grid_constant__ HopperParams params) {
+    extern __shared__ __align__(1024) unsigned char storage[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
+    const int thread = thread_index();
+    if (thread == 0) {
+        prefetch_tensor_map(&params.q);
+        prefetch_tensor_map(&params.k);
+        prefetch_tensor_map(&params.v);
+        shared.q_barriers.init(4 * kConsumers);
+        shared.k_barriers.init(4 * kConsumers);
+        shared.v_barriers.init(4 * kConsumers);
+        shared.work_barriers.init(4 * kConsumers);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    // The same for all lanes, and so that the compiler knows it: descriptors then live in uniform registers.
+    const int warpgroup = __shfl_sync(kFullWarp, thread / kGroupThreads, 0);
+    if (warpgroup == 0) {
+        give_registers<kProducerRegisters>();
+        if (thread == 0) produce(params, shared);
+    } else {
+        take_registers<kConsumerRegisters>();
+        const int own = thread - kGroupThreads;
+        const int lane = own % kWarpSize;
+        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.run();
+    }
+}

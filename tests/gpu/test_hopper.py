@@ -1,0 +1,325 @@
+"""The Hopper kernel against the float64 reference; what it does not cover runs in test_attention.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import launch, normalize
+from cudistr.plan import plan
+from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, on_device, same_bits
+from tests.strategies import BFLOAT16, LAYOUTS
+
+pytestmark = pytest.mark.gpu
+
+each_dtype = pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
+# Columns of q and of v: every width of a panel, two and three consumers, every row of the table of tiles.
+HEAD_DIMS = [
+    (64, 64), (128, 128), (64, 128), (32, 128), (32, 64), (96, 96), (192, 192), (256, 256), (192, 128), (16, 16),
+    (32, 32), (48, 112), (80, 80), (112, 112), (144, 144), (160, 160), (224, 224), (16, 256), (256, 16), (240, 64),
+]  # fmt: skip
+USUAL = [(64, 64), (128, 128), (32, 128)]
+each_usual = pytest.mark.parametrize("head_dims", USUAL, ids=str)
+LENGTHS = [
+    (1, 1),
+    (1, 300),
+    (65, 63),
+    (64, 128),
+    (113, 203),
+    (128, 176),
+    (192, 177),
+    (193, 129),
+    (300, 517),
+    (517, 300),
+]
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries too, which the planner would leave to the portable kernel."""
+    if launch.device_properties(0).capability != 90:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("CUDISTR_KERNEL", "hopper")
+
+
+def check(q, k, v, **options):
+    """check_kernel, after making sure of the kernel."""
+    asked = {name: x for name, x in options.items() if name not in ("layouts", "out", "on_host", "like")}
+    problem = normalize.problem(*map(on_device, (q, k, v)), **asked)
+    assert plan(problem, launch.device_properties(0)).attention.name == "sm90_flash_fwd"
+    return check_kernel(q, k, v, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+def test_head_dims(dtype, head_dims):
+    q, k, v = inputs(1, dtype, heads_kv=2, lengths=(333, 415), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    check(q, k, v)
+    check(q, k, v, causal=True)
+
+
+@each_dtype
+@each_usual
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_lengths(dtype, head_dims, lengths):
+    q, k, v = inputs(
+        2, dtype, batch=1, heads=2, lengths=lengths, head_dim=head_dims[0], head_dim_v=head_dims[1]
+    )
+    check(q, k, v)
+    check(q, k, v, causal=True)
+
+
+@each_dtype
+@each_usual
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (0, 0)},
+        {"window": (30, 0)},
+        {"window": (0, 30)},
+        {"window": (100, 20)},
+        {"window": (None, 10)},
+        {"window": (10, None)},
+        {"window": (64, 64), "causal": True},
+        {"window": (None, 400)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [(300, 300), (130, 500), (400, 150)], ids=str)
+def test_windows(dtype, head_dims, options, lengths):
+    q, k, v = inputs(
+        3, dtype, batch=1, heads=2, lengths=lengths, head_dim=head_dims[0], head_dim_v=head_dims[1]
+    )
+    check(q, k, v, **options)
+
+
+@each_dtype
+@each_usual
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 0.3},
+        {"scale": -0.2},
+        {"scale": 0.0},
+        {"softcap": 3.0},
+        {"softcap": 50.0, "causal": True},
+        {"softcap": 0.5, "scale": -0.4},
+    ],
+    ids=str,
+)
+def test_scores(dtype, head_dims, options):
+    q, k, v = inputs(4, dtype, batch=1, lengths=(200, 290), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    check(q, k, v, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("scale", [4.0, -4.0])
+def test_scores_far_from_zero(dtype, scale):
+    q, k, v = inputs(5, dtype, batch=1, lengths=(150, 350))
+    check(np.abs(q), np.abs(k), v, scale=scale)
+
+
+@each_dtype
+def test_maxima_that_rise_with_every_tile(dtype):
+    # Keys are taken from the last to the first, so here every tile raises the maximum, and everything is rescaled.
+    q, k, v = inputs(6, dtype, batch=1, heads=2, lengths=(150, 900))
+    k[..., 0] = np.linspace(8, -8, 900)
+    q[..., 0] = 4
+    check(q, k, v)
+    check(q, k[:, :, ::-1].copy(), v)
+
+
+@each_dtype
+@each_usual
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1), (6, 3)], ids=str)
+def test_grouped_query_attention(dtype, head_dims, heads):
+    q, k, v = inputs(
+        7,
+        dtype,
+        heads=heads[0],
+        heads_kv=heads[1],
+        lengths=(200, 250),
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+    )
+    check(q, k, v, causal=True)
+
+
+@pytest.mark.hardware
+@each_dtype
+def test_many_tiles(dtype):
+    # More tiles than a GPU has multiprocessors, of different lengths: they are taken from a counter.
+    q, k, v = inputs(8, dtype, batch=1, heads=20, heads_kv=4, lengths=(2000, 2100))
+    check(q, k, v, causal=True)
+    check(q[:, :, :700], k, v, window=(100, 40))
+    check(q[:, :, :1500], k, v)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x not in ("shifted", "ragged", "reversed")])
+def test_layouts(dtype, layout):
+    q, k, v = inputs(9, dtype, heads_kv=2, lengths=(170, 290), head_dim=64, head_dim_v=48)
+    expected = check(q, k, v)
+    for layouts in (
+        (layout,) * 3,
+        (layout, "contiguous", "transposed"),
+        ("contiguous", layout, "contiguous"),
+    ):
+        same_bits(check_kernel(q, k, v, layouts=layouts), expected)
+
+
+@each_dtype
+def test_zero_strides(dtype):
+    host = inputs(10, dtype, batch=1, heads=1, lengths=(170, 290))
+    q, k, v = (cp.broadcast_to(on_device(x), (2, 4, *x.shape[2:])) for x in host)
+    whole = cudistr.attention(q, k, v)
+    same_bits(whole, cudistr.attention(*(x.copy() for x in (q, k, v))))
+    one_key = cp.broadcast_to(k[:, :, :1], k.shape)
+    same_bits(cudistr.attention(q, one_key, v), cudistr.attention(q, one_key.copy(), v))
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "shifted", "ragged", "reversed"])
+@pytest.mark.parametrize("head_dim_v", [48, 64])
+def test_out(dtype, layout, head_dim_v):
+    q, k, v = inputs(11, dtype, lengths=(170, 90), head_dim_v=head_dim_v)
+    buffer, view = LAYOUTS[layout](np.zeros((2, 4, 170, head_dim_v), dtype))
+    target = cp.asarray(buffer)
+    out = view(target)
+    check(q, k, v, out=out)
+    # What lies between the rows of out is not touched.
+    view(buffer)[...] = cp.asnumpy(out)
+    same_bits(target, buffer)
+
+
+@each_dtype
+@each_usual
+def test_rows_without_keys(dtype, head_dims):
+    q, k, v = inputs(12, dtype, lengths=(600, 100), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    out = on_device(np.full((*q.shape[:3], v.shape[3]), np.nan, dtype))
+    _, lse = cudistr.attention(*map(on_device, (q, k, v)), causal=True, out=out, return_lse=True)
+    assert (cp.asnumpy(out)[:, :, :500].astype(np.float32) == 0).all()
+    assert bool((lse[:, :, :500] == -np.inf).all()) and bool(cp.isfinite(lse[:, :, 500:]).all())
+    check(q, k, v, causal=True)
+
+
+@each_dtype
+@each_usual
+def test_heads_do_not_reach_into_each_other(dtype, head_dims):
+    # What lies behind the last row of a head is the next head: tiles that stick out must not read it.
+    q, k, v = inputs(13, dtype, heads=4, lengths=(130, 140), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    clean = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
+    for array in (q, k, v):
+        array[:, 1::2] = np.nan
+    out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
+    same_bits(out[:, ::2], clean[:, ::2])
+    assert np.isnan(out[:, 1::2].astype(np.float32)).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_numbers_go_where_arithmetic_sends_them(dtype, bad):
+    q, k, v = inputs(14, dtype, lengths=(250, 250))
+    k = np.abs(k)  # one sign, so that all scores of the row are inf, or all -inf
+    clean = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), causal=True))
+    spoilt = q.copy()
+    spoilt[1, 2, 70, 5] = bad
+    out, lse = (
+        cp.asnumpy(x)
+        for x in cudistr.attention(*map(on_device, (spoilt, k, v)), causal=True, return_lse=True)
+    )
+    row = out[1, 2, 70].astype(np.float32)
+    if bad == -np.inf:
+        assert (row == 0).all() and lse[1, 2, 70] == -np.inf
+    else:
+        assert np.isnan(row).all() and np.isnan(lse[1, 2, 70])
+    others = np.ones(q.shape[:3], bool)
+    others[1, 2, 70] = False
+    same_bits(out[others], clean[others])
+
+    spoilt = k.copy()
+    spoilt[0, 0, 70, 5] = bad
+    out = cp.asnumpy(cudistr.attention(*map(on_device, (q, spoilt, v)), causal=True))
+    same_bits(out[0, 0, :70], clean[0, 0, :70])
+    weightless = bad * q[0, 0, 70:, 5].astype(np.float32) == -np.inf
+    np.testing.assert_array_equal(np.isnan(out[0, 0, 70:].astype(np.float32)).all(axis=1), ~weightless)
+
+    if bad != -np.inf:
+        whole = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
+        spoilt = v.copy()
+        spoilt[1, 2, 70, 5] = bad
+        out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, spoilt))))
+        column = out[1, 2, :, 5].astype(np.float32)
+        assert (np.isnan(column) if np.isnan(bad) else column == bad).all()
+        out[1, 2, :, 5] = whole[1, 2, :, 5]
+        same_bits(out, whole)
+
+
+@each_dtype
+def test_one_key_gives_its_value(dtype):
+    q, k, v = inputs(15, dtype, lengths=(120, 200))
+    same_bits(check(q, k, v, window=(0, 0)), v[:, :, 80:])
+
+
+@each_dtype
+def test_the_portable_kernel_gives_nearly_the_same(dtype, monkeypatch):
+    arrays = [on_device(x) for x in inputs(16, dtype, lengths=(300, 400))]
+    ours = cp.asnumpy(cudistr.attention(*arrays, causal=True)).astype(np.float32)
+    monkeypatch.setenv("CUDISTR_KERNEL", "portable")
+    other = cp.asnumpy(cudistr.attention(*arrays, causal=True)).astype(np.float32)
+    assert np.abs(ours - other).max() <= 4 * ROUNDOFF[np.dtype(dtype)] * np.abs(other).max()
+
+
+@pytest.mark.hardware
+@each_dtype
+@each_usual
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_same_bits_from_run_to_run(dtype, head_dims, causal):
+    host = inputs(17, dtype, heads=16, lengths=(1900, 2000), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    arrays = [on_device(x) for x in host]
+    first = cudistr.attention(*arrays, causal=causal).view(np.uint16)
+    for _ in range(200):
+        assert bool((cudistr.attention(*arrays, causal=causal).view(np.uint16) == first).all())
+
+
+@pytest.mark.hardware
+def test_a_captured_graph_keeps_its_counter():
+    host = inputs(18, np.float16, heads=16, lengths=(1500, 1500))
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        q, k, v = (on_device(x) for x in host)
+        expected = cp.asnumpy(cudistr.attention(q, k, v, causal=True))
+        stream.begin_capture()
+        result = cudistr.attention(q, k, v, causal=True)
+        graph = stream.end_capture()
+        others = []
+        for _ in range(3):
+            # What a pool hands out in between must not be the counter of the graph.
+            others.append(cp.full(128, 7, np.int32))
+            result.fill(0)
+            graph.launch(stream)
+        stream.synchronize()
+        same_bits(result, expected)
+        assert all(bool((x == 7).all()) for x in others)
+
+
+# The sweep that runs under compute-sanitizer
+
+
+@pytest.mark.small
+@each_dtype
+@each_usual
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (100, None)}], ids=["full", "masked"])
+def test_small(dtype, head_dims, options):
+    q, k, v = inputs(
+        19,
+        dtype,
+        batch=1,
+        heads=2,
+        heads_kv=1,
+        lengths=(201, 273),
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+    )
+    check(q, k, v, on_host=True, **options)
