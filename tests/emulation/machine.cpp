@@ -170,16 +170,18 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
     }
     // The nearest array says most about an address that lies in none.
     const Region* nearest = nullptr;
-    long long distance = 0;
+    u64 distance = 0;
     for (const Global& global : m.globals) {
-        const long long d = static_cast<long long>(a - global.region.start);
-        if (!nearest || (d < 0 ? -d : d) < (distance < 0 ? -distance : distance)) {
-            nearest = &global.region;
-            distance = d;
+        const Region& region = global.region;
+        const u64 gap = a < region.start ? region.start - a : a - (region.start + region.bytes);
+        if (!nearest || gap < distance) {
+            nearest = &region;
+            distance = gap;
         }
     }
+    const long long byte = nearest ? static_cast<long long>(a - nearest->start) : 0;
     fail(caller, "%s of %zu bytes outside every array of the launch: byte %lld of %s, which has %llu, by %s", how,
-         bytes, distance, nearest ? nearest->name : "nothing",
+         bytes, byte, nearest ? nearest->name : "nothing",
          static_cast<unsigned long long>(nearest ? nearest->bytes : 0), place_of(thread).c_str());
 }
 
