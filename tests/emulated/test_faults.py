@@ -6,6 +6,7 @@ which threads run, and most of them would rarely or never show on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from tests.gpu import util
 from tests.strategies import random
 
 FLASH = "kernels/sm80_flash_fwd.cu"
+HOPPER = "kernels/sm90_flash_fwd.cu"
+PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
@@ -44,6 +47,8 @@ class Fault:
     dtype: Any = np.float16
     head_dim_v: int = 64
     merge: bool = False
+    family: str = "portable"
+    lengths: tuple[int, int] = (161, 173)
 
 
 FAULTS = {
@@ -217,9 +222,113 @@ FAULTS = {
     ),
 }  # fmt: skip
 
+# Hopper: what works beside the threads, and what orders it.
+ON_HOPPER = {
+    # Barriers
+    "no barrier after barriers are initialised": Fault(
+        HOPPER, f"    {BARRIER}\n    // The same for all lanes", "    // The same for all lanes",
+        "mbarrier .*(never initialised|that no barrier puts before it)"
+    ),
+    "no fence after barriers are initialised": Fault(
+        HOPPER, "fence_mbarrier_init();", "", "a bulk copy arrives at the mbarrier .* no fence.mbarrier_init"
+    ),
+    "no wait for the keys": Fault(
+        HOPPER, "if (tile > place.first_tile || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", "",
+        f"wgmma {RACE}"
+    ),
+    "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
+    "no wait for the queries": Fault(HOPPER, "shared.q_barriers.wait(place_number);", "", f"wgmma {RACE}"),
+    "keys given back before the product has read them": Fault(
+        HOPPER,
+        "wgmma_wait<1>();\n                    wgmma_pin(scores[0]);\n                    release(shared.k_barriers, step);",
+        "release(shared.k_barriers, step);\n                    wgmma_wait<1>();\n                    wgmma_pin(scores[0]);",
+        f"bulk copy {RACE}|wgmma {RACE}",
+    ),
+    "values given back one use too early": Fault(
+        HOPPER, "release(shared.v_barriers, step - 1);", "", "no thread of block .* can go on"
+    ),
+    "an empty stage that is not waited for": Fault(
+        PANELS, "        wait_empty(n);\n", "", f"bulk copy {RACE}|one arrival too many|no thread"
+    ),
+    "the wrong parity": Fault(
+        PANELS, "parity(n) ^ 1); }", "parity(n)); }", "no thread of block .* can go on: thread .* waits for parity"
+    ),
+    "too few bytes announced": Fault(
+        HOPPER, "shared.k_barriers.open(step + 1, KeyTile::kBytes)", "shared.k_barriers.open(step + 1, KeyTile::kBytes / 2)",
+        f"no thread of block .* can go on|{RACE}"
+    ),
+    "an arrival too few in a phase": Fault(
+        HOPPER, "shared.k_barriers.init(4 * kConsumers);", "shared.k_barriers.init(4 * kConsumers + 1);", "no thread of block .* can go on"
+    ),
+    "an arrival too many in a phase": Fault(
+        HOPPER, "shared.k_barriers.init(4 * kConsumers);", "shared.k_barriers.init(4 * kConsumers - 1);",
+        f"{RACE}|one arrival too many"
+    ),
+    "a turn that nobody passes on": Fault(
+        HOPPER, "if (group == kConsumers - 1) pass_turn();", "", "no thread of block .* can go on"
+    ),
+    "a turn that is awaited by too many": Fault(
+        HOPPER, "named_barrier_sync(1 + group, 2 * kGroupThreads)", "named_barrier_sync(1 + group, 3 * kGroupThreads)",
+        "which others come to as one of"
+    ),
+    "a number that every lane reads, and one gives back": Fault(
+        HOPPER, "lane == 0 ? shared.work[work_number % kStages] : 0", "shared.work[work_number % kStages]",
+        f"write {RACE}", lengths=(800, 100)
+    ),
+    # Products
+    "no fence before a product": Fault(
+        HOPPER, "wait_for_turn();\n                    wgmma_fence();", "wait_for_turn();", "wgmma without a wgmma.fence"
+    ),
+    "no wait for the scores": Fault(
+        HOPPER, "                    wgmma_wait<1>();\n", "", f"{RACE}|{WRONG}|accumulator was written"
+    ),
+    "no wait for the output": Fault(
+        HOPPER, "                    wgmma_wait<0>();\n                    wgmma_pin(output[0]);\n                    wgmma_pin(scores[0]);",
+        "                    wgmma_pin(output[0]);\n                    wgmma_pin(scores[0]);",
+        f"accumulator was written|operand in registers changed|{RACE}|{WRONG}"
+    ),
+    "weights packed while a product reads the old ones": Fault(
+        HOPPER,
+        "if (tile > place.first_tile || last[0]",
+        "pack_weights<T>(weights, scores[0]);\n                    if (tile > place.first_tile || last[0]",
+        "operand in registers changed while a product read it",
+    ),
+    "shared memory written by a thread, and no fence for the product": Fault(
+        HOPPER,
+        "                shared.q_barriers.wait(place_number);\n",
+        "                shared.q_barriers.wait(place_number);\n                if (group == 0 && row == 0 && lane == 0) {\n"
+        "                    volatile u16& x = *reinterpret_cast<volatile u16*>(shared.q.data);\n"
+        "                    x = x;\n                }\n                __syncwarp();\n",
+        "wrote without a fence.proxy.async|that no barrier puts before it",
+    ),
+    # Places
+    "another swizzle in the descriptor": Fault(
+        PANELS, "kWidth == 128 ? 1 : kWidth == 64 ? 2 : 3", "kWidth == 128 ? 2 : kWidth == 64 ? 2 : 3", f"{WRONG}|outside|{RACE}"
+    ),
+    "the wrong distance of groups of rows": Fault(PANELS, "u64(8 * kWidth / 16) << 32", "u64(4 * kWidth / 16) << 32", WRONG),
+    "the wrong step along the sum": Fault(
+        PANELS, "return kUpper | (lower + step * kWidth);", "return kUpper | (lower + step * kWidth / 2);", WRONG
+    ),
+    "a copy of the row below": Fault(
+        HOPPER, "load(&params.k, barrier, (tile - 1) * TILE_K,", "load(&params.k, barrier, (tile - 1) * TILE_K + 1,", WRONG
+    ),
+    "the wrong key head in a copy": Fault(
+        HOPPER, "place.head / params.heads_per_kv", "place.head % params.heads_per_kv", WRONG
+    ),
+    "a tile beyond shared memory": Fault(
+        HOPPER, "shared.k[(step + 1) % kStages].load", "shared.k[(step + 1) % kStages + 4].load",
+        "an index outside its array"
+    ),
+    "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
+}  # fmt: skip
+for _name, _fault in ON_HOPPER.items():
+    _lengths = (261, 661) if _fault.lengths == Fault.lengths else _fault.lengths  # tiles are larger
+    FAULTS[f"Hopper: {_name}"] = dataclasses.replace(_fault, family="hopper", lengths=_lengths)
 
-def run(fault: Fault) -> None:
+
+def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """One small call of the kind that the fault needs."""
+    monkeypatch.setenv("CUDISTR_KERNEL", fault.family)
     if fault.merge:
         outs, lses = [random(1, 1, 3, 11, 40, dtype=fault.dtype)] * 2, [random(2, 1, 3, 11)] * 2
         cudistr.merge([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
@@ -232,7 +341,7 @@ def run(fault: Fault) -> None:
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
     q, k, v = util.inputs(
-        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=(161, 173), head_dim_v=fault.head_dim_v
+        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v
     )
     util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
 
@@ -254,24 +363,25 @@ def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("planted", FAULTS.values(), ids=FAULTS, indirect=True)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_planted_fault_is_found(planted: Fault, seed: int) -> None:
+def test_a_planted_fault_is_found(planted: Fault, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     Settings.seed = seed
     with pytest.raises((EmulationError, cudistr.CompileError, AssertionError)) as found:
-        run(planted)
+        run(planted, monkeypatch)
     assert re.search(planted.found, str(found.value)), str(found.value)
 
 
 def calls() -> dict[str, Fault]:
     """The calls of the faults, each once."""
     different = {
-        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge): f for f in FAULTS.values()
+        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge, f.family, f.lengths): f
+        for f in FAULTS.values()
     }
     return {" ".join(map(str, key)): fault for key, fault in different.items()}
 
 
 @pytest.mark.parametrize("fault", calls().values(), ids=calls())
-def test_without_a_fault_nothing_is_found(fault: Fault) -> None:
-    run(fault)
+def test_without_a_fault_nothing_is_found(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(fault, monkeypatch)
 
 
 def test_a_report_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -283,7 +393,7 @@ def test_a_report_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(compiler, "SOURCES", sources)
     compiler._digest.cache_clear()
     with pytest.raises(EmulationError) as found:
-        run(fault)
+        run(fault, monkeypatch)
     text = str(found.value)
     line = next(
         n for n, text in enumerate(path.read_text().splitlines(), 1) if "copy_chunk<kVector>(to" in text
