@@ -6,6 +6,7 @@ which threads run, and most of them would rarely or never show on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from tests.strategies import random
 FLASH = "kernels/sm80_flash_fwd.cu"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
+HOPPER = "kernels/sm90_flash_fwd.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
@@ -43,6 +45,7 @@ class Fault:
     dtype: Any = np.float16
     head_dim_v: int = 64
     merge: bool = False
+    family: str = "portable"
 
 
 FAULTS = {
@@ -214,8 +217,85 @@ FAULTS = {
 }  # fmt: skip
 
 
+HOPPER_FAULTS = {
+    # Barriers between the copies and the products
+    "no wait for the keys of the next tile": Fault(
+        HOPPER, "|| last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", ") (void)last;", f"wgmma {RACE}",
+        {"long": True},
+    ),
+    "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
+    "no wait for the queries": Fault(HOPPER, "shared.q_barriers.wait(place_number);", "", f"wgmma {RACE}"),
+    "keys copied before their stage is empty": Fault(
+        HOPPER, "barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);",
+        "barrier = shared_address(&shared.k_barriers.full[(step + 1) % kStages]);\n"
+        "                    mbarrier_arrive_expect(barrier, KeyTile::kBytes);",
+        f"a bulk copy {RACE}|one arrival too many", {"long": True},
+    ),
+    "values released before the product is done": Fault(
+        HOPPER,
+        "                    wgmma_wait<0>();\n                    wgmma_pin(output[0]);",
+        "                    release(shared.v_barriers, step - 1);\n                    wgmma_wait<0>();\n"
+        "                    wgmma_pin(output[0]);",
+        f"{RACE}|one arrival too many|can go on", {"long": True},
+    ),
+    "queries never released": Fault(
+        HOPPER, "\n                    if (tile == place.first_tile) release(shared.q_barriers, place_number);", "", "no thread .* can go on",
+    ),
+    "one warp that does not release": Fault(
+        HOPPER, "if (lane == 0) ring.release(n);", "if (lane == 0 && thread_index() >= 160) ring.release(n);",
+        "no thread .* can go on", {"long": True},
+    ),
+    "fewer bytes announced than come": Fault(
+        HOPPER, "shared.v_barriers.open(step, ValueTile::kBytes)", "shared.v_barriers.open(step, ValueTile::kBytes / 2)",
+        f"{RACE}|no thread .* can go on",
+    ),
+    "no fence after the barriers are initialised": Fault(
+        HOPPER, "fence_mbarrier_init();", "", "there was no fence.mbarrier_init"
+    ),
+    # Products
+    "weights packed while a product reads the old ones": Fault(
+        HOPPER, "                    wgmma_wait<0>();\n                    wgmma_pin(output[0]);",
+        "                    pack_weights<T>(weights, scores[0]);\n                    wgmma_wait<0>();\n"
+        "                    wgmma_pin(output[0]);",
+        "an operand in registers changed",
+    ),
+    "scores read before their product is done": Fault(
+        HOPPER, "                    wgmma_wait<1>();", "", f"accumulator was written|{RACE}|{WRONG}"
+    ),
+    "no fence before products": Fault(
+        HOPPER, "                wgmma_fence();\n                start_scores", "                start_scores",
+        "wgmma without a wgmma.fence"
+    ),
+    "a descriptor of the wrong stage": Fault(
+        HOPPER, "values + (step - 1) % kStages * kValueStage", "values + step % kStages * kValueStage", f"{RACE}|{WRONG}"
+    ),
+    "panels that lie elsewhere": Fault(
+        "tile/panels.cuh", "u32(kPanelBytes / 16) << 16", "u32(kPanelBytes / 16 + 8) << 16", f"outside|{RACE}|{WRONG}",
+        head_dim_v=128,
+    ),
+    # Masks and rows
+    "one key too many in a row": Fault("tile/mask.cuh", "offset > last) scores[nt]", "offset > last + 1) scores[nt]", WRONG),
+    "a tile that goes without its mask": Fault(HOPPER, "key + TILE_K - 1 <= common.last", "key <= common.last", WRONG),
+    "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0", WRONG),
+    "rows beyond the last": Fault(HOPPER, "const bool inside = own < params.seqlen_q;", "const bool inside = true;", "outside|wrote too"),
+    "an output that is not rescaled": Fault(
+        "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG
+    ),
+    "a tile taken twice": Fault(HOPPER, "next = gridDim.x + (params", "next = gridDim.x - 1 + (params", "wrote too", {"long": True}),
+}  # fmt: skip
+FAULTS |= {
+    f"Hopper: {name}": dataclasses.replace(fault, family="hopper") for name, fault in HOPPER_FAULTS.items()
+}
+
+
 def run(fault: Fault) -> None:
     """One small call of the kind that the fault needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDISTR_KERNEL", fault.family)
+        _run(fault)
+
+
+def _run(fault: Fault) -> None:
     if fault.merge:
         outs, lses = [random(1, 1, 3, 11, 40, dtype=fault.dtype)] * 2, [random(2, 1, 3, 11)] * 2
         cudistr.merge([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
@@ -227,10 +307,14 @@ def run(fault: Fault) -> None:
         q = near_ties(0, 128, 64, reduction)[None, None]
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
+    options = dict(fault.options)
+    lengths = (400, 700) if options.pop("long", False) else (161, 173)  # stages are used anew, tiles counted
+    if fault.family == "hopper" and fault.options:
+        options["causal"] = True
     q, k, v = util.inputs(
-        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=(161, 173), head_dim_v=fault.head_dim_v
+        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=lengths, head_dim_v=fault.head_dim_v
     )
-    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
+    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)
 
 
 @pytest.fixture
@@ -260,7 +344,8 @@ def test_a_planted_fault_is_found(planted: Fault, seed: int) -> None:
 def calls() -> dict[str, Fault]:
     """The calls of the faults, each once."""
     different = {
-        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge): f for f in FAULTS.values()
+        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge, f.family): f
+        for f in FAULTS.values()
     }
     return {" ".join(map(str, key)): fault for key, fault in different.items()}
 
