@@ -110,31 +110,34 @@ struct Place {
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
     const u64 again = policy_evict_last();
-    u32 step = 0;   // tiles of keys so far
+    u32 step = 0;  // tiles of keys so far
     u32 place_number = 0;
     u32 next;  // unsigned: it may be past the last tile, of which there can be 2**31 - 1
     u32 work_number = 0;
     for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
+        // Asked for now and told at the end: nothing waits for the answer of global memory.
         next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+        const Place place(params, work);
+        if (place.last_tile >= place.first_tile) {
+            const int head_kv = place.head / params.heads_per_kv;
+            u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
+            shared.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
+            barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
+            shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
+            ++place_number;
+            for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
+                if (tile > place.first_tile) {
+                    barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
+                    shared.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv, place.batch,
+                                                        again);
+                }
+                barrier = shared.v_barriers.open(step, ValueTile::kBytes);
+                shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
+            }
+        }
         shared.work_barriers.wait_empty(work_number);
         shared.work[work_number % kStages] = next;
         mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
-        const Place place(params, work);
-        if (place.last_tile < place.first_tile) continue;
-        const int head_kv = place.head / params.heads_per_kv;
-        u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
-        shared.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
-        barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
-        shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
-        ++place_number;
-        for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
-            if (tile > place.first_tile) {
-                barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
-                shared.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv, place.batch, again);
-            }
-            barrier = shared.v_barriers.open(step, ValueTile::kBytes);
-            shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
-        }
     }
 }
 

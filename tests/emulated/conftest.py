@@ -16,7 +16,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stand-in for CuPy, with an H100's limits; what a test changes of the device is undone."""
     for name in ("capability", "shared_bytes", "seed"):
         monkeypatch.setattr(fake_cupy.Settings, name, getattr(fake_cupy.Settings, name))
-    monkeypatch.delenv("CUPY_TF32", raising=False)
+    for name in ("CUPY_TF32", "CUDISTR_KERNEL"):
+        monkeypatch.delenv(name, raising=False)
     fake_cupy.statistics.clear()
     with fake_cupy.installed() as cupy:
         monkeypatch.setattr(util, "cp", cupy)

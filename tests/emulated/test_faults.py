@@ -320,6 +320,34 @@ ON_HOPPER = {
         "an index outside its array"
     ),
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
+    # Order
+    "queries never given back": Fault(
+        HOPPER, "\n                    if (tile == place.first_tile) release(shared.q_barriers, place_number);", "",
+        "no thread of block .* can go on"
+    ),
+    "one warp that does not give back": Fault(
+        HOPPER, "if (lane == 0) ring.release(n);", "if (lane == 0 && thread_index() >= 160) ring.release(n);",
+        "no thread of block .* can go on"
+    ),
+    "a descriptor of the wrong stage": Fault(
+        HOPPER, "values + (step - 1) % kStages * kValueStage", "values + step % kStages * kValueStage", f"{RACE}|{WRONG}"
+    ),
+    "panels that lie elsewhere": Fault(
+        PANELS, "u32(kPanelBytes / 16) << 16", "u32(kPanelBytes / 16 + 8) << 16", f"outside|{RACE}|{WRONG}", head_dim_v=128
+    ),
+    "one key too many in a row": Fault(
+        "tile/mask.cuh", "offset > last) scores[nt]", "offset > last + 1) scores[nt]", WRONG, {"causal": True}
+    ),
+    "a tile that goes without its mask": Fault(
+        HOPPER, "key + TILE_K - 1 <= common.last", "key <= common.last", WRONG, {"causal": True}
+    ),
+    "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0", WRONG),
+    "an output that is not rescaled": Fault(
+        "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG
+    ),
+    "a tile taken twice": Fault(
+        HOPPER, "gridDim.x + (params", "gridDim.x - 1 + (params", "wrote too", {"causal": True}
+    ),
 }  # fmt: skip
 for _name, _fault in ON_HOPPER.items():
     _lengths = (261, 661) if _fault.lengths == Fault.lengths else _fault.lengths  # tiles are larger

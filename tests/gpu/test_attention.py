@@ -1,4 +1,4 @@
-"""The attention kernels against the float64 reference of the same method."""
+"""The portable attention kernel against the float64 reference of the same method; test_hopper.py has the other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ pytestmark = pytest.mark.gpu
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_method = pytest.mark.parametrize("reduction", [None, cudistr.LSH(2)], ids=["exact", "G2"])
+
+
+@pytest.fixture(autouse=True)
+def portable(monkeypatch):
+    """On Hopper too."""
+    monkeypatch.setenv("CUDISTR_KERNEL", "portable")
+
 
 HEAD_DIMS = [8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256]
 LENGTHS = [

@@ -10,7 +10,7 @@ DEVICE void wgmma_wait() {
     machine::together("wgmma.wait_group", machine::warpgroup_wait, &pending, nullptr);
 }
 template <int kTiles>
-DEVICE void wgmma_pin(float (&)[kTiles][4]) {}
+DEVICE void wgmma_pin(float (&d)[kTiles][4]) {}
 
 // The machine keeps the address of d until a wait, and that of a.
 template <bool kAccumulate, bool kBfloat, int kTiles>
