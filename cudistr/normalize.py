@@ -18,7 +18,16 @@ import numpy as np
 from cudistr.errors import CudaUnavailableError
 from cudistr.reductions import LSH
 
-__all__ = ["Adopted", "Problem", "adopt", "check_group", "check_merge", "check_out", "problem"]
+__all__ = [
+    "Adopted",
+    "Problem",
+    "adopt",
+    "check_group",
+    "check_merge",
+    "check_out",
+    "check_sample",
+    "problem",
+]
 
 MAX_HEAD_DIM = 256  # the output row of a warp has to stay in registers
 MAX_SEQLEN = (
@@ -648,3 +657,25 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             raise ValueError(
                 f"lses[{i}] must have shape (batch, heads, seqlen_q) = {first.shape[:3]}, got {lse.shape}."
             )
+
+
+def check_sample(rows: Any, seed: Any) -> tuple[int, int]:
+    """``rows`` and ``seed`` of :func:`cudistr.attention_error` as Python ints.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    numbers = []
+    for name, value, remedy in (
+        ("rows", rows, "Pass how many query rows of each head to compare, 64 for example."),
+        ("seed", seed, "Pass an integer from 0 to 2**32 - 1."),
+    ):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {_kind(value)} {value!r}. {remedy}")
+        numbers.append(operator.index(value))
+    if numbers[0] < 1:
+        raise ValueError(f"rows must be at least 1, got {numbers[0]}. The default is 64; all rows are exact.")
+    if not 0 <= numbers[1] < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {numbers[1]}.")
+    return numbers[0], numbers[1]

@@ -74,20 +74,32 @@ def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray
     return khat
 
 
-def visible(rows: NDArray[np.intp], problem: Problem) -> NDArray[np.bool_]:
-    """Which keys the query rows see, shape (len(rows), seqlen_k).
+def visible(rows: Any, problem: Problem, xp: Any = np) -> Any:
+    """Which keys the query rows see, bool (len(rows), seqlen_k).
 
     Query i sees key j when ``i + off - left <= j <= i + off + right`` with ``off = seqlen_k - seqlen_q``
-    (bottom-right alignment); causal is right = 0.
+    (bottom-right alignment); causal is right = 0. ``xp`` is the array module of ``rows``.
     """
     position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
-    keys = np.arange(problem.seqlen_k)[None, :]
-    seen = np.ones((len(rows), problem.seqlen_k), bool)
+    keys = xp.arange(problem.seqlen_k)[None, :]
+    seen = xp.ones((len(rows), problem.seqlen_k), bool)
     if problem.left is not None:
         seen &= keys >= position - problem.left
     if problem.right is not None:
         seen &= keys <= position + problem.right
     return seen
+
+
+def visible_count(problem: Problem) -> NDArray[np.intp]:
+    """How many keys each query row sees, (seqlen_q,)."""
+    position = np.arange(problem.seqlen_q) + (problem.seqlen_k - problem.seqlen_q)
+    first = 0 if problem.left is None else np.maximum(position - problem.left, 0)
+    last = (
+        problem.seqlen_k - 1
+        if problem.right is None
+        else np.minimum(position + problem.right, problem.seqlen_k - 1)
+    )
+    return np.broadcast_to(np.maximum(last - first + 1, 0), problem.seqlen_q)
 
 
 def _attend(
