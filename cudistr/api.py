@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cudistr import launch, normalize
+from cudistr import compose, launch, normalize
 from cudistr.measure import ErrorReport, measure
 from cudistr.reductions import LSH
 
@@ -120,7 +120,7 @@ def attention(
     if out is not None:
         target = adopted.arrays[3]
         normalize.check_out(target, problem, inputs)
-    result, lse = launch.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
+    result, lse = compose.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
     if adopted.restore is not None:
         result = adopted.restore(result) if out is None else out
         lse = None if lse is None else adopted.restore(lse)

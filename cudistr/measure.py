@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cudistr import launch, reference
+from cudistr import compose, launch, reference
 from cudistr.normalize import Problem
 
 __all__ = ["ErrorReport", "Estimate", "measure"]
@@ -203,7 +203,7 @@ def _energies(
     problem: Problem, q: Any, k: Any, v: Any, rows: int, seed: int, stream: Any, xp: Any
 ) -> tuple[Float, Float]:
     """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
-    out, _ = launch.attention(problem, q, k, v, None, False, stream)
+    out, _ = compose.attention(problem, q, k, v, None, False, stream)
     norms = np.stack([_host((_wide(x, xp) ** 2).sum(axis=2)) for x in out])
     samples = list(_samples(norms, problem, rows, seed))
     orders = launch.group(q, problem.reduction, stream) if problem.reduction is not None else None
@@ -218,12 +218,14 @@ def _energies(
                 some = drawn[first : first + step]
                 positions = xp.asarray(samples[h].positions[some])
                 queries = _wide(q[b, h][positions], xp)
-                reduced = queries
+                scores = reduced = _scores(queries, keys, problem, xp)
                 if orders is not None:
-                    reduced = _expanded(queries, orders[b, h], positions, problem, xp)
+                    copied = _expanded(queries, orders[b, h], positions, problem, xp)
+                    reduced = _scores(copied, keys, problem, xp)
+                    reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
                 found = _compare(
-                    _scores(queries, keys, problem, xp),
-                    _scores(reduced, keys, problem, xp),
+                    scores,
+                    reduced,
                     reference.visible(positions, problem, xp),
                     values,
                     _wide(out[b, h][positions], xp),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -60,6 +61,9 @@ class Problem:
         Whether float32 products may round their operands to TF32, as ``CUPY_TF32=1`` asks for.
     device : int or None
         CUDA device of the arrays, None for NumPy arrays.
+    near, sinks : int
+        Keys that the reduction leaves exact: less than ``near`` positions away from the query's own, and the first
+        ``sinks``. They have left ``reduction``, whose own are 0.
     """
 
     batch: int
@@ -81,6 +85,8 @@ class Problem:
     aligned: bool
     tf32: bool
     device: int | None
+    near: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -431,8 +437,13 @@ def _problem(
             raise ValueError(
                 f"{name} must be at most {MAX_SEQLEN}, got {size}. Split it and use cudistr.merge."
             )
+    near = sinks = 0
     if reduction is not None:
         _check_group_size(reduction, head_dim)
+        near, sinks = reduction.near, reduction.sinks
+        reduction = dataclasses.replace(reduction, near=0, sinks=0)
+        if reduction.group_size == 1:
+            reduction, near, sinks = None, 0, 0
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0
@@ -459,13 +470,15 @@ def _problem(
         softcap=softcap,
         left=left,
         right=right,
-        reduction=None if reduction is not None and reduction.group_size == 1 else reduction,
+        reduction=reduction,
         q_strides=strides[0],
         k_strides=strides[1],
         v_strides=strides[2],
         aligned=pointers_aligned and all(rows_aligned(0, s, itemsize) for s in strides),
         tf32=tf32,
         device=device,
+        near=min(near, span),
+        sinks=min(sinks, seqlen_k),
     )
 
 
