@@ -1,7 +1,7 @@
 """cudistr: attention for CuPy arrays, exact and with a reduced score product, without PyTorch."""
 
 from cudistr import reference
-from cudistr.api import attention, group, merge
+from cudistr.api import attention, attention_error, group, merge
 from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
 from cudistr.reductions import LSH
 
@@ -14,6 +14,7 @@ __all__ = [
     "UnsupportedDeviceError",
     "__version__",
     "attention",
+    "attention_error",
     "group",
     "merge",
     "reference",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cudistr import launch, normalize
+from cudistr import compose, launch, normalize
+from cudistr.measure import ErrorReport, measure
 from cudistr.reductions import LSH
 
-__all__ = ["attention", "group", "merge"]
+__all__ = ["attention", "attention_error", "group", "merge"]
 
 
 def attention(
@@ -120,11 +121,93 @@ def attention(
     if out is not None:
         target = adopted.arrays[3]
         normalize.check_out(target, problem, inputs)
-    result, lse = launch.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
+    result, lse = compose.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
     if adopted.restore is not None:
         result = adopted.restore(result) if out is None else out
         lse = None if lse is None else adopted.restore(lse)
     return (result, lse) if return_lse else result
+
+
+def attention_error(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    reduction: LSH | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rows: int = 64,
+    seed: int = 0,
+) -> ErrorReport:
+    """How far a reduction is from exact attention on these arrays, measured on sampled query rows.
+
+    Computes what :func:`attention` returns with the same arguments, draws ``rows`` query rows of each head, computes
+    these exactly in float64, and compares. Rounding is part of the error; with ``reduction=None`` it is all of it.
+
+    Parameters
+    ----------
+    q, k, v, reduction, causal, window, scale, softcap
+        As for :func:`attention`.
+    rows : int, default 64
+        Query rows of each head to compare, drawn from all batch entries with replacement. As many as there are, or
+        more, compares every row once: the report then holds the error itself.
+    seed : int, default 0
+        Seed of the sample, 0 to 2**32 - 1. Equal seeds draw the same rows from the same data.
+
+    Returns
+    -------
+    ErrorReport
+        ``print`` it, or read ``report.output.value``, ``report.output_heads[h].high``. It has
+
+        - ``output``: ``||O - Ohat|| / ||O||``, Frobenius norms, over all heads and batch entries;
+        - ``scores``: ``||S - Shat|| / ||S||`` over the visible keys, after ``softcap``, each row of S and Shat less
+          its mean over these keys, because softmax does not see a constant added to a row;
+        - ``output_heads``, ``scores_heads``: tuples with the same for each head.
+
+        Each is an ``Estimate`` with ``value`` and the ends ``low`` and ``high`` of a 95% interval.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedDeviceError, CudaUnavailableError, CompileError
+        As :func:`attention`.
+
+    Notes
+    -----
+    A third of the draws each is uniform, goes by the squared norm of a row of Ohat, and by one over the number of
+    keys that a row sees: where few rows hold most of the output or of the error, as the first rows of a causal mask
+    do, a uniform sample would miss them. The estimate is the ratio of two sums, of the squared errors and of the
+    squared norms of the drawn rows, each divided by its probability of being drawn, so that both sums are unbiased
+    [1]_; the bias of their ratio is of order 1 / rows. The interval is a studentised bootstrap [2]_ of the logarithm
+    of the ratio, in which each head is resampled by itself; it leaves 2.5% below and 1.5% above, because squared
+    errors are skewed. The tests hold it to covering the true error in 93 to 97% of 2000 trials for 64 rows. An error
+    that sits in a few rows out of thousands, which none of the three rules favours, can still escape a sample.
+
+    The rows cost about ``rows / seqlen_q`` of an exact call, in float64 array code; K and V of one head at a time
+    are copied to float64. The call waits for the device.
+
+    References
+    ----------
+    .. [1] Hansen and Hurwitz, "On the theory of sampling from finite populations", *Annals of Mathematical
+       Statistics* 14, 1943.
+    .. [2] Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, section 12.5.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q, k, v = np.random.RandomState(0).standard_normal((3, 1, 2, 200, 16)).astype(np.float32)
+    >>> report = cudistr.attention_error(q, k, v, reduction=cudistr.LSH(group_size=2))
+    >>> report.output.low <= report.output.value <= report.output.high
+    True
+    """
+    rows, seed = normalize.check_sample(rows, seed)
+    adopted = normalize.adopt(q=q, k=k, v=v)
+    problem = normalize.problem(
+        *adopted.arrays, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
+    )
+    q_in, k_in, v_in = adopted.arrays
+    return measure(problem, q_in, k_in, v_in, rows, seed, adopted.stream)
 
 
 def group(q: Any, reduction: LSH) -> Any:

@@ -176,7 +176,7 @@ def _no_answer(index: int, error: Exception) -> CudaUnavailableError:
 _HERE = contextlib.nullcontext()
 
 
-def _placed(index: int, stream: Any) -> Any:
+def placed(index: int, stream: Any) -> Any:
     """A context in which the current device and stream are those of the call."""
     import cupy
 
@@ -349,7 +349,7 @@ def attention(
         with np.errstate(over="ignore"):
             out[...] = result
         return out, lse.astype(np.float32) if return_lse else None
-    with _placed(problem.device, stream):
+    with placed(problem.device, stream):
         return _attention(problem, q, k, v, out, return_lse)
 
 
@@ -412,7 +412,7 @@ def group(q: Any, reduction: LSH, stream: Any) -> Any:
     import cupy
 
     index = q.device.id
-    with _placed(index, stream):
+    with placed(index, stream):
         strides = row_strides(q.shape, q.strides, q.itemsize)
         aligned = rows_aligned(q.data.ptr, strides, q.itemsize)
         blocks = -(-q.shape[2] // reduction.rows_per_block)
@@ -436,7 +436,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
     import cupy
 
     index = first.device.id
-    with _placed(index, stream):
+    with placed(index, stream):
         device = device_properties(index)
         check_device(device, index)
         out = cupy.ndarray(first.shape, first.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -18,7 +19,16 @@ import numpy as np
 from cudistr.errors import CudaUnavailableError
 from cudistr.reductions import LSH
 
-__all__ = ["Adopted", "Problem", "adopt", "check_group", "check_merge", "check_out", "problem"]
+__all__ = [
+    "Adopted",
+    "Problem",
+    "adopt",
+    "check_group",
+    "check_merge",
+    "check_out",
+    "check_sample",
+    "problem",
+]
 
 MAX_HEAD_DIM = 256  # the output row of a warp has to stay in registers
 MAX_SEQLEN = (
@@ -55,6 +65,9 @@ class Problem:
     family : str or None
         The family of kernels that ``CUDISTR_KERNEL`` asks for, ``"portable"`` or ``"hopper"``; None leaves the choice
         to the planner.
+    near, sinks : int
+        Keys that the reduction leaves exact: less than ``near`` positions away from the query's own, and the first
+        ``sinks``. They have left ``reduction``, whose own are 0.
     """
 
     batch: int
@@ -77,6 +90,8 @@ class Problem:
     tf32: bool
     device: int | None
     family: str | None = None
+    near: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -441,8 +456,13 @@ def _problem(
             raise ValueError(
                 f"{name} must be at most {MAX_SEQLEN}, got {size}. Split it and use cudistr.merge."
             )
+    near = sinks = 0
     if reduction is not None:
         _check_group_size(reduction, head_dim)
+        near, sinks = reduction.near, reduction.sinks
+        reduction = dataclasses.replace(reduction, near=0, sinks=0)
+        if reduction.group_size == 1:
+            reduction, near, sinks = None, 0, 0
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0
@@ -469,7 +489,7 @@ def _problem(
         softcap=softcap,
         left=left,
         right=right,
-        reduction=None if reduction is not None and reduction.group_size == 1 else reduction,
+        reduction=reduction,
         q_strides=strides[0],
         k_strides=strides[1],
         v_strides=strides[2],
@@ -477,6 +497,8 @@ def _problem(
         tf32=tf32,
         device=device,
         family=family,
+        near=min(near, span),
+        sinks=min(sinks, seqlen_k),
     )
 
 
@@ -668,3 +690,25 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             raise ValueError(
                 f"lses[{i}] must have shape (batch, heads, seqlen_q) = {first.shape[:3]}, got {lse.shape}."
             )
+
+
+def check_sample(rows: Any, seed: Any) -> tuple[int, int]:
+    """``rows`` and ``seed`` of :func:`cudistr.attention_error` as Python ints.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    numbers = []
+    for name, value, remedy in (
+        ("rows", rows, "Pass how many query rows of each head to compare, 64 for example."),
+        ("seed", seed, "Pass an integer from 0 to 2**32 - 1."),
+    ):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {_kind(value)} {value!r}. {remedy}")
+        numbers.append(operator.index(value))
+    if numbers[0] < 1:
+        raise ValueError(f"rows must be at least 1, got {numbers[0]}. The default is 64; all rows are exact.")
+    if not 0 <= numbers[1] < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {numbers[1]}.")
+    return numbers[0], numbers[1]

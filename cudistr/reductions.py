@@ -19,16 +19,30 @@ MAX_BLOCK_Q = 65536  # beyond any use, and the projections are still small
 MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
 
 
-def _integer(name: str, value: object, remedy: str) -> int:
+def integer(owner: str, name: str, value: object, remedy: str) -> int:
     """``value`` as a Python int; bool and float are refused, NumPy integers are fine."""
     if isinstance(value, bool):
-        raise TypeError(f"LSH: {name} must be an integer, got bool {value!r}. {remedy}")
+        raise TypeError(f"{owner}: {name} must be an integer, got bool {value!r}. {remedy}")
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"LSH: {name} must be an integer, got {type(value).__name__} {value!r}. {remedy}"
+            f"{owner}: {name} must be an integer, got {type(value).__name__} {value!r}. {remedy}"
         ) from None
+
+
+def exact_keys(owner: str, near: object, sinks: object) -> tuple[int, int]:
+    """``near`` and ``sinks`` of a reduction as Python ints."""
+    numbers = []
+    for name, value, remedy in (
+        ("near", near, "Pass how many keys back from a query's own position are exact, 0 for none."),
+        ("sinks", sinks, "Pass how many of the first keys are exact, 0 for none."),
+    ):
+        number = integer(owner, name, value, remedy)
+        if number < 0:
+            raise ValueError(f"{owner}: {name} must not be negative, got {number}. {remedy}")
+        numbers.append(number)
+    return numbers[0], numbers[1]
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,12 @@ class LSH:
         Seed of the projections, 0 to 2**32 - 1. Equal seeds give equal bits.
     representative : {"sample", "mean"}, default "sample"
         What stands for a group in Q: its first column (the paper's sampling), or the mean of its columns.
+    near : int, default 0
+        Keys less than ``near`` positions away from a query's own position (bottom-right aligned) keep the full
+        score product: with a causal mask the last ``near`` keys, the query's own included. 0 is none; beyond the
+        length of the sequence everything is exact.
+    sinks : int, default 0
+        The first ``sinks`` keys keep the full score product too.
 
     Raises
     ------
@@ -70,7 +90,7 @@ class LSH:
     --------
     >>> import cudistr
     >>> cudistr.LSH(group_size=2)
-    LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample')
+    LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample', near=0, sinks=0)
     """
 
     group_size: int
@@ -78,14 +98,16 @@ class LSH:
     n_proj: int = 16
     seed: int = 0
     representative: str = "sample"
+    near: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
-        group_size = _integer("group_size", self.group_size, "Pass 1 (exact), 2, 4, 8, ...")
+        group_size = integer("LSH", "group_size", self.group_size, "Pass 1 (exact), 2, 4, 8, ...")
         block_q = BLOCK_Q_DEFAULT
         if self.block_q is not None:
-            block_q = _integer("block_q", self.block_q, "Pass a multiple of 64, or None for 128.")
-        n_proj = _integer("n_proj", self.n_proj, f"Pass 1 to {MAX_PROJ}.")
-        seed = _integer("seed", self.seed, "Pass an integer from 0 to 2**32 - 1.")
+            block_q = integer("LSH", "block_q", self.block_q, "Pass a multiple of 64, or None for 128.")
+        n_proj = integer("LSH", "n_proj", self.n_proj, f"Pass 1 to {MAX_PROJ}.")
+        seed = integer("LSH", "seed", self.seed, "Pass an integer from 0 to 2**32 - 1.")
         if group_size < 1:
             raise ValueError(
                 f"LSH: group_size must be at least 1, got {group_size}. Pass 1 (exact), 2, 4, 8, ..."
@@ -105,16 +127,19 @@ class LSH:
                 f"LSH: representative must be 'sample' or 'mean', got {self.representative!r}. "
                 "'sample' is the paper's choice, 'mean' has the smaller error."
             )
+        near, sinks = exact_keys("LSH", self.near, self.sinks)
         for name, value in (
             ("group_size", group_size),
             ("block_q", block_q),
             ("n_proj", n_proj),
             ("seed", seed),
+            ("near", near),
+            ("sinks", sinks),
         ):
             object.__setattr__(self, name, value)
         # Hashed on every call, so once; numbers alone, because the hash travels with a pickle to other processes,
         # where text has another hash.
-        numbers = (group_size, block_q, n_proj, seed, self.representative == "mean")
+        numbers = (group_size, block_q, n_proj, seed, self.representative == "mean", near, sinks)
         object.__setattr__(self, "_hash", hash(numbers))
 
     def __hash__(self) -> int:

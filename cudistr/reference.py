@@ -74,15 +74,15 @@ def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray
     return khat
 
 
-def visible(rows: NDArray[np.intp], problem: Problem) -> NDArray[np.bool_]:
-    """Which keys the query rows see, shape (len(rows), seqlen_k).
+def visible(rows: Any, problem: Problem, xp: Any = np) -> Any:
+    """Which keys the query rows see, bool (len(rows), seqlen_k).
 
     Query i sees key j when ``i + off - left <= j <= i + off + right`` with ``off = seqlen_k - seqlen_q``
-    (bottom-right alignment); causal is right = 0.
+    (bottom-right alignment); causal is right = 0. ``xp`` is the array module of ``rows``.
     """
     position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
-    keys = np.arange(problem.seqlen_k)[None, :]
-    seen = np.ones((len(rows), problem.seqlen_k), bool)
+    keys = xp.arange(problem.seqlen_k)[None, :]
+    seen = xp.ones((len(rows), problem.seqlen_k), bool)
     if problem.left is not None:
         seen &= keys >= position - problem.left
     if problem.right is not None:
@@ -90,13 +90,35 @@ def visible(rows: NDArray[np.intp], problem: Problem) -> NDArray[np.bool_]:
     return seen
 
 
-def _attend(
-    qhat: Float, khat: Float, v: Float, seen: NDArray[np.bool_], problem: Problem
-) -> tuple[Float, Float]:
-    """Softmax attention of one block of one head: out (rows, head_dim_v) and lse (rows,)."""
-    scores = problem.scale * (qhat @ khat.T)
+def visible_count(problem: Problem) -> NDArray[np.intp]:
+    """How many keys each query row sees, (seqlen_q,)."""
+    position = np.arange(problem.seqlen_q) + (problem.seqlen_k - problem.seqlen_q)
+    first = 0 if problem.left is None else np.maximum(position - problem.left, 0)
+    last = (
+        problem.seqlen_k - 1
+        if problem.right is None
+        else np.minimum(position + problem.right, problem.seqlen_k - 1)
+    )
+    return np.broadcast_to(np.maximum(last - first + 1, 0), problem.seqlen_q)
+
+
+def kept(rows: Any, problem: Problem, xp: Any = np) -> Any:
+    """Which keys the reduction leaves exact for the query rows, bool (len(rows), seqlen_k); seen or not."""
+    position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
+    keys = xp.arange(problem.seqlen_k)[None, :]
+    return (abs(keys - position) < problem.near) | (keys < problem.sinks)
+
+
+def _scores(q: Float, k: Float, problem: Problem) -> Float:
+    """Scores before the mask, (rows, seqlen_k)."""
+    scores = problem.scale * (q @ k.T)
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
+    return scores
+
+
+def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Float]:
+    """Softmax attention of one block of one head: out (rows, head_dim_v) and lse (rows,)."""
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(axis=1, initial=-np.inf)
     top = np.where(top == -np.inf, 0.0, top)  # a row without any key: exp(-inf - 0) = 0, not exp(nan)
@@ -123,14 +145,16 @@ def solve(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem) -
             for start in range(0, problem.seqlen_q, block_q):
                 rows = np.arange(start, min(start + block_q, problem.seqlen_q))
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
-                khat = keys
-                if reduction is not None:
+                if reduction is None:
+                    scores = _scores(q_block, keys, problem)
+                else:
                     permutation = order(q[b, h, rows], reduction)
-                    q_block = sample(q_block, permutation, reduction)
                     khat = fuse(keys, permutation, reduction.group_size)
-                out[b, h, rows], lse[b, h, rows] = _attend(
-                    q_block, khat, values, visible(rows, problem), problem
-                )
+                    scores = _scores(sample(q_block, permutation, reduction), khat, problem)
+                    if problem.near or problem.sinks:
+                        exact = _scores(q_block, keys, problem)
+                        scores = np.where(kept(rows, problem), exact, scores)
+                out[b, h, rows], lse[b, h, rows] = _attend(scores, values, visible(rows, problem))
     return out, lse
 
 

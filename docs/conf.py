@@ -35,16 +35,16 @@ def generate(_app):
     generated.mkdir(exist_ok=True)
     (generated / "records.md").write_text(make_tables.all_tables(), encoding="utf-8")
     grouping_figure.draw(generated / "grouping.svg")
-    example = HERE.parent / "examples" / "02_grouped.py"
-    run = subprocess.run(
-        [sys.executable, str(example)],
-        cwd=HERE.parent,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (generated / "02_grouped.txt").write_text(run.stdout, encoding="utf-8")
+    for example in ("02_grouped", "06_measured_error"):
+        run = subprocess.run(
+            [sys.executable, str(HERE.parent / "examples" / f"{example}.py")],
+            cwd=HERE.parent,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (generated / f"{example}.txt").write_text(run.stdout, encoding="utf-8")
 
 
 def setup(app):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,6 +167,14 @@ def reductions(draw: st.DrawFn, group_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> 
 
 
 @st.composite
+def with_exact_keys(draw: st.DrawFn, group_sizes: tuple[int, ...] = (2, 4)) -> cudistr.LSH:
+    """An LSH that leaves near keys or sinks exact."""
+    lengths = st.integers(0, 8) | st.sampled_from([16, 64, 1000]) | st.integers(0, 200)
+    near, sinks = draw(st.tuples(lengths, lengths).filter(any))
+    return dataclasses.replace(draw(reductions(group_sizes)), near=near, sinks=sinks)
+
+
+@st.composite
 def cases(
     draw: st.DrawFn,
     *,
@@ -232,6 +241,15 @@ def seen_pairs(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any =
     return seen
 
 
+def kept_pairs(seqlen_q: int, seqlen_k: int, near: int, sinks: int) -> np.ndarray:
+    """For which query which key stays exact, (seqlen_q, seqlen_k), pair by pair from the definition."""
+    kept = np.zeros((seqlen_q, seqlen_k), bool)
+    for i in range(seqlen_q):
+        for j in range(seqlen_k):
+            kept[i, j] = abs(j - (i + seqlen_k - seqlen_q)) < near or j < sinks
+    return kept
+
+
 def naive_scores(
     q: np.ndarray, k: np.ndarray, scale: float | None = None, softcap: float | None = None
 ) -> np.ndarray:
@@ -253,13 +271,17 @@ def naive_attention(
     softcap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact attention in float64: out and lse."""
-    scores = naive_scores(q, k, scale, softcap)
-    scores[:, :, ~seen_pairs(q.shape[2], k.shape[2], causal, window)] = -np.inf
-    out = np.zeros((*q.shape[:3], v.shape[3]))
+    seen = seen_pairs(q.shape[2], k.shape[2], causal, window)
+    return naive_softmax(naive_scores(q, k, scale, softcap), v, seen)
+
+
+def naive_softmax(scores: np.ndarray, v: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """out and lse from scores (batch, heads, seqlen_q, seqlen_k) and a mask (seqlen_q, seqlen_k)."""
+    scores = np.where(seen, scores, -np.inf)
     lse = np.logaddexp.reduce(scores, axis=3, initial=-np.inf)
     some = lse > -np.inf
     weights = np.exp(scores - np.where(some, lse, 0.0)[..., None])
-    v = np.repeat(v.astype(np.float64), q.shape[1] // v.shape[1], axis=1)
+    v = np.repeat(v.astype(np.float64), scores.shape[1] // v.shape[1], axis=1)
     out = np.where(some[..., None], np.einsum("bhqk,bhkd->bhqd", weights, v), 0.0)
     return out, lse
 

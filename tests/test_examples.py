@@ -101,6 +101,13 @@ def test_merge_key_shards() -> None:
     assert value("largest difference from one call over all keys", text) <= 1e-5
 
 
+def test_measured_error() -> None:
+    text = example("06_measured_error.py")
+    low, high = (float(x) for x in re.search(rf"all +\S+ \({NUMBER} to {NUMBER}\)", text).groups())
+    assert low <= value("every row compared", text) <= high
+    assert float(text.splitlines()[-1].split()[0]) < low  # columns that are alike have a smaller error
+
+
 def test_readme_snippet() -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert run("-c", snippet).strip() == "(1, 8, 1024, 64)"

@@ -50,6 +50,18 @@ from cudistr.reductions import projections
         ({"seed": 2**32}, ValueError, "seed must be from 0 to 2**32 - 1, got 4294967296"),
         ({"seed": None}, TypeError, "seed must be an integer, got NoneType None"),
         ({"representative": "median"}, ValueError, "representative must be 'sample' or 'mean', got 'median'"),
+        (
+            {"near": -1},
+            ValueError,
+            "near must not be negative, got -1. Pass how many keys back from a query's own",
+        ),
+        ({"near": 2.0}, TypeError, "near must be an integer, got float 2.0. Pass how many keys back"),
+        ({"sinks": -64}, ValueError, "sinks must not be negative, got -64. Pass how many of the first keys"),
+        (
+            {"sinks": None},
+            TypeError,
+            "sinks must be an integer, got NoneType None. Pass how many of the first",
+        ),
         ({"representative": None}, ValueError, "representative must be 'sample' or 'mean', got None"),
     ],
 )
@@ -60,9 +72,13 @@ def test_bad_parameters(arguments, error, text):
 
 
 def test_defaults_print_and_compare_by_value():
-    assert repr(LSH(2)) == "LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample')"
+    assert (
+        repr(LSH(2))
+        == "LSH(group_size=2, block_q=128, n_proj=16, seed=0, representative='sample', near=0, sinks=0)"
+    )
     assert LSH(2) == LSH(group_size=np.int64(2), block_q=128, n_proj=np.uint8(16))
     assert hash(LSH(2)) == hash(LSH(2, block_q=128)) and LSH(2) != LSH(2, seed=1)
+    assert LSH(2, near=np.int64(256)) == LSH(2, near=256) != LSH(2, sinks=256)
     assert type(LSH(np.int64(2)).group_size) is int
 
 

@@ -47,6 +47,12 @@ def mask(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None)
     return seen
 
 
+def kept_mask(seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH) -> np.ndarray:
+    """For which query which key stays exact, (seqlen_q, seqlen_k)."""
+    ahead = np.arange(seqlen_k)[None, :] - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
+    return (np.abs(ahead) < reduction.near) | (np.arange(seqlen_k) < reduction.sinks)
+
+
 def rounded(x: Any, dtype: np.dtype, xp: Any) -> Any:
     """float32 values rounded to ``dtype``, still float32."""
     if dtype == np.float32:
@@ -88,6 +94,7 @@ def baseline(
     else:
         permutations = xp.asarray(reference.group(q, reduction).astype(np.int64))
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
+        kept = kept_mask(q.shape[2], k.shape[2], reduction)
         for n in range(permutations.shape[2]):
             rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
             columns = permutations[:, :, n, None, :]
@@ -99,7 +106,9 @@ def baseline(
             qhat, khat = rounded(qhat, dtype, xp), summed[..., 0]
             for member in range(1, reduction.group_size):
                 khat = rounded(khat + summed[..., member], dtype, xp)
-            scores[:, :, rows] = xp.matmul(qhat, khat.swapaxes(2, 3))
+            exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
+            reduced = xp.matmul(qhat, khat.swapaxes(2, 3))
+            scores[:, :, rows] = xp.where(xp.asarray(kept[rows]), exact, reduced)
     scores *= xp.float32(q.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = xp.float32(softcap) * xp.tanh(scores / xp.float32(softcap))

@@ -1,0 +1,294 @@
+"""The error of a reduced score product, measured: sampled query rows are computed exactly and compared."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cudistr import compose, launch, reference
+from cudistr.normalize import Problem
+
+__all__ = ["ErrorReport", "Estimate", "measure"]
+
+Float = NDArray[np.float64]
+
+RESAMPLES = 1000
+# Squared errors are skewed: what a sample misses makes the true error larger more often than smaller. With 1.5% at
+# the upper end the interval covers 94-97% on the populations of tests/cpu/test_measure.py, with 2.5% some 93-96%.
+LOW_TAIL, HIGH_TAIL = 0.025, 0.015
+MAX_SCORES = 2**22  # of rows that are computed at once: 32 MiB in float64
+MAX_RESAMPLED = 2**20  # draws at once, for the same reason
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A relative error from a sample, with its 95% interval.
+
+    Attributes
+    ----------
+    value, low, high : float
+        The estimate and the ends of the interval; all three are the error itself where every row was computed.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        interval = "" if self.low == self.high else f" ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.3g}{interval}"
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """What :func:`cudistr.attention_error` found; ``print`` shows it as a table.
+
+    Attributes
+    ----------
+    rows : int
+        Query rows of each head that were compared, drawn from all batch entries.
+    output : Estimate
+        ``||O - Ohat|| / ||O||`` over all heads.
+    scores : Estimate
+        The same of the scores as the softmax sees them: over visible keys, each row less its mean.
+    output_heads, scores_heads : tuple of Estimate
+        The same for each head.
+    """
+
+    rows: int
+    output: Estimate
+    scores: Estimate
+    output_heads: tuple[Estimate, ...]
+    scores_heads: tuple[Estimate, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"relative errors from {self.rows} rows of each head (95% interval)",
+            f"{'':<8}{'output':<34}scores",
+            f"{'all':<8}{self.output!s:<34}{self.scores}",
+        ]
+        heads = zip(self.output_heads, self.scores_heads, strict=True)
+        lines += [f"{f'head {h}':<8}{output!s:<34}{scores}" for h, (output, scores) in enumerate(heads)]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class _Sample(NamedTuple):
+    """Rows of one head: batch entries, positions, and the factor that makes a sum over the draws one over all rows."""
+
+    entries: NDArray[np.intp]
+    positions: NDArray[np.intp]
+    factors: Float
+
+
+def probabilities(norms: Float, visible: Float) -> Float:
+    """With which probability a row is drawn; shape of ``norms``, sums to 1.
+
+    A third each uniformly, by the squared norm of the reduced output, and by one over the number of visible keys.
+    Where a few rows hold most of ``||O||`` or most of the error, as the first rows of a causal mask do, a uniform
+    sample would miss them; a row that neither rule favours is still drawn with a third of the uniform probability.
+
+    Parameters
+    ----------
+    norms : array (batch, seqlen_q)
+        Squared norms of the reduced output's rows.
+    visible : array (seqlen_q,)
+        Visible keys of each row.
+    """
+    uniform = np.full(norms.shape, 1.0 / norms.size)
+    parts = [uniform]
+    for weights in (norms, np.broadcast_to(1.0 / np.maximum(visible, 1.0), norms.shape)):
+        weights = np.where(np.isfinite(weights), weights, 0.0)
+        total = weights.sum()
+        parts.append(weights / total if total > 0 else uniform)
+    return sum(parts) / len(parts)  # type: ignore[return-value]
+
+
+def estimate(errors: Float, sizes: Float) -> Estimate:
+    """Relative error and 95% interval from draws of squared errors and squared sizes, each divided by its probability.
+
+    The ratio estimator ``sqrt(sum errors / sum sizes)``: both sums are unbiased (Hansen and Hurwitz, *Annals of
+    Mathematical Statistics* 14, 1943), the bias of their ratio is of order 1 / draws. The interval is the studentised
+    bootstrap (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, section 12.5) of the logarithm of the
+    ratio; each head is a stratum that is resampled by itself.
+
+    Parameters
+    ----------
+    errors, sizes : arrays (heads, draws)
+        At least two draws, or the interval is not defined and comes back as (0, inf).
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio, spread = _log_ratio(errors, sizes)
+        value = math.sqrt(np.exp(ratio))
+        if math.isnan(value):  # 0 / 0, or a NaN in the data
+            value = math.nan if np.isnan(errors).any() or np.isnan(sizes).any() else 0.0
+        if value == 0 or not math.isfinite(value):
+            return Estimate(value, value, value)
+        if errors.shape[1] < 2:
+            return Estimate(value, 0.0, math.inf)
+        pivots = _pivots(errors, sizes, ratio)
+    finite = pivots[np.isfinite(pivots)]
+    if not finite.size:  # all draws are alike
+        return Estimate(value, value, value)
+    below, above = np.quantile(finite, (HIGH_TAIL, 1 - LOW_TAIL))
+    # Where draws hardly differ, rounding decides on which side of the estimate an end falls.
+    low = min(value, math.exp((ratio - above * spread) / 2))
+    high = max(value, math.exp((ratio - below * spread) / 2))
+    return Estimate(value, low, high)
+
+
+def _pivots(errors: Float, sizes: Float, ratio: float) -> Float:
+    """Studentised log ratios of resamples: (other - ratio) / its standard error."""
+    heads, draws = errors.shape
+    random = np.random.RandomState(0)
+    at_once = max(1, MAX_RESAMPLED // errors.size)
+    starts = draws * np.arange(heads)[:, None]
+    parts = []
+    for first in range(0, RESAMPLES, at_once):
+        chosen = starts + random.randint(0, draws, (min(at_once, RESAMPLES - first), heads, draws))
+        other, spread = _log_ratio(errors.take(chosen), sizes.take(chosen))
+        parts.append((other - ratio) / spread)
+    return np.concatenate(parts)
+
+
+def _log_ratio(errors: Float, sizes: Float) -> tuple[Any, Any]:
+    """Logarithm of the ratio of sums over strata, and its standard error by linearisation; axes (..., heads, draws)."""
+    draws = errors.shape[-1]
+    total, size = (x.sum(axis=(-2, -1), keepdims=True) for x in (errors, sizes))
+    influence = errors / total - sizes / size
+    influence = influence - influence.mean(axis=-1, keepdims=True)
+    variance = (influence**2).sum(axis=(-2, -1)) * draws / max(draws - 1, 1)
+    return np.log(total / size)[..., 0, 0], np.sqrt(variance)
+
+
+def measure(problem: Problem, q: Any, k: Any, v: Any, rows: int, seed: int, stream: Any) -> ErrorReport:
+    """Compare sampled rows of a checked problem with the exact ones. Waits for the device."""
+    every = problem.batch * problem.seqlen_q
+    rows = min(rows, every)
+    if problem.empty:
+        nothing = Estimate(0.0, 0.0, 0.0)
+        return ErrorReport(rows, nothing, nothing, *[(nothing,) * problem.heads] * 2)
+    if problem.device is None:
+        energies, factors = _energies(problem, q, k, v, rows, seed, stream, np)
+    else:
+        with launch.placed(problem.device, stream):
+            energies, factors = _energies(
+                problem, q, k, v, rows, seed, stream, importlib.import_module("cupy")
+            )
+    output, scores = (
+        (energies[..., i] * factors, energies[..., i + 1] * factors) for i in (0, 2)
+    )  # each (heads, rows)
+    found = _exactly if rows == every else estimate
+    return ErrorReport(
+        rows,
+        found(*output),
+        found(*scores),
+        *(tuple(found(e[None], s[None]) for e, s in zip(*pair, strict=True)) for pair in (output, scores)),
+    )
+
+
+def _exactly(errors: Float, sizes: Float) -> Estimate:
+    """The error where all rows are known."""
+    total, size = float(errors.sum()), float(sizes.sum())
+    value = math.sqrt(total / size) if size else math.inf if total else 0.0
+    return Estimate(value, value, value)
+
+
+def _energies(
+    problem: Problem, q: Any, k: Any, v: Any, rows: int, seed: int, stream: Any, xp: Any
+) -> tuple[Float, Float]:
+    """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
+    out, _ = compose.attention(problem, q, k, v, None, False, stream)
+    norms = np.stack([_host((_wide(x, xp) ** 2).sum(axis=2)) for x in out])
+    samples = list(_samples(norms, problem, rows, seed))
+    orders = launch.group(q, problem.reduction, stream) if problem.reduction is not None else None
+    energies = np.zeros((problem.heads, rows, 4))
+    shared = problem.heads // problem.heads_kv
+    step = max(1, MAX_SCORES // problem.seqlen_k)
+    for b, group in np.ndindex(problem.batch, problem.heads_kv):
+        keys, values = _wide(k[b, group], xp), _wide(v[b, group], xp)
+        for h in range(group * shared, (group + 1) * shared):
+            drawn = np.flatnonzero(samples[h].entries == b)
+            for first in range(0, len(drawn), step):
+                some = drawn[first : first + step]
+                positions = xp.asarray(samples[h].positions[some])
+                queries = _wide(q[b, h][positions], xp)
+                scores = reduced = _scores(queries, keys, problem, xp)
+                if orders is not None:
+                    copied = _expanded(queries, orders[b, h], positions, problem, xp)
+                    reduced = _scores(copied, keys, problem, xp)
+                    reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
+                found = _compare(
+                    scores,
+                    reduced,
+                    reference.visible(positions, problem, xp),
+                    values,
+                    _wide(out[b, h][positions], xp),
+                    xp,
+                )
+                energies[h, some] = _host(found)
+    return energies, np.stack([sample.factors for sample in samples])
+
+
+def _samples(norms: Float, problem: Problem, rows: int, seed: int) -> Iterator[_Sample]:
+    """The rows of each head: all of them once, or draws with replacement."""
+    every = np.arange(problem.batch * problem.seqlen_q)
+    visible = reference.visible_count(problem).astype(np.float64)
+    uniform = np.random.RandomState(seed).random_sample((problem.heads, rows))
+    for h in range(problem.heads):
+        chosen, factors = every, np.ones(rows)
+        if rows < len(every):
+            chances = probabilities(norms[:, h], visible).reshape(-1)
+            chosen = np.minimum(np.searchsorted(np.cumsum(chances), uniform[h]), every[-1])
+            factors = 1.0 / chances[chosen]
+        yield _Sample(chosen // problem.seqlen_q, chosen % problem.seqlen_q, factors)
+
+
+def _expanded(queries: Any, orders: Any, positions: Any, problem: Problem, xp: Any) -> Any:
+    """What stands for a group, copied into each of its columns: the reduced scores are its products with K."""
+    reduction = problem.reduction
+    assert reduction is not None
+    order = orders[positions // reduction.rows_per_block].astype(np.int64)
+    grouped = xp.take_along_axis(queries, order, 1).reshape(len(queries), -1, reduction.group_size)
+    one = grouped[..., :1] if reduction.representative == "sample" else grouped.mean(axis=2, keepdims=True)
+    copies = xp.broadcast_to(one, grouped.shape).reshape(queries.shape)
+    return xp.take_along_axis(copies, xp.argsort(order, axis=1), 1)
+
+
+def _scores(queries: Any, keys: Any, problem: Problem, xp: Any) -> Any:
+    scores = problem.scale * (queries @ keys.T)
+    return scores if problem.softcap is None else problem.softcap * xp.tanh(scores / problem.softcap)
+
+
+def _compare(scores: Any, reduced: Any, seen: Any, values: Any, out: Any, xp: Any) -> Any:
+    """Of each row the squared norms of output error, output, score error and scores, (rows, 4)."""
+    masked = xp.where(seen, scores, -np.inf)
+    some = seen.any(axis=1, keepdims=True)
+    top = xp.where(some, masked.max(axis=1, keepdims=True), 0.0)
+    weights = xp.exp(masked - top)
+    total = weights.sum(axis=1, keepdims=True)
+    exact = weights @ values / xp.where(some, total, 1.0)
+    centred = [_centred(x, seen, xp) for x in (scores - reduced, scores)]
+    return xp.stack([(x**2).sum(axis=1) for x in (out - exact, exact, *centred)], axis=1)
+
+
+def _centred(scores: Any, seen: Any, xp: Any) -> Any:
+    """Each row less its mean over the visible keys, which softmax does not see; 0 elsewhere."""
+    count = xp.maximum(seen.sum(axis=1, keepdims=True), 1)
+    mean = xp.where(seen, scores, 0.0).sum(axis=1, keepdims=True) / count
+    return xp.where(seen, scores - mean, 0.0)
+
+
+def _wide(array: Any, xp: Any) -> Any:
+    """A contiguous copy in float64; bfloat16 has no direct way there."""
+    return xp.ascontiguousarray(array.astype(np.float32).astype(np.float64))
+
+
+def _host(array: Any) -> Float:
+    """The array as a NumPy array."""
+    return array if type(array) is np.ndarray else array.get()

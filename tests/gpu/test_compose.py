@@ -1,0 +1,109 @@
+"""Calls with exact keys, made of several kernels' outputs, against the float64 reference of the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cudistr
+from tests.gpu.util import check_kernel, cp, inputs, on_device, same_bits
+from tests.strategies import DTYPES, LAYOUTS, cases
+
+pytestmark = pytest.mark.gpu
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (120, 90)}], ids=str)
+@pytest.mark.parametrize("exact", [(40, 0), (0, 30), (40, 30), (1, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(200, 200), (130, 260), (260, 130)], ids=str)
+def test_near_and_sinks(dtype, options, exact, lengths):
+    q, k, v = inputs(41, dtype, batch=1, heads_kv=2, lengths=lengths)
+    check_kernel(q, k, v, reduction=cudistr.LSH(2, near=exact[0], sinks=exact[1]), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": -0.2}, {"softcap": 3.0, "causal": True}, {"scale": 0.0, "window": (60, None)}],
+    ids=str,
+)
+def test_scores(dtype, options):
+    q, k, v = inputs(42, dtype, heads_kv=2, lengths=(150, 170))
+    check_kernel(q, k, v, reduction=cudistr.LSH(2, near=30, sinks=10), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(dtype, layout):
+    q, k, v = inputs(43, dtype, batch=1, heads=2, lengths=(90, 100), head_dim_v=40)
+    reduction = cudistr.LSH(2, near=20, sinks=7)
+    check_kernel(q, k, v, reduction=reduction, layouts=(layout,) * 3, causal=True)
+
+
+@settings(max_examples=40, derandomize=True)
+@given(
+    cases(
+        head_dims=(64,),
+        head_dims_v=(64,),
+        methods=st.builds(
+            cudistr.LSH, st.just(2), near=st.sampled_from([0, 1, 64, 100]), sinks=st.sampled_from([1, 9, 64])
+        ),
+        max_seqlen=300,
+        min_rows=128,
+    )
+)
+def test_any_case(case):
+    check_kernel(*case.arrays, layouts=case.layouts, **case.options)
+
+
+@each_dtype
+def test_near_beyond_the_sequence_is_exact_to_the_bit(dtype):
+    arrays = [on_device(x) for x in inputs(44, dtype)]
+    expected = cudistr.attention(*arrays, causal=True, return_lse=True)
+    for reduction in (cudistr.LSH(2, near=10**9), cudistr.LSH(2, sinks=203)):
+        found = cudistr.attention(*arrays, causal=True, reduction=reduction, return_lse=True)
+        for one, other in zip(found, expected, strict=True):
+            same_bits(one, other)
+
+
+def test_out_is_written_and_returned():
+    q, k, v = inputs(45, np.float16, lengths=(70, 90))
+    out = on_device(np.zeros((*q.shape[:3], v.shape[3]), np.float16), "transposed")
+    check_kernel(q, k, v, out=out, reduction=cudistr.LSH(2, near=20, sinks=7), causal=True)
+
+
+def test_without_keys_and_rows():
+    q, k, v = (on_device(x) for x in inputs(46, np.float16, lengths=(5, 7)))
+    reduction = cudistr.LSH(2, near=2, sinks=1)
+    out, lse = cudistr.attention(q, k[:, :, :0], v[:, :, :0], reduction=reduction, return_lse=True)
+    assert not out.any() and bool((lse == -np.inf).all())
+    assert cudistr.attention(q[:, :, :0], k, v, reduction=reduction).shape == (2, 4, 0, 64)
+
+
+@pytest.mark.hardware
+def test_a_graph_captures_it():
+    arrays = [on_device(x) for x in inputs(47, np.float16, lengths=(500, 500))]
+    options = dict(causal=True, reduction=cudistr.LSH(2, near=64, sinks=16))
+    expected = cudistr.attention(*arrays, **options)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        # Leaves in the stream's pool the memory that the captured call takes.
+        cudistr.attention(*arrays, **options)
+        stream.synchronize()
+        stream.begin_capture()
+        out = cudistr.attention(*arrays, **options)
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+        same_bits(out, expected)
+
+
+@pytest.mark.small
+def test_small():
+    q, k, v = inputs(48, np.float16, batch=1, heads=2, heads_kv=1, lengths=(161, 173))
+    check_kernel(q, k, v, on_host=True, causal=True, reduction=cudistr.LSH(2, near=40, sinks=9))
