@@ -83,6 +83,7 @@ def attention(
             keys, values = (x[:, :, part.first : part.last] for x in (k, v))
             results.append(launch.attention(part.problem, q, keys, values, None, True, None))
         outs, lses = zip(*results, strict=True)
+        launch.hold(results)
         merged, lse = launch.merge(outs, lses, return_lse, None)
         if out is None:
             return merged, lse

@@ -353,19 +353,19 @@ def attention(
         return _attention(problem, q, k, v, out, return_lse)
 
 
-_of_graphs: list[Any] = []  # memory that captured launches write whenever their graph runs
+_of_graphs: list[Any] = []
 
 
-def _zeros(size: int) -> Any:
-    """Memory on the device that is zero for the next launch on the current stream, and belongs to it alone."""
+def hold(*memory: Any) -> None:
+    """Keep what a captured call leaves behind: its graph writes there whenever it runs, and nobody says when it dies.
+
+    Without a capture, memory goes back to CuPy's pool, which hands it out again in the order of the stream.
+    """
     import cupy
 
-    memory = cupy.cuda.alloc(size)
-    memory.memset_async(0, size)
     stream = cupy.cuda.get_current_stream().ptr
     if stream and cupy.cuda.runtime.streamIsCapturing(stream):  # the null stream cannot be captured
-        _of_graphs.append(memory)
-    return memory
+        _of_graphs.extend(memory)
 
 
 def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
@@ -391,13 +391,19 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     lse_address = 0 if lse is None else lse.data.ptr
     if recipe.maps is not None:
         maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
-        counter = _zeros(recipe.scratch_bytes) if recipe.scratch_bytes else None
-        recipe.attention(*maps, out.data.ptr, lse_address, 0 if counter is None else counter.ptr)
+        address = 0
+        if recipe.scratch_bytes:
+            counter = cupy.cuda.alloc(recipe.scratch_bytes)
+            counter.memset_async(0, recipe.scratch_bytes)
+            hold(counter)
+            address = counter.ptr
+        recipe.attention(*maps, out.data.ptr, lse_address, address)
         return out, lse
     if recipe.prepare is None:
         recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
         return out, lse
-    scratch = cupy.cuda.alloc(recipe.scratch_bytes)  # back in CuPy's pool when this returns: stream-ordered
+    scratch = cupy.cuda.alloc(recipe.scratch_bytes)
+    hold(scratch)
     transposed = scratch.ptr
     permutation = transposed + recipe.transposed_bytes
     recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
@@ -445,6 +451,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
         if rows:
             outs = [cupy.ascontiguousarray(x) for x in outs]
             lses = [cupy.ascontiguousarray(x) for x in lses]
+            hold(outs, lses)
             unused = [0] * (MAX_SHARDS - len(outs))
             addresses = [x.data.ptr for x in outs] + unused + [x.data.ptr for x in lses] + unused
             kernel = merge_kernel(_dtype_name(first), first.shape[3])
