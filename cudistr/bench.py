@@ -54,9 +54,10 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 KERNELS = ("portable", "hopper")
 SCORES_LIMIT = 4 << 30  # bytes of scores up to which the plain CuPy peer is timed
 WARMUP_CALLS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 400
-GROUP_CALLS = (
-    20  # in a row, so that the kernel is timed and not the host's launch, which is as long as one of them
-)
+# Milliseconds of calls in a row that one timing covers. A single call on an idle device takes as long as the host needs
+# to queue it, which for torch's peers is longer than a short kernel.
+ROW_MS = 5.0
+MAX_ROW = 20
 HOST_BATCHES, HOST_CALLS = 20, 100  # 100 launches are far from filling the driver's queue, which would block
 COMMIT_VARIABLE = "CUDISTR_COMMIT"
 
@@ -96,6 +97,14 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
+def _in_a_row(call: Call, count: int) -> Call:
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return several
+
+
 def interleave(
     factories: Mapping[str, Factory],
     timer: Timer,
@@ -104,6 +113,7 @@ def interleave(
     warmup: int = WARMUP_CALLS,
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
+    row_ms: float = 0.0,
 ) -> Timings:
     """Time candidates in turns.
 
@@ -118,6 +128,8 @@ def interleave(
         least and ``max_rounds`` at most.
     warmup : int
         Calls before the first round, at least 1.
+    row_ms : float
+        A timing covers so many calls in a row that they take about this long, at most ``MAX_ROW``, and counts as one.
 
     Returns
     -------
@@ -125,16 +137,17 @@ def interleave(
         A candidate that raises at any point is in ``failed`` and takes no further part.
     """
     calls: dict[str, Call] = {}
+    rows: dict[str, int] = {}
     failed: dict[str, str] = {}
     for name, factory in factories.items():
         try:
             call = factory()
-            for _ in range(warmup):
-                timer(call)
+            taken = min(timer(call) for _ in range(warmup))
         except Exception as error:
             failed[name] = _message(error)
         else:
-            calls[name] = call
+            rows[name] = max(1, min(MAX_ROW, math.ceil(row_ms / taken))) if taken > 0 else 1
+            calls[name] = call if rows[name] == 1 else _in_a_row(call, rows[name])
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
     for finished in range(max_rounds):
@@ -147,7 +160,7 @@ def interleave(
                 failed[name] = _message(error)
                 del calls[name]
                 continue
-            times[name].append(elapsed)
+            times[name].append(elapsed / rows[name])
             spent += elapsed
     return Timings({name: statistics.median(times[name]) for name in calls}, failed)
 
@@ -270,19 +283,14 @@ def make_rows(
     """One row per method: its own time as "cudistr", and the peers' times of the same rounds beside it.
 
     ``kernels`` has the methods that were timed, each with its family of kernels. The row of the method
-    "group" has the times of the attention methods beside it instead, and is the mean of ``GROUP_CALLS`` calls in a
-    row.
+    "group" has the times of the attention methods beside it instead.
     """
     rows = []
     for method, kernel in kernels.items():
         others = [m for m in kernels if m != "group"] if method == "group" else list(peers)
         names = {"cudistr": method, **{name: name for name in others}}
         row: dict[str, Any] = {"method": method, "kernel": kernel, **asdict(case)}
-        row["ms"] = {
-            key: round(timings.ms[name] / (GROUP_CALLS if name == "group" else 1), 5)
-            for key, name in names.items()
-            if name in timings.ms
-        }
+        row["ms"] = {key: round(timings.ms[name], 5) for key, name in names.items() if name in timings.ms}
         failed = {key: timings.failed[name] for key, name in names.items() if name in timings.failed}
         if failed:
             row["failed"] = failed
@@ -624,12 +632,7 @@ def _make_cudistr(arrays: Sequence[Any], case: Case, method: str) -> Call:
 def _make_group(arrays: Sequence[Any], case: Case, method: str) -> Call:
     q = arrays[0]
     reduction = cudistr.LSH(group_size=1)  # the order does not depend on it, and 1 fits every head_dim
-
-    def call() -> None:
-        for _ in range(GROUP_CALLS):
-            cudistr.group(q, reduction)
-
-    return call
+    return lambda: cudistr.group(q, reduction)
 
 
 def _make_plain(arrays: Sequence[Any], case: Case, cupy: Any) -> Call:
@@ -737,7 +740,7 @@ def run(args: argparse.Namespace) -> int:
                 tensors, arrays = machine.inputs(case)
                 kernels = {method: machine.family(arrays, case, method) for method in methods}
                 factories = make_factories(case, methods, peers, tensors, arrays, machine.cupy)
-                timings = interleave(factories, machine.timer, seconds=args.seconds)
+                timings = interleave(factories, machine.timer, seconds=args.seconds, row_ms=ROW_MS)
                 rows += make_rows(case, kernels, timings, peers)
     record["rows"] = rows
     name = args.name or ("host" if args.host else "attention")

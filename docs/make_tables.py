@@ -123,7 +123,7 @@ def section(path: Path, record: dict[str, Any]) -> str:
     text = f"`{record['command']}` on {record['device']}, commit {record['commit'][:12]}. {versions}.\n\n"
     if "host_us" in record:
         return title + text + host_times(record)
-    text += "Milliseconds, medians over rounds in which the columns take turns.\n\n"
+    text += "Milliseconds of a call, medians over rounds in which the columns take turns.\n\n"
     return title + text + times(record["rows"])
 
 

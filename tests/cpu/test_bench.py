@@ -68,6 +68,22 @@ def test_rounds_go_on_for_the_seconds_asked_for() -> None:
     assert gpu.called.count("a") == gpu.called.count("b") == 1 + 20  # 20 rounds of 40 ms are 0.8 s for two
 
 
+@pytest.mark.parametrize(("ms", "row"), [(0.1, 20), (1.0, 5), (2.4, 3), (5.0, 1), (90.0, 1)])
+def test_a_timing_covers_calls_in_a_row(ms: float, row: int) -> None:
+    called = []
+
+    def timer(call: bench.Call) -> float:
+        before = len(called)
+        call()
+        return ms * (len(called) - before)
+
+    timings = bench.interleave(
+        {"a": lambda: lambda: called.append("a")}, timer, seconds=0, warmup=1, min_rounds=3, row_ms=5.0
+    )
+    assert len(called) == 1 + 3 * row
+    assert timings.ms["a"] == pytest.approx(ms)
+
+
 @pytest.mark.parametrize(("ms", "rounds"), [(10_000.0, 7), (0.001, 400)])
 def test_rounds_are_bounded(ms: float, rounds: int) -> None:
     gpu = FakeGpu(a=[ms] * 500)
@@ -206,9 +222,7 @@ def test_rows_repeat_the_peers() -> None:
 
 def test_rows_of_a_method_that_failed_and_of_the_grouping() -> None:
     kernels = dict.fromkeys(("exact", "lsh16", "group"), "portable")
-    timings = Timings(
-        {"exact": 2.0, "group": 0.05 * bench.GROUP_CALLS, "flash2": 1.0}, {"lsh16": "ValueError: group_size"}
-    )
+    timings = Timings({"exact": 2.0, "group": 0.05, "flash2": 1.0}, {"lsh16": "ValueError: group_size"})
     rows = bench.make_rows(CASE, kernels, timings, ["flash2"])
     assert rows[1]["ms"] == {"flash2": 1.0}
     assert rows[1]["failed"] == {"cudistr": "ValueError: group_size"}
@@ -408,7 +422,7 @@ def test_run_writes_a_record(
     bench.validate(record)
     assert [row["method"] for row in record["rows"]] == ["exact", "lsh4", "group"]
     assert record["rows"][0]["ms"] == {"cudistr": 100.0, "cupy": 100.0}
-    assert record["rows"][2]["ms"] == {"cudistr": 100.0 / bench.GROUP_CALLS, "exact": 100.0, "lsh4": 100.0}
+    assert record["rows"][2]["ms"] == {"cudistr": 100.0, "exact": 100.0, "lsh4": 100.0}
     assert record["commit"] == "abc"
     assert str(tmp_path) not in json.dumps(record)
     printed = capsys.readouterr()
