@@ -153,8 +153,10 @@ def _no_answer(index: int, error: Exception) -> CudaUnavailableError:
 _HERE = contextlib.nullcontext()
 
 
-def placed(index: int, stream: Any) -> Any:
-    """A context in which the current device and stream are those of the call."""
+def placed(index: int | None, stream: Any) -> Any:
+    """A context in which the current device and stream are those of the call; None is the host."""
+    if index is None:
+        return _HERE
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -294,11 +296,11 @@ def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any
 
 
 def attention(
-    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any, projection: Any = None
 ) -> tuple[Any, Any]:
-    """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
+    """Run a checked problem. Returns (out, lse); lse is None unless asked for. The projection is for the host."""
     if problem.device is None:
-        result, lse = reference.solve(q, k, v, problem)
+        result, lse = reference.solve(q, k, v, problem, projection)
         if out is None:
             out = np.empty(problem.out_shape, q.dtype)
         with np.errstate(over="ignore"):
