@@ -3,6 +3,7 @@
 from cudistr import reference
 from cudistr.api import attention, attention_error, group, merge
 from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
+from cudistr.projection import Projection
 from cudistr.reductions import LSH
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __all__ = [
     "LSH",
     "CompileError",
     "CudaUnavailableError",
+    "Projection",
     "UnsupportedDeviceError",
     "__version__",
     "attention",

@@ -7,7 +7,7 @@ from typing import Any
 
 from cudistr import compose, launch, normalize
 from cudistr.measure import ErrorReport, measure
-from cudistr.reductions import LSH
+from cudistr.reductions import LSH, Reduction
 
 __all__ = ["attention", "attention_error", "group", "merge"]
 
@@ -17,7 +17,7 @@ def attention(
     k: Any,
     v: Any,
     *,
-    reduction: LSH | None = None,
+    reduction: Reduction | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -38,9 +38,10 @@ def attention(
         heads must be a multiple of heads_kv: query head h reads KV head ``h // (heads // heads_kv)``.
     v : array (batch, heads_kv, seqlen_k, head_dim_v)
         head_dim_v is a multiple of 8 up to 256 and need not be head_dim.
-    reduction : None or cudistr.LSH, optional
-        None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention: an approximation whose error
-        depends on the data.
+    reduction : None, cudistr.LSH or cudistr.Projection, optional
+        None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention; ``cudistr.Projection.fit(q, k,
+        rank=...)`` is the best of a given rank on calibration data. Both are approximations whose error depends on
+        the data: :func:`attention_error` measures it.
     causal : bool, default False
         Query i sees key j when ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right, so that the
         last query sees every key. For seqlen_q = 2 and seqlen_k = 4 (1 is visible)::
@@ -121,7 +122,7 @@ def attention(
     if out is not None:
         target = adopted.arrays[3]
         normalize.check_out(target, problem, inputs)
-    result, lse = compose.attention(problem, q_in, k_in, v_in, target, return_lse, adopted.stream)
+    result, lse = compose.attention(problem, reduction, q_in, k_in, v_in, target, return_lse, adopted.stream)
     if adopted.restore is not None:
         result = adopted.restore(result) if out is None else out
         lse = None if lse is None else adopted.restore(lse)
@@ -133,7 +134,7 @@ def attention_error(
     k: Any,
     v: Any,
     *,
-    reduction: LSH | None = None,
+    reduction: Reduction | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -207,7 +208,7 @@ def attention_error(
         *adopted.arrays, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
     )
     q_in, k_in, v_in = adopted.arrays
-    return measure(problem, q_in, k_in, v_in, rows, seed, adopted.stream)
+    return measure(problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream)
 
 
 def group(q: Any, reduction: LSH) -> Any:

@@ -1,4 +1,4 @@
-"""A call made of several: keys that a reduction leaves exact, and the far ones, merged by lse."""
+"""A call made of several steps: projected queries and keys, and exact keys and far ones merged by lse."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cudistr import launch
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, row_strides, rows_aligned
+from cudistr.projection import Projection
+from cudistr.reductions import Reduction
 
 __all__ = ["Part", "attention", "parts"]
 
@@ -23,6 +27,11 @@ class Part:
     problem: Problem
     first: int
     last: int
+
+    @property
+    def reduced(self) -> bool:
+        """Whether its scores are not exact."""
+        return self.problem.reduction is not None or self.problem.rank is not None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -42,13 +51,13 @@ def parts(problem: Problem) -> tuple[Part, ...]:
     # All that j - p can be, cut to what the mask lets through.
     low = max(1 - keys, -keys if problem.left is None else -problem.left)
     high = min(problem.seqlen_q - 1, keys + problem.seqlen_q if problem.right is None else problem.right)
-    exact = dataclasses.replace(whole, reduction=None)
+    exact = dataclasses.replace(whole, reduction=None, rank=None)
     sides = ((low, -near), (near, high)) if near else ((low, high),)
     wanted = [(exact, 0, keys, max(low, 1 - near), min(high, near - 1))]
     for side in sides:
         wanted += [(exact, 0, sinks, *side), (whole, sinks, keys, *side)]
     found = [_part(*part) for part in wanted if _sees(problem, *part[1:])]
-    if all(part.problem.reduction is None for part in found):
+    if not any(part.reduced for part in found):
         return (Part(exact, 0, keys),)
     return tuple(found)
 
@@ -67,25 +76,94 @@ def _part(problem: Problem, first: int, last: int, low: int, high: int) -> Part:
 
 
 def attention(
-    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any
+    problem: Problem,
+    reduction: Reduction | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    stream: Any,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
-    if problem.device is None or not (problem.near or problem.sinks):
-        return launch.attention(problem, q, k, v, out, return_lse, stream)
-    chosen = parts(problem)
-    if len(chosen) == 1:
-        (part,) = chosen
-        k, v = (x[:, :, part.first : part.last] for x in (k, v))
-        return launch.attention(part.problem, q, k, v, out, return_lse, stream)
+    projection = reduction if isinstance(reduction, Projection) else None
+    exact_keys = problem.near or problem.sinks
+    if problem.device is None or problem.empty or not (exact_keys or projection):
+        return launch.attention(problem, q, k, v, out, return_lse, stream, projection)
+    chosen = parts(problem) if exact_keys else (Part(problem, 0, problem.seqlen_k),)
     with launch.placed(problem.device, stream):
-        results = []
-        for part in chosen:
-            keys, values = (x[:, :, part.first : part.last] for x in (k, v))
-            results.append(launch.attention(part.problem, q, keys, values, None, True, None))
-        outs, lses = zip(*results, strict=True)
+        if len(chosen) == 1:
+            return _run(chosen, projection, q, k, v, out, return_lse)[0]
+        results = _run(chosen, projection, q, k, v, None, True)
         launch.hold(results)
+        outs, lses = zip(*results, strict=True)
         merged, lse = launch.merge(outs, lses, return_lse, None)
         if out is None:
             return merged, lse
         out[...] = merged
         return out, lse
+
+
+def _run(
+    chosen: tuple[Part, ...],
+    projection: Projection | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+) -> list[tuple[Any, Any]]:
+    """out and lse of each part, on the current device and stream."""
+    projected = None
+    results = []
+    for part in chosen:
+        problem, queries, keys, shift = part.problem, q, k, None
+        if problem.rank is not None:
+            assert projection is not None
+            if projected is None:
+                projected = _project(projection, problem, q, k, return_lse)
+            queries, keys, shift = projected
+            problem = _of_rank(problem, queries, keys, v)
+        keys, values = (x[:, :, part.first : part.last] for x in (keys, v))
+        result, lse = launch.attention(problem, queries, keys, values, out, return_lse, None)
+        if lse is not None and shift is not None:
+            lse += shift
+        results.append((result, lse))
+    return results
+
+
+def _project(projection: Projection, problem: Problem, q: Any, k: Any, shifted: bool) -> tuple[Any, Any, Any]:
+    """Qhat, Khat, and what taking the mean off the keys takes off each row's scores (None unless ``shifted``)."""
+    import cupy as xp
+
+    if launch.capturing():
+        raise ValueError(
+            "reduction: a call with a cudistr.Projection cannot be captured into a CUDA graph, because what it makes "
+            "of q and k on the way is not kept. Call it outside of the capture, or capture exact attention or "
+            "cudistr.LSH."
+        )
+    a, b, mean = projection.factors(xp, problem.device)
+    queries, keys = (x.astype(np.float32) for x in (q, k))
+    qhat = xp.matmul(queries, a).astype(q.dtype)
+    khat = xp.matmul(keys - mean[:, None], b).astype(k.dtype)
+    shift = None
+    if shifted:
+        means = xp.repeat(mean, problem.heads // problem.heads_kv, axis=0)
+        shift = np.float32(problem.scale) * xp.matmul(queries, means[:, :, None])[..., 0]
+    return qhat, khat, shift
+
+
+def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any) -> Problem:
+    """The exact problem of Qhat and Khat; ``keys`` are all, of which the problem may see a slice."""
+    q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in (queries, keys))
+    return dataclasses.replace(
+        problem,
+        head_dim=queries.shape[3],
+        rank=None,
+        q_strides=q_strides,
+        k_strides=k_strides,
+        aligned=all(
+            rows_aligned(x.data.ptr, strides, x.itemsize)
+            for x, strides in ((queries, q_strides), (keys, k_strides), (v, problem.v_strides))
+        ),
+    )

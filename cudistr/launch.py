@@ -176,8 +176,10 @@ def _no_answer(index: int, error: Exception) -> CudaUnavailableError:
 _HERE = contextlib.nullcontext()
 
 
-def placed(index: int, stream: Any) -> Any:
-    """A context in which the current device and stream are those of the call."""
+def placed(index: int | None, stream: Any) -> Any:
+    """A context in which the current device and stream are those of the call; None is the host."""
+    if index is None:
+        return _HERE
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -339,11 +341,11 @@ def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any
 
 
 def attention(
-    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any, projection: Any = None
 ) -> tuple[Any, Any]:
-    """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
+    """Run a checked problem. Returns (out, lse); lse is None unless asked for. The projection is for the host."""
     if problem.device is None:
-        result, lse = reference.solve(q, k, v, problem)
+        result, lse = reference.solve(q, k, v, problem, projection)
         if out is None:
             out = np.empty(problem.out_shape, q.dtype)
         with np.errstate(over="ignore"):
@@ -356,15 +358,22 @@ def attention(
 _of_graphs: list[Any] = []
 
 
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream().ptr
+    return bool(stream) and bool(
+        cupy.cuda.runtime.streamIsCapturing(stream)
+    )  # the null stream cannot be captured
+
+
 def hold(*memory: Any) -> None:
     """Keep what a captured call leaves behind: its graph writes there whenever it runs, and nobody says when it dies.
 
     Without a capture, memory goes back to CuPy's pool, which hands it out again in the order of the stream.
     """
-    import cupy
-
-    stream = cupy.cuda.get_current_stream().ptr
-    if stream and cupy.cuda.runtime.streamIsCapturing(stream):  # the null stream cannot be captured
+    if memory and capturing():
         _of_graphs.extend(memory)
 
 
@@ -449,9 +458,10 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
         merged = cupy.ndarray(first.shape[:3], np.float32) if return_lse else None
         rows = math.prod(first.shape[:3])
         if rows:
+            given = {id(x) for x in (*outs, *lses)}
             outs = [cupy.ascontiguousarray(x) for x in outs]
             lses = [cupy.ascontiguousarray(x) for x in lses]
-            hold(outs, lses)
+            hold(*(x for x in (*outs, *lses) if id(x) not in given))
             unused = [0] * (MAX_SHARDS - len(outs))
             addresses = [x.data.ptr for x in outs] + unused + [x.data.ptr for x in lses] + unused
             kernel = merge_kernel(_dtype_name(first), first.shape[3])

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from cudistr import compose, launch, reference
 from cudistr.normalize import Problem
+from cudistr.projection import Projection, wide
+from cudistr.reductions import Reduction
 
 __all__ = ["ErrorReport", "Estimate", "measure"]
 
@@ -166,20 +168,25 @@ def _log_ratio(errors: Float, sizes: Float) -> tuple[Any, Any]:
     return np.log(total / size)[..., 0, 0], np.sqrt(variance)
 
 
-def measure(problem: Problem, q: Any, k: Any, v: Any, rows: int, seed: int, stream: Any) -> ErrorReport:
+def measure(
+    problem: Problem,
+    reduction: Reduction | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    rows: int,
+    seed: int,
+    stream: Any,
+) -> ErrorReport:
     """Compare sampled rows of a checked problem with the exact ones. Waits for the device."""
     every = problem.batch * problem.seqlen_q
     rows = min(rows, every)
     if problem.empty:
         nothing = Estimate(0.0, 0.0, 0.0)
         return ErrorReport(rows, nothing, nothing, *[(nothing,) * problem.heads] * 2)
-    if problem.device is None:
-        energies, factors = _energies(problem, q, k, v, rows, seed, stream, np)
-    else:
-        with launch.placed(problem.device, stream):
-            energies, factors = _energies(
-                problem, q, k, v, rows, seed, stream, importlib.import_module("cupy")
-            )
+    xp = np if problem.device is None else importlib.import_module("cupy")
+    with launch.placed(problem.device, stream):
+        energies, factors = _energies(problem, reduction, q, k, v, rows, seed, stream, xp)
     output, scores = (
         (energies[..., i] * factors, energies[..., i + 1] * factors) for i in (0, 2)
     )  # each (heads, rows)
@@ -200,35 +207,46 @@ def _exactly(errors: Float, sizes: Float) -> Estimate:
 
 
 def _energies(
-    problem: Problem, q: Any, k: Any, v: Any, rows: int, seed: int, stream: Any, xp: Any
+    problem: Problem,
+    reduction: Reduction | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    rows: int,
+    seed: int,
+    stream: Any,
+    xp: Any,
 ) -> tuple[Float, Float]:
     """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
-    out, _ = compose.attention(problem, q, k, v, None, False, stream)
-    norms = np.stack([_host((_wide(x, xp) ** 2).sum(axis=2)) for x in out])
+    out, _ = compose.attention(problem, reduction, q, k, v, None, False, stream)
+    norms = np.stack([_host((wide(x, xp) ** 2).sum(axis=2)) for x in out])
     samples = list(_samples(norms, problem, rows, seed))
     orders = launch.group(q, problem.reduction, stream) if problem.reduction is not None else None
+    projection = reduction if isinstance(reduction, Projection) else None
     energies = np.zeros((problem.heads, rows, 4))
     shared = problem.heads // problem.heads_kv
     step = max(1, MAX_SCORES // problem.seqlen_k)
     for b, group in np.ndindex(problem.batch, problem.heads_kv):
-        keys, values = _wide(k[b, group], xp), _wide(v[b, group], xp)
+        keys, values = wide(k[b, group], xp), wide(v[b, group], xp)
         for h in range(group * shared, (group + 1) * shared):
             drawn = np.flatnonzero(samples[h].entries == b)
             for first in range(0, len(drawn), step):
                 some = drawn[first : first + step]
                 positions = xp.asarray(samples[h].positions[some])
-                queries = _wide(q[b, h][positions], xp)
+                queries = wide(q[b, h][positions], xp)
                 scores = reduced = _scores(queries, keys, problem, xp)
-                if orders is not None:
+                if projection is not None:
+                    reduced = _projected(queries, keys, projection, group, problem, xp)
+                elif orders is not None:
                     copied = _expanded(queries, orders[b, h], positions, problem, xp)
                     reduced = _scores(copied, keys, problem, xp)
-                    reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
+                reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
                 found = _compare(
                     scores,
                     reduced,
                     reference.visible(positions, problem, xp),
                     values,
-                    _wide(out[b, h][positions], xp),
+                    wide(out[b, h][positions], xp),
                     xp,
                 )
                 energies[h, some] = _host(found)
@@ -260,6 +278,14 @@ def _expanded(queries: Any, orders: Any, positions: Any, problem: Problem, xp: A
     return xp.take_along_axis(copies, xp.argsort(order, axis=1), 1)
 
 
+def _projected(queries: Any, keys: Any, projection: Projection, group: int, problem: Problem, xp: Any) -> Any:
+    a, b, mean = (
+        xp.asarray(x[group]).astype(np.float64)
+        for x in (projection.queries, projection.keys, projection.mean)
+    )
+    return problem.scale * (queries @ a @ ((keys - mean) @ b).T + (queries @ mean)[:, None])
+
+
 def _scores(queries: Any, keys: Any, problem: Problem, xp: Any) -> Any:
     scores = problem.scale * (queries @ keys.T)
     return scores if problem.softcap is None else problem.softcap * xp.tanh(scores / problem.softcap)
@@ -282,11 +308,6 @@ def _centred(scores: Any, seen: Any, xp: Any) -> Any:
     count = xp.maximum(seen.sum(axis=1, keepdims=True), 1)
     mean = xp.where(seen, scores, 0.0).sum(axis=1, keepdims=True) / count
     return xp.where(seen, scores - mean, 0.0)
-
-
-def _wide(array: Any, xp: Any) -> Any:
-    """A contiguous copy in float64; bfloat16 has no direct way there."""
-    return xp.ascontiguousarray(array.astype(np.float32).astype(np.float64))
 
 
 def _host(array: Any) -> Float:

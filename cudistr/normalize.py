@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cudistr.errors import CudaUnavailableError
-from cudistr.reductions import LSH
+from cudistr.reductions import LSH, LowRank, Reduction
 
 __all__ = [
     "Adopted",
@@ -68,6 +68,8 @@ class Problem:
     near, sinks : int
         Keys that the reduction leaves exact: less than ``near`` positions away from the query's own, and the first
         ``sinks``. They have left ``reduction``, whose own are 0.
+    rank : int or None
+        Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
     """
 
     batch: int
@@ -92,6 +94,7 @@ class Problem:
     family: str | None = None
     near: int = 0
     sinks: int = 0
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -333,7 +336,7 @@ def problem(
     k: Any,
     v: Any,
     *,
-    reduction: LSH | None = None,
+    reduction: Reduction | None = None,
     causal: Any = False,
     window: Any = None,
     scale: Any = None,
@@ -351,11 +354,12 @@ def problem(
     ValueError
         For shapes, devices and values, and for a ``CUDISTR_KERNEL`` that is not a family of kernels.
     """
-    if reduction is not None and type(reduction) is not LSH:
+    if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(
-            f"reduction must be None (exact) or a cudistr.LSH, got {_kind(reduction)}. "
+            f"reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got {_kind(reduction)}. "
             "Pass, for example, cudistr.LSH(group_size=2)."
         )
+    outline = None if reduction is None else reduction.outline
     if causal is not True and causal is not False:
         if not isinstance(causal, np.bool_):
             raise TypeError(f"causal must be True or False, got {_kind(causal)} {causal!r}.")
@@ -390,7 +394,7 @@ def problem(
     tf32 = q.dtype == np.float32 and _tf32()
     return _problem(
         q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype,
-        pointers % 16 == 0, tf32, device, family, reduction, causal, window, scale, softcap, reference,
+        pointers % 16 == 0, tf32, device, family, outline, causal, window, scale, softcap, reference,
     )  # fmt: skip
 
 
@@ -409,7 +413,7 @@ def _problem(
     tf32: bool,
     device: int | None,
     family: str | None,
-    reduction: LSH | None,
+    outline: LSH | LowRank | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
     scale: float | None,
@@ -456,13 +460,15 @@ def _problem(
             raise ValueError(
                 f"{name} must be at most {MAX_SEQLEN}, got {size}. Split it and use cudistr.merge."
             )
-    near = sinks = 0
-    if reduction is not None:
-        _check_group_size(reduction, head_dim)
-        near, sinks = reduction.near, reduction.sinks
-        reduction = dataclasses.replace(reduction, near=0, sinks=0)
-        if reduction.group_size == 1:
-            reduction, near, sinks = None, 0, 0
+    reduction, rank, near, sinks = None, None, 0, 0
+    if isinstance(outline, LSH):
+        _check_group_size(outline, head_dim)
+        if outline.group_size > 1:
+            reduction = dataclasses.replace(outline, near=0, sinks=0)
+            near, sinks = outline.near, outline.sinks
+    elif outline is not None:
+        _check_projection(outline, (heads, heads_kv, head_dim), softcap)
+        rank, near, sinks = outline.rank, outline.near, outline.sinks
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0
@@ -499,6 +505,7 @@ def _problem(
         family=family,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
+        rank=rank,
     )
 
 
@@ -549,6 +556,21 @@ def _check_group_size(reduction: LSH, head_dim: int) -> None:
         raise ValueError(
             f"reduction: group_size must divide head_dim {head_dim} into a multiple of 8 columns, got "
             f"{reduction.group_size}. Allowed here: {', '.join(map(str, allowed))}."
+        )
+
+
+def _check_projection(outline: LowRank, found: tuple[int, int, int], softcap: float | None) -> None:
+    fitted = (outline.heads, outline.heads_kv, outline.head_dim)
+    if fitted != found:
+        numbers = "{} heads over {} of head_dim {}"
+        raise ValueError(
+            f"reduction: the projection was fitted for {numbers.format(*fitted)}, got q and k with "
+            f"{numbers.format(*found)}. Fit one on q and k of this layer: cudistr.Projection.fit(q, k, rank=...)."
+        )
+    if softcap is not None:
+        raise ValueError(
+            f"softcap cannot be used with a cudistr.Projection, got {softcap}: a projection takes the mean off the "
+            "keys, which softmax does not see, but softcap does. Use cudistr.LSH, or no softcap."
         )
 
 

@@ -9,13 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_Q_DEFAULT", "BLOCK_Q_MULTIPLE", "LSH", "MAX_BLOCK_Q", "MAX_PROJ", "projections"]
+__all__ = [
+    "BLOCK_Q_DEFAULT",
+    "BLOCK_Q_MULTIPLE",
+    "LSH",
+    "MAX_BLOCK_Q",
+    "MAX_PROJ",
+    "RANK_MULTIPLE",
+    "LowRank",
+    "Reduction",
+    "projections",
+]
 
 BLOCK_Q_DEFAULT = (
     128  # the paper's l; also the rows of the largest query tile, so a block is one thread block
 )
 BLOCK_Q_MULTIPLE = 64  # a query tile (64 or 128 rows) must lie inside one block: it has one column order
 MAX_BLOCK_Q = 65536  # beyond any use, and the projections are still small
+RANK_MULTIPLE = 16  # columns of one matrix instruction
 MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
 
 
@@ -45,8 +56,29 @@ def exact_keys(owner: str, near: object, sinks: object) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+class Reduction:
+    """Base of what may stand for the score product."""
+
+    @property
+    def outline(self) -> LSH | LowRank:
+        """All that checks and planning have to know: a value without arrays, equal for equal ones."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class LSH:
+class LowRank:
+    """Outline of a :class:`cudistr.Projection`: what it serves, and what it leaves of it."""
+
+    heads: int
+    heads_kv: int
+    head_dim: int
+    rank: int
+    near: int
+    sinks: int
+
+
+@dataclass(frozen=True)
+class LSH(Reduction):
     """Group the columns of each block of queries by locality-sensitive hashing: the paper's DistrAttention.
 
     Per block of ``block_q`` query rows the head_dim columns of Q are hashed (angular LSH), sorted by the
@@ -144,6 +176,11 @@ class LSH:
 
     def __hash__(self) -> int:
         return self.__dict__["_hash"]  # type: ignore[no-any-return]
+
+    @property
+    def outline(self) -> LSH:
+        """Itself: it has no arrays."""
+        return self
 
     @property
     def rows_per_block(self) -> int:

@@ -7,14 +7,17 @@ what runs when the arrays are NumPy arrays, and what the kernels are tested agai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cudistr import normalize
 from cudistr.normalize import Problem
-from cudistr.reductions import LSH, projections
+from cudistr.reductions import LSH, Reduction, projections
+
+if TYPE_CHECKING:  # it stands above the launch room, which computes NumPy arrays by this module
+    from cudistr.projection import Projection
 
 __all__ = ["attention", "fuse", "group", "hash_codes", "merge", "order", "rank", "sample"]
 
@@ -117,6 +120,14 @@ def _scores(q: Float, k: Float, problem: Problem) -> Float:
     return scores
 
 
+def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:
+    """Scores of Qhat and Khat, and what taking the mean off the keys has taken off each row."""
+    mean = projection.mean[head].astype(np.float64)
+    qhat, khat = q @ projection.queries[head], (k - mean) @ projection.keys[head]
+    scores: Float = problem.scale * (qhat @ khat.T + (q @ mean)[:, None])
+    return scores
+
+
 def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Float]:
     """Softmax attention of one block of one head: out (rows, head_dim_v) and lse (rows,)."""
     scores = np.where(seen, scores, -np.inf)
@@ -130,7 +141,9 @@ def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Fl
     return out, np.where(empty, -np.inf, top + np.log(np.where(empty, 1.0, total)))
 
 
-def solve(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem) -> tuple[Float, Float]:
+def solve(
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem, projection: Projection | None = None
+) -> tuple[Float, Float]:
     """Attention for checked arguments: out (batch, heads, seqlen_q, head_dim_v), lse (batch, heads, seqlen_q)."""
     out = np.zeros((problem.batch, problem.heads, problem.seqlen_q, problem.head_dim_v))
     lse = np.full((problem.batch, problem.heads, problem.seqlen_q), -np.inf)
@@ -145,15 +158,15 @@ def solve(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem) -
             for start in range(0, problem.seqlen_q, block_q):
                 rows = np.arange(start, min(start + block_q, problem.seqlen_q))
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
-                if reduction is None:
-                    scores = _scores(q_block, keys, problem)
-                else:
+                scores = exact = _scores(q_block, keys, problem)
+                if projection is not None:
+                    scores = _projected_scores(q_block, keys, projection, h // shared, problem)
+                elif reduction is not None:
                     permutation = order(q[b, h, rows], reduction)
                     khat = fuse(keys, permutation, reduction.group_size)
                     scores = _scores(sample(q_block, permutation, reduction), khat, problem)
-                    if problem.near or problem.sinks:
-                        exact = _scores(q_block, keys, problem)
-                        scores = np.where(kept(rows, problem), exact, scores)
+                if problem.near or problem.sinks:
+                    scores = np.where(kept(rows, problem), exact, scores)
                 out[b, h, rows], lse[b, h, rows] = _attend(scores, values, visible(rows, problem))
     return out, lse
 
@@ -189,7 +202,7 @@ def attention(
     k: Any,
     v: Any,
     *,
-    reduction: LSH | None = None,
+    reduction: Reduction | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -200,7 +213,8 @@ def attention(
     """NumPy twin of :func:`cudistr.attention`: float64 results; ``out`` is a float64 array here."""
     options = dict(reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap)
     problem = normalize.problem(q, k, v, reference=True, **options)  # type: ignore[arg-type]
-    result, lse = solve(q, k, v, problem)
+    projection: Any = reduction if problem.rank is not None else None
+    result, lse = solve(q, k, v, problem, projection)
     if out is not None:
         normalize.check_out(out, problem, (q, k, v), dtype="float64")
         out[...] = result

@@ -90,7 +90,7 @@ def test_public_names_exist_and_are_documented():
             assert getattr(cudistr, name).__doc__
 
 
-@pytest.mark.parametrize("module", ["cudistr.api", "cudistr.reductions"])
+@pytest.mark.parametrize("module", ["cudistr.api", "cudistr.projection", "cudistr.reductions"])
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0 and result.failed == 0

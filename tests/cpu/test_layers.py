@@ -118,8 +118,18 @@ def test_modules_import_at_top_only_what_is_always_installed(path: Path) -> None
 
 # Each may import those before it.
 ROOMS = (
-    "errors", "reductions", "normalize", "plan", "compiler", "tensormap", "launch", "compose", "measure", "api"
-)  # fmt: skip
+    "errors",
+    "reductions",
+    "normalize",
+    "plan",
+    "compiler",
+    "tensormap",
+    "launch",
+    "projection",
+    "compose",
+    "measure",
+    "api",
+)
 
 
 def test_every_module_imports_with_cupy_blocked() -> None:

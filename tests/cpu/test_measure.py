@@ -257,7 +257,11 @@ def test_report_prints_as_a_table():
             "seed must be an integer, got str 'a'. Pass an integer from 0 to 2**32 - 1",
         ),
         ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
-        ({"reduction": 2}, TypeError, "reduction must be None (exact) or a cudistr.LSH, got int"),
+        (
+            {"reduction": 2},
+            TypeError,
+            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got int",
+        ),
     ],
     ids=str,
 )

@@ -185,9 +185,13 @@ def test_sequence_too_long(name):
         (
             {"reduction": 2},
             TypeError,
-            "reduction must be None (exact) or a cudistr.LSH, got int. Pass, for example",
+            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got int. Pass, for example",
         ),
-        ({"reduction": cudistr.LSH}, TypeError, "reduction must be None (exact) or a cudistr.LSH, got type"),
+        (
+            {"reduction": cudistr.LSH},
+            TypeError,
+            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got type",
+        ),
         (
             {"reduction": cudistr.LSH(3)},
             ValueError,

@@ -47,7 +47,7 @@ def mask(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None)
     return seen
 
 
-def kept_mask(seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH) -> np.ndarray:
+def kept_mask(seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH | cudistr.Projection) -> np.ndarray:
     """For which query which key stays exact, (seqlen_q, seqlen_k)."""
     ahead = np.arange(seqlen_k)[None, :] - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
     return (np.abs(ahead) < reduction.near) | (np.arange(seqlen_k) < reduction.sinks)
@@ -71,7 +71,7 @@ def baseline(
     v: np.ndarray,
     xp: Any,
     *,
-    reduction: cudistr.LSH | None = None,
+    reduction: cudistr.LSH | cudistr.Projection | None = None,
     causal: bool = False,
     window: Any = None,
     scale: float | None = None,
@@ -89,7 +89,18 @@ def baseline(
     shared = q.shape[1] // k.shape[1]
     queries = xp.asarray(q.astype(np.float32))
     keys, values = (xp.repeat(xp.asarray(x.astype(np.float32)), shared, axis=1) for x in (k, v))
-    if reduction is None or reduction.group_size == 1:
+    if isinstance(reduction, cudistr.Projection):
+        a, b, mean = (
+            xp.asarray(np.repeat(x, q.shape[1] // len(x), axis=0))
+            for x in (reduction.queries, reduction.keys, reduction.mean)
+        )
+        qhat = rounded(xp.matmul(queries, a), dtype, xp)
+        khat = rounded(xp.matmul(keys - mean[:, None], b), dtype, xp)
+        shift = xp.matmul(queries, mean[:, :, None])
+        kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
+        exact = xp.matmul(queries, keys.swapaxes(2, 3))
+        scores = xp.where(kept, exact, xp.matmul(qhat, khat.swapaxes(2, 3)) + shift)
+    elif reduction is None or reduction.group_size == 1:
         scores = xp.matmul(queries, keys.swapaxes(2, 3))
     else:
         permutations = xp.asarray(reference.group(q, reduction).astype(np.int64))

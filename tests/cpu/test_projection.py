@@ -1,0 +1,388 @@
+"""Projection: the Frobenius identity, the reference by an independent account, files, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cudistr
+from cudistr import reference
+from tests.cpu.fakes import library
+from tests.strategies import (
+    BFLOAT16,
+    cases,
+    kept_pairs,
+    naive_attention,
+    naive_scores,
+    naive_softmax,
+    random,
+    seen_pairs,
+)
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+Projection = cudistr.Projection
+
+
+def decaying(seed: int, *shape: int, base: float = 0.9, dtype=np.float32) -> np.ndarray:
+    """Rows whose covariance has a spectrum that decays, in directions of its own, around a mean that is not zero."""
+    generator = np.random.RandomState(seed)
+    turned, _ = np.linalg.qr(generator.standard_normal((shape[-1], shape[-1])))
+    values = generator.standard_normal(shape) * base ** np.arange(shape[-1]) @ turned
+    return (values + 0.3 * generator.standard_normal(shape[-1])).astype(dtype)
+
+
+def centred_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Q (K - mean of all K)^T of each KV head, the queries of its group and of all batch entries stacked."""
+    heads_kv = k.shape[1]
+    rows = np.concatenate(q.astype(np.float64), axis=1)  # (heads, batch * seqlen_q, head_dim)
+    rows = rows.reshape(heads_kv, -1, q.shape[3])
+    keys = np.concatenate(k.astype(np.float64), axis=1)
+    return rows @ (keys - keys.mean(axis=1, keepdims=True)).swapaxes(1, 2)
+
+
+def projected_scores(q: np.ndarray, k: np.ndarray, projection: Projection) -> np.ndarray:
+    shared = q.shape[1] // k.shape[1]
+    mean = projection.mean.astype(np.float64)
+    qhat = q.astype(np.float64) @ np.repeat(projection.queries.astype(np.float64), shared, axis=0)
+    khat = (k.astype(np.float64) - mean[:, None]) @ projection.keys.astype(np.float64)
+    shift = np.einsum("bhnd,hd->bhn", q.astype(np.float64), np.repeat(mean, shared, axis=0))
+    return qhat @ np.repeat(khat, shared, axis=1).swapaxes(2, 3) + shift[..., None]
+
+
+# The factors
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    st.integers(1, 2),
+    st.integers(2, 90),
+    st.integers(2, 90),
+    st.sampled_from([16, 32, 48, 64]),
+)
+def test_frobenius_identity(heads, batch, seqlen_q, seqlen_k, rank):
+    # The squared error of the scores is exactly the sum of the squared singular values that were cut off.
+    q, k = decaying(1, batch, heads[0], seqlen_q, 64), decaying(2, batch, heads[1], seqlen_k, 64)
+    projection = Projection.fit(q, k, rank=rank)
+    scores = centred_scores(q, k)
+    rows = np.concatenate(q.astype(np.float64), axis=1).reshape(heads[1], -1, 64)
+    keys = np.concatenate(k.astype(np.float64), axis=1) - projection.mean[:, None]
+    reduced = (rows @ projection.queries) @ (keys @ projection.keys).swapaxes(1, 2)
+    norm = np.linalg.norm(scores, axis=(1, 2))
+    error = np.linalg.norm(scores - reduced, axis=(1, 2)) / norm
+    np.testing.assert_allclose(np.linalg.norm(projection.singular_values, axis=1), norm, rtol=1e-6)
+    np.testing.assert_allclose(error, projection.score_error, rtol=1e-4, atol=2e-6)  # float32 factors
+    best = np.linalg.svd(scores, compute_uv=False)[:, rank:]
+    np.testing.assert_allclose(
+        projection.score_error, np.linalg.norm(best, axis=1) / norm, rtol=1e-4, atol=2e-7
+    )
+
+
+def test_the_measured_score_error_is_the_predicted_one():
+    q, k, v = decaying(3, 1, 4, 200, 64), decaying(4, 1, 2, 150, 64), random(5, 1, 2, 150, 32)
+    projection = Projection.fit(q, k, rank=32)
+    report = cudistr.attention_error(q, k, v, reduction=projection, rows=200)
+    for h in range(4):
+        assert report.scores_heads[h].value == pytest.approx(projection.score_error[h // 2], rel=0.2)
+    scale = np.linalg.norm(projection.singular_values, axis=1)
+    expected = np.linalg.norm(projection.score_error * scale) / np.linalg.norm(scale)
+    assert report.scores.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_rank_head_dim_is_exact():
+    q, k, v = decaying(6, 2, 4, 70, 32), decaying(7, 2, 2, 90, 32), random(8, 2, 2, 90, 16)
+    projection = Projection.fit(q, k, rank=32)
+    assert (projection.score_error == 0).all()
+    exact = reference.attention(q, k, v, causal=True, return_lse=True)
+    found = reference.attention(q, k, v, causal=True, return_lse=True, reduction=projection)
+    for one, other in zip(found, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)  # float32 factors
+
+
+def test_tolerance_gives_each_head_the_smallest_rank():
+    q = np.concatenate([decaying(9, 1, 1, 200, 64, base=base) for base in (0.6, 0.85, 0.99)], axis=1)
+    k = np.concatenate([decaying(10, 1, 1, 200, 64, base=base) for base in (0.6, 0.85, 0.99)], axis=1)
+    projection = Projection.fit(q, k, tolerance=0.01)
+    assert projection.ranks == tuple(sorted(projection.ranks)) and projection.ranks[0] < projection.ranks[2]
+    assert projection.rank == projection.ranks[2] and (projection.score_error <= 0.01).all()
+    for h, rank in enumerate(projection.ranks):
+        alone = Projection.fit(q[:, [h]], k[:, [h]], rank=rank)
+        np.testing.assert_allclose(projection.queries[h, :, :rank], alone.queries[0], atol=1e-6)
+        assert not projection.queries[h, :, rank:].any() and not projection.keys[h, :, rank:].any()
+        if rank > 16:
+            assert Projection.fit(q[:, [h]], k[:, [h]], rank=rank - 16).score_error[0] > 0.01
+
+
+def test_several_batches_count_as_one():
+    q, k = decaying(11, 3, 2, 80, 32), decaying(12, 3, 2, 80, 32)
+    whole = Projection.fit(q, k, rank=16)
+    parts = Projection.fit([q[:1], q[1:]], [k[:1], k[1:]], rank=16)
+    np.testing.assert_allclose(parts.singular_values, whole.singular_values, rtol=1e-10)
+    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-6)
+
+
+def test_any_dtype_serves_any_dtype():
+    q, k, v = decaying(13, 1, 2, 80, 32), decaying(14, 1, 2, 80, 32), random(15, 1, 2, 80, 32)
+    projection = Projection.fit(q.astype(np.float16), k.astype(np.float16), rank=16)
+    expected = cudistr.attention(q, k, v, reduction=projection)
+    for dtype in (np.float16, BFLOAT16):
+        found = cudistr.attention(*(x.astype(dtype) for x in (q, k, v)), reduction=projection)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.05)
+
+
+def test_rows_fewer_than_columns():
+    q, k, v = decaying(16, 1, 1, 5, 64), decaying(17, 1, 1, 9, 64), random(18, 1, 1, 9, 16)
+    projection = Projection.fit(q, k, rank=16)
+    assert (projection.score_error < 1e-6).all() and np.isfinite(projection.queries).all()
+    np.testing.assert_allclose(
+        cudistr.attention(q, k, v, reduction=projection), cudistr.attention(q, k, v), atol=1e-4
+    )
+
+
+def test_zeros():
+    zeros = np.zeros((1, 2, 8, 16), np.float32)
+    projection = Projection.fit(zeros, zeros, rank=16)
+    assert (projection.score_error == 0).all() and not projection.queries.any()
+    assert Projection.fit(zeros, zeros, tolerance=0.5).ranks == (16, 16)
+
+
+# The reference
+
+
+@settings(max_examples=60)
+@given(
+    cases(reduced=False, head_dims=(32, 64)),
+    st.integers(0, 70),
+    st.integers(0, 20),
+    st.sampled_from([16, 32]),
+)
+def test_reference_is_one_softmax_over_exact_and_projected_scores(case, near, sinks, rank):
+    options = {name: value for name, value in case.options.items() if name not in ("softcap", "reduction")}
+    projection = Projection.fit(case.q, case.k, rank=rank).with_near(near, sinks=sinks)
+    scale = options.get("scale", case.q.shape[3] ** -0.5)
+    reduced = scale * projected_scores(case.q, case.k, projection)
+    seqlens = case.q.shape[2], case.k.shape[2]
+    scores = np.where(kept_pairs(*seqlens, near, sinks), naive_scores(case.q, case.k, scale), reduced)
+    seen = seen_pairs(*seqlens, options.get("causal", False), options.get("window"))
+    expected_out, expected_lse = naive_softmax(scores, case.v, seen)
+    out, lse = reference.attention(*case.arrays, **options, reduction=projection, return_lse=True)
+    np.testing.assert_allclose(out, expected_out, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-8, atol=1e-9)
+
+
+def test_near_beyond_the_sequence_is_exact():
+    q, k, v = (random(seed, 1, 2, 40, 32) for seed in range(3))
+    projection = Projection.fit(q, k, rank=16)
+    out, lse = cudistr.attention(q, k, v, causal=True, reduction=projection.with_near(10**9), return_lse=True)
+    expected, expected_lse = naive_attention(q, k, v, causal=True)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+
+
+# The object
+
+
+def test_it_prints_and_is_frozen():
+    projection = Projection.fit(random(0, 1, 4, 30, 32), random(1, 1, 2, 30, 32), rank=16)
+    assert repr(projection) == "Projection(heads=4, heads_kv=2, head_dim=32, ranks=(16, 16), near=0, sinks=0)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        projection.near = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        projection.queries[0] = 0
+    assert projection.with_near(5).queries is projection.queries
+
+
+def test_save_and_load(tmp_path):
+    q, k, v = decaying(20, 1, 4, 80, 32), decaying(21, 1, 2, 80, 32), random(22, 1, 2, 80, 32)
+    projection = Projection.fit(q, k, tolerance=0.05).with_near(7, sinks=2)
+    path = tmp_path / "layer"
+    projection.save(path)
+    assert os.listdir(tmp_path) == ["layer"]
+    loaded = Projection.load(str(path))
+    assert repr(loaded) == repr(projection)
+    np.testing.assert_array_equal(loaded.score_error, projection.score_error)
+    np.testing.assert_array_equal(
+        cudistr.attention(q, k, v, reduction=loaded), cudistr.attention(q, k, v, reduction=projection)
+    )
+
+
+def test_files_that_are_none(tmp_path):
+    path = tmp_path / "other.npz"
+    text = f"path: {str(path)!r} was not written by Projection.save. Fit and save one first."
+    for write in (
+        lambda: np.savez(path, a=np.ones(3)),
+        lambda: path.write_text("text"),
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(b"PK\x03\x04 and no more"),
+    ):
+        write()
+        with pytest.raises(ValueError, match=re.escape(text)):
+            Projection.load(path)
+    with pytest.raises(FileNotFoundError):
+        Projection.load(tmp_path / "missing.npz")
+
+
+def test_arrays_of_other_libraries(monkeypatch):
+    array = library(monkeypatch, "fakelib")
+    sys.modules["fakelib"].from_dlpack = lambda x: array(np.from_dlpack(x))
+    q, k = random(0, 1, 4, 30, 32), random(1, 1, 2, 30, 32)
+    found = Projection.fit(array(q), array(k), rank=16)
+    np.testing.assert_array_equal(found.queries, Projection.fit(q, k, rank=16).queries)
+    assert type(cudistr.attention(array(q), array(k), array(k), reduction=found)) is array
+
+
+# What is refused
+
+Q, K = np.ones((1, 4, 6, 48), np.float32), np.ones((1, 2, 7, 48), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {},
+            ValueError,
+            "Projection.fit: pass either rank or tolerance, got neither. Pass rank=32, for example",
+        ),
+        ({"rank": 16, "tolerance": 0.1}, ValueError, "pass either rank or tolerance, got both"),
+        (
+            {"rank": 40},
+            ValueError,
+            "rank must be a multiple of 16 below head_dim, or head_dim, got 40. Allowed here: 16, 32, 48.",
+        ),
+        ({"rank": 64}, ValueError, "got 64. Allowed here: 16, 32, 48."),
+        ({"rank": 0}, ValueError, "got 0. Allowed here"),
+        ({"rank": -16}, ValueError, "got -16. Allowed here"),
+        (
+            {"rank": 32.0},
+            TypeError,
+            "Projection.fit: rank must be an integer, got float 32.0. Pass a multiple of 16",
+        ),
+        ({"rank": True}, TypeError, "Projection.fit: rank must be an integer, got bool True"),
+        (
+            {"tolerance": 0},
+            ValueError,
+            "tolerance must be between 0 and 1, got 0. Pass a relative error such as 0.01",
+        ),
+        ({"tolerance": 1.0}, ValueError, "tolerance must be between 0 and 1, got 1.0"),
+        ({"tolerance": -0.1}, ValueError, "tolerance must be between 0 and 1, got -0.1"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance must be between 0 and 1, got nan"),
+        ({"tolerance": "1%"}, TypeError, "tolerance must be a number, got str '1%'. Pass a relative error"),
+        ({"tolerance": True}, TypeError, "tolerance must be a number, got bool True"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_fit(options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        Projection.fit(Q, K, **options)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "error", "text"),
+    [
+        (None, K, TypeError, "q must be an array"),
+        (Q, K[..., :16], ValueError, "k: head_dim must be that of q, 48, got 16"),
+        (
+            Q.astype(np.float64),
+            K.astype(np.float64),
+            TypeError,
+            "q must be float16, bfloat16, float32, got float64",
+        ),
+        ([Q], K, TypeError, "q and k must be both arrays or both lists of arrays, got list and ndarray"),
+        (
+            [Q],
+            [K, K],
+            ValueError,
+            "q and k must be lists of one length, at least 1, got 1 and 2. Pass the keys of each",
+        ),
+        ([], [], ValueError, "lists of one length, at least 1, got 0 and 0"),
+        (
+            [Q, Q[:, :2]],
+            [K, K],
+            ValueError,
+            "every batch must have the heads of the first, 4, got 2. Fit one projection",
+        ),
+        ([Q, Q], [K, K[:, :1]], ValueError, "every batch must have the heads_kv of the first, 2, got 1"),
+        ([Q, Q[..., :16]], [K, K[..., :16]], ValueError, "the head_dim of the first, 48, got 16"),
+        (Q[:, :, :0], K, ValueError, "there must be at least one query and one key, got arrays without"),
+        (Q, K[:, :, :0], ValueError, "there must be at least one query and one key"),
+        (
+            Q * np.float32(np.inf),
+            K,
+            ValueError,
+            "q and k must be finite, got NaN or infinity. Leave such rows away",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_bad_calibration_data(q, k, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        Projection.fit(q, k, rank=16)
+
+
+@pytest.mark.parametrize(
+    ("near", "sinks", "error", "text"),
+    [
+        (
+            -1,
+            0,
+            ValueError,
+            "Projection.with_near: near must not be negative, got -1. Pass how many keys back",
+        ),
+        (
+            5,
+            -2,
+            ValueError,
+            "Projection.with_near: sinks must not be negative, got -2. Pass how many of the first",
+        ),
+        (2.5, 0, TypeError, "Projection.with_near: near must be an integer, got float 2.5"),
+    ],
+)
+def test_bad_exact_keys(near, sinks, error, text):
+    projection = Projection.fit(random(0, 1, 2, 9, 16), random(1, 1, 2, 9, 16), rank=16)
+    with pytest.raises(error, match=re.escape(text)):
+        projection.with_near(near, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "got"),
+    [
+        ((2, 2), 32, "2 heads over 2 of head_dim 32"),
+        ((4, 4), 32, "4 heads over 4"),
+        ((4, 2), 16, "of head_dim 16"),
+    ],
+    ids=str,
+)
+def test_projection_of_another_layer(heads, head_dim, got):
+    projection = Projection.fit(random(0, 1, 4, 9, 32), random(1, 1, 2, 9, 32), rank=16)
+    q, k = (np.ones((1, h, 5, head_dim), np.float32) for h in heads)
+    with pytest.raises(
+        ValueError, match="reduction: the projection was fitted for 4 heads over 2 of head_dim 32,"
+    ) as e:
+        cudistr.attention(q, k, k, reduction=projection)
+    assert got in str(e.value) and "Fit one on q and k of this layer" in str(e.value)
+    with pytest.raises(ValueError, match="the projection was fitted for"):
+        cudistr.attention_error(q, k, k, reduction=projection)
+
+
+def test_softcap_with_a_projection():
+    projection = Projection.fit(Q, K, rank=16)
+    with pytest.raises(
+        ValueError, match=r"softcap cannot be used with a cudistr.Projection, got 3.0: .*Use cudistr.LSH"
+    ):
+        cudistr.attention(Q, K, K, softcap=3.0, reduction=projection)
+
+
+def test_group_takes_no_projection():
+    with pytest.raises(TypeError, match="reduction must be a cudistr.LSH, got cudistr.projection.Projection"):
+        cudistr.group(Q, Projection.fit(Q, K, rank=16))

@@ -1,0 +1,119 @@
+"""Projected calls on the device against the float64 reference, and factors found there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cudistr
+from tests.gpu.util import check_kernel, cp, inputs, on_device, same_bits
+from tests.strategies import DTYPES, LAYOUTS
+
+pytestmark = pytest.mark.gpu
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def fitted(q, k, rank=32):
+    return cudistr.Projection.fit(q, k, rank=rank)
+
+
+def shifted(q, k, v):
+    """Keys with a mean that is not zero, so that taking it off shows in lse."""
+    return q, (k.astype(np.float32) + 0.5).astype(k.dtype), v
+
+
+@each_dtype
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (120, 90), "scale": -0.2}], ids=str)
+@pytest.mark.parametrize("exact", [(0, 0), (40, 30)], ids=str)
+@pytest.mark.parametrize("lengths", [(130, 260), (260, 130)], ids=str)
+def test_projected(dtype, options, exact, lengths):
+    q, k, v = shifted(*inputs(51, dtype, batch=1, heads_kv=2, lengths=lengths))
+    check_kernel(q, k, v, reduction=fitted(q, k).with_near(exact[0], sinks=exact[1]), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("head_dim", "rank", "head_dim_v"), [(64, 16, 64), (128, 64, 128), (24, 24, 40), (96, 48, 8)]
+)
+def test_ranks(dtype, head_dim, rank, head_dim_v):
+    q, k, v = inputs(rank, dtype, batch=1, lengths=(90, 100), head_dim=head_dim, head_dim_v=head_dim_v)
+    check_kernel(q, k, v, reduction=fitted(q, k, rank), causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(dtype, layout):
+    q, k, v = inputs(52, dtype, batch=2, heads=4, heads_kv=2, lengths=(70, 80))
+    check_kernel(q, k, v, reduction=fitted(q, k).with_near(9, sinks=3), layouts=(layout,) * 3, causal=True)
+
+
+@each_dtype
+def test_factors_found_on_the_device(dtype):
+    q, k, _ = shifted(*inputs(53, dtype, heads_kv=2, lengths=(150, 170)))
+    found, expected = fitted(on_device(q), on_device(k)), fitted(q, k)
+    np.testing.assert_allclose(found.singular_values, expected.singular_values, rtol=1e-8)
+    products = [
+        x.queries @ x.keys.swapaxes(1, 2) for x in (found, expected)
+    ]  # a pair of columns may change its sign
+    np.testing.assert_allclose(*products, atol=1e-4)
+
+
+def test_heads_of_different_ranks():
+    q, k, v = inputs(54, np.float16, heads=2, lengths=(150, 170))
+    q[:, 0, :, 16:] = 0
+    projection = cudistr.Projection.fit(q, k, tolerance=0.01)
+    assert projection.ranks[0] == 16 < projection.ranks[1]
+    check_kernel(q, k, v, reduction=projection)
+
+
+def test_measured_error_is_that_of_the_host():
+    arrays = shifted(*inputs(55, np.float32, heads_kv=2, lengths=(150, 170)))
+    projection = fitted(*arrays[:2]).with_near(30, sinks=4)
+    found = cudistr.attention_error(*map(on_device, arrays), causal=True, reduction=projection)
+    expected = cudistr.attention_error(*arrays, causal=True, reduction=projection)
+    for one, other in ((found.output, expected.output), (found.scores, expected.scores)):
+        np.testing.assert_allclose(
+            (one.value, one.low, one.high), (other.value, other.low, other.high), rtol=1e-3
+        )
+
+
+def test_near_beyond_the_sequence_is_exact_to_the_bit():
+    arrays = [on_device(x) for x in inputs(56, np.float16)]
+    projection = fitted(*arrays[:2]).with_near(10**9)
+    same_bits(cudistr.attention(*arrays, reduction=projection), cudistr.attention(*arrays))
+
+
+def test_out_is_written_and_returned():
+    q, k, v = inputs(57, np.float16, lengths=(70, 90))
+    out = on_device(np.zeros((*q.shape[:3], v.shape[3]), np.float16), "transposed")
+    check_kernel(q, k, v, out=out, reduction=fitted(q, k))
+
+
+def test_without_keys_and_rows():
+    q, k, v = inputs(58, np.float16, lengths=(5, 7))
+    projection = fitted(q, k)
+    q, k, v = map(on_device, (q, k, v))
+    out, lse = cudistr.attention(q, k[:, :, :0], v[:, :, :0], reduction=projection, return_lse=True)
+    assert not out.any() and bool((lse == -np.inf).all())
+    assert cudistr.attention(q[:, :, :0], k, v, reduction=projection).shape == (2, 4, 0, 64)
+
+
+@pytest.mark.small
+def test_small():
+    q, k, v = inputs(60, np.float16, batch=1, heads=2, heads_kv=1, lengths=(161, 173))
+    check_kernel(q, k, v, on_host=True, causal=True, reduction=fitted(q, k).with_near(40, sinks=9))
+
+
+@pytest.mark.hardware
+def test_a_capture_is_refused():
+    q, k, v = (on_device(x) for x in inputs(59, np.float16, lengths=(130, 130)))
+    projection = fitted(q, k)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        expected = cudistr.attention(q, k, v, reduction=projection)
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="a call with a cudistr.Projection cannot be captured"):
+            cudistr.attention(q, k, v, reduction=projection)
+        stream.end_capture()
+        same_bits(cudistr.attention(q, k, v, reduction=projection), expected)
