@@ -6,9 +6,12 @@ whose addresses it was given, and of fresh memory only what was written before.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 import types
@@ -21,16 +24,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cudistr import compiler, launch
+from cudistr import compiler, launch, tensormap
 from cudistr import plan as planner
 from tests.cpu.fakes import forgotten
 from tests.emulation import build
-
-try:  # until the Hopper kernel is merged
-    from cudistr import tensormap
-except ImportError:
-    tensormap = types.ModuleType("cudistr.tensormap")
-    tensormap._encoder = None
 
 GUARD = 4096  # bytes around every allocation that belong to nobody
 POISON = 0xFF  # in every byte: NaN in every float, and no column of a head
@@ -399,21 +396,26 @@ def _load_offset(path: str) -> int:
 class Module:
     """A cubin, which here is a shared library."""
 
+    _numbers = itertools.count(1)
+
     def load(self, code: bytes) -> None:
         """Load it into the process."""
         build.machine()
-        folder = tempfile.mkdtemp(prefix="cudistr-kernel-")
-        self.path = str(Path(folder) / "kernel.so")
+        self.path = str(_folder() / f"{next(self._numbers)}.so")
         Path(self.path).write_bytes(code)
         self.library = ctypes.CDLL(self.path)
-        _folders.append(folder)
 
     def get_function(self, name: str) -> Function:
         """The kernel."""
         return Function(self.library, self.path, name)
 
 
-_folders: list[str] = []  # of loaded libraries, which addr2line reads when something goes wrong
+@functools.cache
+def _folder() -> Path:
+    """Of loaded libraries, which addr2line reads when something goes wrong, until the process ends."""
+    folder = tempfile.mkdtemp(prefix="cudistr-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def launch_kernel(
