@@ -20,7 +20,7 @@ import cudistr
 from cudistr import compiler
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
-from tests.strategies import random
+from tests.strategies import near_ties, random
 
 FLASH = "kernels/sm80_flash_fwd.cu"
 HOPPER = "kernels/sm90_flash_fwd.cu"
@@ -362,8 +362,6 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         cudistr.merge([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
         return
     if "near_ties" in fault.options:
-        from tests.strategies import near_ties
-
         reduction = cudistr.LSH(2)
         q = near_ties(0, 128, 64, reduction)[None, None]
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
@@ -374,28 +372,29 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
 
 
-@pytest.fixture
-def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fault:
-    """A fault, in a copy of the sources that is compiled in this test."""
-    fault: Fault = request.param
-    sources = tmp_path / "kernels_cu"
+def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Put a fault into a copy of the sources that is compiled in this test; returns the changed file."""
+    sources = folder / "kernels_cu"
     shutil.copytree(compiler.SOURCES, sources)
     path = sources / fault.file
     text = path.read_text()
-    assert text.count(fault.old) >= 1, f"{fault.file} has changed: plant this fault anew"
+    assert fault.old in text, f"{fault.file} has changed: plant this fault anew"
     path.write_text(text.replace(fault.old, fault.new, 1))
     monkeypatch.setattr(compiler, "SOURCES", sources)
     compiler._digest.cache_clear()
-    return fault
+    return path
 
 
-@pytest.mark.parametrize("planted", FAULTS.values(), ids=FAULTS, indirect=True)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_planted_fault_is_found(planted: Fault, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_found(
+    fault: Fault, seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plant(fault, monkeypatch, tmp_path)
     Settings.seed = seed
     with pytest.raises((EmulationError, cudistr.CompileError, AssertionError)) as found:
-        run(planted, monkeypatch)
-    assert re.search(planted.found, str(found.value)), str(found.value)
+        run(fault, monkeypatch)
+    assert re.search(fault.found, str(found.value)), str(found.value)
 
 
 def calls() -> dict[str, Fault]:
@@ -414,12 +413,7 @@ def test_without_a_fault_nothing_is_found(fault: Fault, monkeypatch: pytest.Monk
 
 def test_a_report_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fault = FAULTS["one row too many at the end of a sequence"]
-    sources = tmp_path / "kernels_cu"
-    shutil.copytree(compiler.SOURCES, sources)
-    path = sources / fault.file
-    path.write_text(path.read_text().replace(fault.old, fault.new, 1))
-    monkeypatch.setattr(compiler, "SOURCES", sources)
-    compiler._digest.cache_clear()
+    path = plant(fault, monkeypatch, tmp_path)
     with pytest.raises(EmulationError) as found:
         run(fault, monkeypatch)
     text = str(found.value)
