@@ -68,9 +68,12 @@ _ATTENTION = _parameters(
 )
 _HOPPER = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
-    ("out lse counter", "u8"),
+    ("out lse permutation counter", "u8"),
     ("out_batch out_head out_row band_low band_high", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section out_aligned", "i4"),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
+        "i4",
+    ),
     ("scale softcap score_scale", "f4"),
     multiple=64,
 )
@@ -143,8 +146,9 @@ class _Recipe(NamedTuple):
     prepare: _Launch | None
     projections: Any
     transposed_bytes: int
-    scratch_bytes: int  # the transposed K, and the column orders behind it; for the Hopper kernel, a counter
-    maps: tuple[Layout, Layout, Layout] | None = None  # of q, k and v, for the Hopper kernel
+    permutation_bytes: int
+    counter_bytes: int  # what the Hopper kernel counts tiles with; behind the transposed K and the column orders
+    maps: tuple[Layout, Layout, Layout] | None  # of q, k and v, for the Hopper kernel
 
 
 @functools.cache
@@ -225,62 +229,71 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         "softcap": problem.softcap or 0.0,
         "score_scale": problem.scale * LOG2_E if plain else LOG2_E,
     }
-    if chosen.attention.specific:
-        return _hopper_recipe(problem, chosen, device, values)
-    if reduction is None:
-        attention_launch = _launch(
-            chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
+    launch_prepare = vectors = None
+    transposed_bytes = permutation_bytes = 0
+    if reduction is not None:
+        assert chosen.prepare_kernel is not None and chosen.prepare is not None
+        columns = chosen.prepare.key_columns
+        per_head = problem.head_dim * columns
+        transposed_bytes = problem.batch * problem.heads_kv * per_head * ITEMSIZE[problem.dtype]
+        permutation_bytes = chosen.prepare.order_units * problem.head_dim
+        values |= {
+            "k_batch": problem.heads_kv * per_head,
+            "k_head": per_head,
+            "k_row": columns,
+            "group_blocks": chosen.prepare.group_blocks,
+            "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
+            "key_columns": columns,
+        }
+        launch_prepare, vectors = _prepare_launch(
+            chosen.prepare_kernel,
+            chosen.prepare,
+            (problem.heads, problem.seqlen_q),
+            problem.q_strides,
+            reduction,
+            problem.device,
+            {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k},
         )
-        return _Recipe(attention_launch, None, None, 0, 0)
-
-    assert chosen.prepare_kernel is not None and chosen.prepare is not None
-    columns = chosen.prepare.key_columns
-    transposed_bytes = problem.batch * problem.heads_kv * problem.head_dim * columns * ITEMSIZE[problem.dtype]
-    values |= {
-        "k_batch": problem.heads_kv * problem.head_dim * columns,
-        "k_head": problem.head_dim * columns,
-        "k_row": columns,
-        "group_blocks": chosen.prepare.group_blocks,
-        "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
-        "key_columns": columns,
-    }
-    more = {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k}
-    launch_prepare, vectors = _prepare_launch(
-        chosen.prepare_kernel,
-        chosen.prepare,
-        (problem.heads, problem.seqlen_q),
-        problem.q_strides,
-        reduction,
-        problem.device,
-        more,
-    )
+    parameters, maps = _ATTENTION, None
+    if chosen.attention.specific:
+        parameters, maps = _HOPPER, _maps(problem, chosen)
+        values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
+    values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
-        _launch(chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values),
+        _launch(chosen.attention, chosen.blocks, device, problem.device, parameters, values),
         launch_prepare,
         vectors,
         transposed_bytes,
-        transposed_bytes + chosen.prepare.order_units * problem.head_dim,
+        permutation_bytes,
+        4 if chosen.dynamic else 0,
+        maps,
     )
 
 
-def _hopper_recipe(problem: Problem, chosen: Plan, device: Device, values: dict[str, Any]) -> _Recipe:
-    """The recipe of the Hopper kernel; ``values`` has the portable kernel's parameters."""
-    assert problem.device is not None
-    tile = chosen.tile
-    tiles = chosen.row_blocks * problem.batch * problem.heads
-    own = {name: x for name, x in values.items() if name in (_HOPPER.names or ())}
-    own |= {"tiles": tiles, "section": chosen.section}
-    parts = (
-        (problem.heads, problem.seqlen_q, problem.head_dim, problem.q_strides, tile.block_m),
-        (problem.heads_kv, problem.seqlen_k, problem.head_dim, problem.k_strides, tile.tile_k),
-        (problem.heads_kv, problem.seqlen_k, problem.head_dim_v, problem.v_strides, tile.tile_k),
+def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, Layout, Layout]:
+    """How the Hopper kernel copies q, k (transposed for a reduction) and v."""
+    tile, batch, heads_kv = chosen.tile, problem.batch, problem.heads_kv
+
+    def rows(heads: int, seqlen: int, columns: int, strides: tuple[int, int, int], taken: int) -> Layout:
+        return Layout(problem.dtype, (batch, heads, seqlen, columns), strides, taken, panel_columns(columns))
+
+    if chosen.prepare is None:
+        k = rows(heads_kv, problem.seqlen_k, problem.head_dim, problem.k_strides, tile.tile_k)
+    else:
+        columns = chosen.prepare.key_columns
+        per_head = problem.head_dim * columns
+        k = Layout(
+            problem.dtype,
+            (batch, heads_kv, problem.head_dim, columns),
+            (heads_kv * per_head, per_head, columns),
+            problem.head_dim,
+            panel_columns(tile.tile_k),
+        )
+    return (
+        rows(problem.heads, problem.seqlen_q, problem.head_dim, problem.q_strides, tile.block_m),
+        k,
+        rows(heads_kv, problem.seqlen_k, problem.head_dim_v, problem.v_strides, tile.tile_k),
     )
-    q, k, v = (
-        Layout(problem.dtype, (problem.batch, heads, seqlen, columns), strides, rows, panel_columns(columns))
-        for heads, seqlen, columns, strides, rows in parts
-    )
-    launch = _launch(chosen.attention, chosen.blocks, device, problem.device, _HOPPER, own)
-    return _Recipe(launch, None, None, 0, 4 if chosen.dynamic else 0, (q, k, v))
 
 
 def _prepare_launch(
@@ -398,25 +411,23 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
 
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
-    if recipe.maps is not None:
-        maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
-        address = 0
-        if recipe.scratch_bytes:
-            counter = cupy.cuda.alloc(recipe.scratch_bytes)
-            counter.memset_async(0, recipe.scratch_bytes)
-            hold(counter)
-            address = counter.ptr
-        recipe.attention(*maps, out.data.ptr, lse_address, address)
-        return out, lse
-    if recipe.prepare is None:
-        recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
-        return out, lse
-    scratch = cupy.cuda.alloc(recipe.scratch_bytes)
-    hold(scratch)
-    transposed = scratch.ptr
-    permutation = transposed + recipe.transposed_bytes
-    recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
-    recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
+    keys, permutation, counter = k.data.ptr, 0, 0
+    scratch_bytes = recipe.transposed_bytes + recipe.permutation_bytes + recipe.counter_bytes
+    if scratch_bytes:
+        scratch = cupy.cuda.alloc(scratch_bytes)
+        hold(scratch)
+        if recipe.prepare is not None:
+            keys, permutation = scratch.ptr, scratch.ptr + recipe.transposed_bytes
+            recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, keys)
+        if recipe.counter_bytes:
+            place = scratch + (scratch_bytes - recipe.counter_bytes)
+            place.memset_async(0, recipe.counter_bytes)
+            counter = place.ptr
+    addresses = (q.data.ptr, keys, v.data.ptr)
+    if recipe.maps is None:
+        recipe.attention(*addresses, out.data.ptr, lse_address, permutation)
+    else:
+        recipe.attention(*map(encode, recipe.maps, addresses), out.data.ptr, lse_address, permutation, counter)
     return out, lse
 
 

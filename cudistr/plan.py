@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cudistr.errors import UnsupportedDeviceError
 from cudistr.normalize import Problem
@@ -303,6 +303,7 @@ HOPPER_KEYS = (
     (224, 112),  # 56 + 28 + 112
     (256, 80),  # 40 + 20 + 128
 )
+HOPPER_GROUPED_ACCUMULATORS = 184  # of a consumer's 216 registers, for scores, weights, output and queries
 HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
@@ -312,15 +313,28 @@ def panel_columns(columns: int) -> int:
     return next(width for width in (64, 32, 16) if columns % width == 0)
 
 
-def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
+def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int, group: int) -> int:
     """Shared memory of the Hopper kernel; a ``static_assert`` in the kernel compares it with its own."""
-    sizes = [tile.block_m * head_dim] + [tile.tile_k * x for x in (head_dim, head_dim_v)] * HOPPER_STAGES
+    widths = (head_dim, head_dim_v, head_dim // group) if group else (head_dim, head_dim_v)
+    sizes = [tile.block_m * head_dim] + [tile.tile_k * x for x in widths] * HOPPER_STAGES
     tiles = sum(_round_up(2 * size, HOPPER_ALIGNMENT) for size in sizes)
-    return _round_up(tiles + HOPPER_BARRIER_BYTES, HOPPER_ALIGNMENT)
+    order = _round_up(16 * HOPPER_STAGES + head_dim, HOPPER_ALIGNMENT) if group else 0
+    return _round_up(tiles + order + HOPPER_BARRIER_BYTES, HOPPER_ALIGNMENT)
 
 
 def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     """The tile of the Hopper kernel, None if shared memory is too small for any."""
+    reduction = problem.reduction
+    group = 0 if reduction is None else reduction.group_size
+    if group:
+        # Rows of a panel of the transposed K are 64 keys. 216 registers: scores, weights, output, and Qhat.
+        for tile_k in (192, 128, 64):
+            tile = Tile(128, tile_k, 1)
+            used = tile_k * 3 // 4 + problem.head_dim_v // 2 + problem.head_dim // group // 4
+            fits = hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes
+            if fits and used <= HOPPER_GROUPED_ACCUMULATORS:
+                return tile
+        return None
     # Three consumers share the tiles of K and V where their accumulators fit 160 registers each, two otherwise.
     block_m = 192 if problem.head_dim_v <= 64 else 128
     keys = next(n for columns, n in HOPPER_KEYS if problem.head_dim_v <= columns)
@@ -328,9 +342,17 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
         keys = min(keys, HOPPER_KEYS_MASKED)
     for tile_k in range(keys, 0, -16):
         tile = Tile(block_m, tile_k, 1)
-        if hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v) <= device.shared_bytes:
+        if hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes:
             return tile
     return None
+
+
+def _hopper_groups(problem: Problem) -> bool:
+    """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms."""
+    reduction = problem.reduction
+    if reduction is None:
+        return True
+    return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
 
 def _hopper_covers(problem: Problem, device: Device) -> bool:
@@ -339,7 +361,7 @@ def _hopper_covers(problem: Problem, device: Device) -> bool:
     return (
         device.capability == HOPPER_CAPABILITY
         and problem.family != "portable"
-        and problem.reduction is None
+        and _hopper_groups(problem)
         and ITEMSIZE[problem.dtype] == 2
         and problem.aligned
         # Products take 16 terms at a time, and panels are at least 16 columns wide.
@@ -356,14 +378,18 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
     tile = _hopper_tile(problem, device) if _hopper_covers(problem, device) else None
     if tile is None:
         return None
+    reduction = problem.reduction
+    group = 0 if reduction is None else reduction.group_size
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
+        "GROUP": group,
+        "MEAN": int(reduction is not None and reduction.representative == "mean"),
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
-        "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v),
+        "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group),
     }
     kernel = Kernel(
         "sm90_flash_fwd",
@@ -460,18 +486,16 @@ def plan(problem: Problem, device: Device) -> Plan:
     kernel, tile = attention_kernel(problem, device)
     row_blocks = -(-problem.seqlen_q // tile.block_m)
     blocks = check_blocks(row_blocks * problem.batch * problem.heads)
+    chosen = Plan(kernel, tile, row_blocks, blocks)
     if kernel.specific:
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
-        dynamic = problem.left is not None or problem.right is not None
+        masked = problem.left is not None or problem.right is not None
         grid = min(blocks, device.multiprocessors)
-        return Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), dynamic and grid < blocks)
+        chosen = replace(chosen, blocks=grid, section=_hopper_section(problem), dynamic=masked and grid < blocks)
     if problem.reduction is None:
-        return Plan(kernel, tile, row_blocks, blocks)
-    return Plan(
-        kernel,
-        tile,
-        row_blocks,
-        blocks,
+        return chosen
+    return replace(
+        chosen,
         prepare_kernel=prepare_kernel(problem.dtype, problem.head_dim, problem.aligned),
         prepare=prepare(
             problem.batch,

@@ -301,7 +301,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 
         float scores[ROW_TILES][kKeyTiles][4] = {};
         if constexpr (kHow == kInShared) {
-            fuse_keys<kMembers, kThreads>(shared.khat, shared.k, thread_index());
+            fuse_keys<T, kMembers, kThreads>(shared.khat, shared.k, thread_index());
             __syncthreads();  // Khat is complete, and the raw keys may be overwritten
             if (tile > first_tile) {
                 copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());

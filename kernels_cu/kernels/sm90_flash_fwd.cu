@@ -1,18 +1,23 @@
-// Exact attention forward for sm_90a (Hopper): warpgroup products, and a warp that does nothing but start copies.
-// A thread block takes tiles of BLOCK_M queries of one head, one after another; K and V stream through two stages each.
+// Attention forward for sm_90a (Hopper), exact and DistrAttention: warpgroup products, and a warpgroup that only feeds
+// them. A thread block takes tiles of BLOCK_M queries of one head, one after another; K and V stream through two stages
+// each.
 //
 // Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
-// is empty. The others consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
+// is empty. Grouped, all of it sums the columns of each group of the transposed K, a tile ahead of its use. The others
+// consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
 // started together with P V of the tile before, and while that product runs, the scores become weights. Consumers take
 // turns at starting products, so that one computes exponentials while another has the tensor cores.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16
 //   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V; multiples of 16
+//   GROUP       0 exact; otherwise columns per group, and K comes transposed as (batch, heads_kv, HEAD_DIM, key_columns)
+//   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
+#include "tile/fuse.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/warpgroup.cuh"
@@ -21,9 +26,10 @@ typedef ElementOf<DTYPE>::type T;
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
-    TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile, ValueTile
+    TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile or RawTile, ValueTile
     T* out;
-    float* lse;    // (batch, heads, seqlen_q), contiguous; null if not wanted
+    float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
+    const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; null if exact
     i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
     i64 out_batch, out_head, out_row;
     i64 band_low, band_high;
@@ -31,6 +37,8 @@ struct HopperParams {
     i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
     u32 tiles;         // row_blocks of every head of every batch
     i32 section;       // heads, over all batches, whose tiles are taken in turn
+    i32 group_blocks;      // blocks of queries with one column order
+    i32 tiles_per_block;   // tiles of BLOCK_M in such a block
     i32 out_aligned;   // whether rows of out start on 16 bytes
     float scale;       // SCORE 1: applied before the softcap
     float softcap;     // SCORE 1: 0 for none
@@ -47,12 +55,17 @@ constexpr int kThreads = kGroupThreads + kConsumerThreads;
 constexpr int kStages = 2;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = HEAD_DIM_V / 8;
+constexpr bool kGrouped = GROUP != 0;
+constexpr int kMembers = kGrouped ? GROUP : 1;
+constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
 
-// The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back.
-constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+// The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back. Sums
+// need more, for loads in flight.
+constexpr int kProducerRegisters = kGrouped ? 72 : kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kGrouped ? 216 : kConsumers == 2 ? 240 : 160;
+static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
 // packing of weights and the rescaling of the output, which fill each other's gaps. With three consumers, which compute
@@ -63,14 +76,27 @@ constexpr bool kEarlyWeights = kConsumers == 3;
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM_V> ValueTile;
+// Grouped: the transposed K, and the sums of its groups.
+typedef PanelTile<T, HEAD_DIM, TILE_K> RawTile;
+typedef PanelTile<T, kTerms, TILE_K> FusedTile;
 
-constexpr u32 kKeyStage = sizeof(KeyTile) / 16;  // from stage to stage, in a descriptor's units
-constexpr u32 kValueStage = sizeof(ValueTile) / 16;
+constexpr u32 kValueStage = sizeof(ValueTile) / 16;  // from stage to stage, in a descriptor's units
 
+template <bool kOfGroups>
+struct KeyStorage {
+    KeyTile k[kStages];
+};
+template <>
+struct KeyStorage<true> {
+    FusedTile k[kStages];
+    RawTile raw[kStages];
+    RingBarriers<kStages> raw_barriers;
+    u8 order[HEAD_DIM];  // of the columns, for the tile of queries in q
+};
 struct SharedStorage {
     QueryTile q;
-    KeyTile k[kStages];
     ValueTile v[kStages];
+    KeyStorage<kGrouped> keys;
     RingBarriers<1> q_barriers;
     RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
     i32 work[kStages];  // the tile of queries after the current one
@@ -105,7 +131,7 @@ struct Place {
     }
 };
 
-// One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
+// Exact, one thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
 // a tile comes after K of the next.
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
@@ -121,15 +147,15 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         if (place.last_tile >= place.first_tile) {
             const int head_kv = place.head / params.heads_per_kv;
             u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
-            shared.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
+            shared.keys.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
             barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
             shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
             ++place_number;
             for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
                 if (tile > place.first_tile) {
                     barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
-                    shared.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv, place.batch,
-                                                        again);
+                    shared.keys.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv,
+                                                             place.batch, again);
                 }
                 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
                 shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
@@ -140,6 +166,174 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
     }
 }
+
+// The tile of queries after the current one, which the producer chose; every warp of the readers gives it back.
+DEVICE u32 next_work(SharedStorage& shared, u32 work_number, int lane) {
+    shared.work_barriers.wait(work_number);
+    const u32 next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
+    if (lane == 0) shared.work_barriers.release(work_number);
+    return next;
+}
+
+// Grouped, a warpgroup: its first thread starts the copies, and all of it makes Khat, a tile ahead of the consumers.
+// Threads side by side sum chunks side by side, eight of them a row of a panel: reads and writes have no bank conflicts.
+template <class Keys>
+struct Builder {
+    static constexpr int kAcross = 8;
+    static constexpr int kDown = kGroupThreads / kAcross;
+    static constexpr int kOwn = kTerms / kDown;  // groups of a thread
+    static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % kDown == 0), "Builder: a row has eight chunks");
+
+    const HopperParams& params;
+    SharedStorage& shared;
+    Keys& keys;
+    int thread, lane;
+    u32 members[kOwn][kMembers];  // where in a panel this thread's chunks lie
+
+    // Where the members of this thread's groups lie.
+    DEVICE void find_members(const u8* permutation) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const u8* group = permutation + (thread / kAcross + i * kDown) * kMembers;
+#pragma unroll
+            for (int member = 0; member < kMembers; ++member) {
+                const u32 column = group[member];
+                members[i][member] = column * RawTile::kWidth + (thread % kAcross ^ column % 8) * kChunkBytes;
+            }
+        }
+    }
+
+    DEVICE void sum_groups(u32 step) {
+        const u8* raw = reinterpret_cast<const u8*>(keys.raw[step % kStages].data);
+        const u32 group = thread / kAcross;
+        u8* khat = reinterpret_cast<u8*>(keys.k[step % kStages].data) + group * FusedTile::kWidth +
+                   (thread % kAcross ^ group % 8) * kChunkBytes;
+#pragma unroll
+        for (int panel = 0; panel < FusedTile::kPanels; ++panel) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                Chunk chunks[kMembers];
+#pragma unroll
+                for (int member = 0; member < kMembers; ++member) {
+                    chunks[member] = *reinterpret_cast<const Chunk*>(raw + panel * RawTile::kPanelBytes + members[i][member]);
+                }
+                Chunk& sum = *reinterpret_cast<Chunk*>(khat + panel * FusedTile::kPanelBytes + i * kDown * FusedTile::kWidth);
+                sum = sum_chunks<T>(chunks);
+            }
+        }
+    }
+
+    DEVICE void load_keys(const Place& place, int tile, u32 step, u64 policy) {
+        const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
+        // The map is of the transposed K: a panel is 64 keys of all columns.
+        const u32 to = shared_address(keys.raw[step % kStages].data);
+#pragma unroll
+        for (int panel = 0; panel < RawTile::kPanels; ++panel) {
+            const int x[4] = {tile * TILE_K + panel * RawTile::kPanelColumns, 0, place.head / params.heads_per_kv, place.batch};
+            tma_load_4d(to + panel * RawTile::kPanelBytes, &params.k, barrier, x, policy);
+        }
+    }
+
+    DEVICE void run() {
+        const u64 once = policy_evict_first();
+        const u64 again = policy_evict_last();
+        u32 step = 0, place_number = 0, work_number = 0;
+        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
+            u32 next = 0;
+            if (thread == 0) next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+            const Place place(params, work);
+            if (place.last_tile >= place.first_tile) {
+                if (thread == 0) {
+                    load_keys(place, place.last_tile, step, again);
+                    const u32 barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
+                    shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
+                }
+                const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
+                                  place.first_row / BLOCK_M / params.tiles_per_block;
+                const u8* permutation = params.permutation + block * HEAD_DIM;
+                find_members(permutation);
+                shared.q_barriers.wait_empty(place_number);
+                for (int i = thread; i < HEAD_DIM; i += kGroupThreads) keys.order[i] = permutation[i];
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(shared_address(shared.q_barriers.full));
+                ++place_number;
+                for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
+                    if (thread == 0 && tile > place.first_tile) load_keys(place, tile - 1, step + 1, again);
+                    keys.raw_barriers.wait(step);
+                    shared.k_barriers.wait_empty(step);
+                    sum_groups(step);
+                    fence_proxy_async();
+                    __syncwarp();
+                    if (lane == 0) {
+                        keys.raw_barriers.release(step);
+                        mbarrier_arrive(shared_address(&shared.k_barriers.full[step % kStages]));
+                    }
+                    if (thread == 0) {
+                        const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
+                        shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, place.head / params.heads_per_kv,
+                                                      place.batch, again);
+                    }
+                }
+            }
+            if (thread == 0) {
+                shared.work_barriers.wait_empty(work_number);
+                shared.work[work_number % kStages] = next;
+                mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
+            }
+            __syncwarp();
+        }
+    }
+};
+
+// What a consumer multiplies for its scores. Exact: queries and keys lie in shared memory.
+template <bool kOfGroups>
+struct Operands {
+    u32 queries, keys;  // lower words of descriptors
+
+    DEVICE Operands(SharedStorage& shared, int group)
+        : queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
+          keys(KeyTile::lower(shared_address(shared.keys.k[0].data))) {}
+
+    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step) const {
+        constexpr u32 kStage = sizeof(KeyTile) / 16;
+        start_scores<T, QueryTile, KeyTile>(scores, queries, keys + step % kStages * kStage);
+    }
+};
+
+// Grouped: queries are gathered into registers, one column for each group.
+template <>
+struct Operands<true> {
+    u32 queries[kTerms / 16][4];
+    u32 keys;
+
+    DEVICE Operands(SharedStorage& shared, int) : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))) {}
+
+    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step) const {
+        constexpr u32 kStage = sizeof(FusedTile) / 16;
+        start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * kStage);
+    }
+
+    static DEVICE T value(const QueryTile& q, int row, const u8* columns) {
+        if constexpr (!MEAN) return q.at(row, columns[0]);
+        float total = 0.f;
+#pragma unroll
+        for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(q.at(row, columns[member]));
+        return Traits<T>::from_float(total * (1.f / kMembers));
+    }
+
+    // row: this lane's first row of the tile.
+    template <class Keys>
+    DEVICE void gather(const QueryTile& q, const Keys& storage, int row, int lane) {
+#pragma unroll
+        for (int i = 0; i < kTerms / 16 * 4; ++i) {
+            const int group = i / 2 * 8 + lane % 4 * 2;
+            const int own = row + i % 2 * 8;
+            const T low = value(q, own, storage.order + group * kMembers);
+            const T high = value(q, own, storage.order + (group + 1) * kMembers);
+            queries[i / 4][i % 4] = low.bits | static_cast<u32>(high.bits) << 16;
+        }
+    }
+};
 
 // Normalises the output, and stores it and the lse. row: this lane's first row within the sequence.
 DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
@@ -201,14 +395,6 @@ struct Consumer {
         if (lane == 0) ring.release(n);
     }
 
-    // The tile of queries after the current one, which the producer chose.
-    DEVICE u32 next_work(u32 work_number) {
-        shared.work_barriers.wait(work_number);
-        const u32 next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
-        release(shared.work_barriers, work_number);
-        return next;
-    }
-
     // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
     struct Visible {
         KeySpan common, rows[2];
@@ -230,6 +416,14 @@ struct Consumer {
         return keys;
     }
 
+    // Grouped: the queries come into registers, and their place is free for the next tile.
+    template <class Queries>
+    DEVICE void take_queries(Queries& queries, u32 place_number) {
+        queries.gather(shared.q, shared.keys, row, lane);
+        __syncwarp();
+        release(shared.q_barriers, place_number);
+    }
+
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
                       const Visible& keys, int key) {
@@ -239,14 +433,13 @@ struct Consumer {
     }
 
     DEVICE void run() {
-        const u32 queries = QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth);
-        const u32 keys = KeyTile::lower(shared_address(shared.k[0].data));
+        Operands<kGrouped> operands(shared, group);
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
-        for (u32 work = block_index(); work < params.tiles; work = next_work(work_number++)) {
+        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
             const Visible visible_keys = visible(place.first_row);
             float output[1][kOutTiles][4] = {};
@@ -258,14 +451,15 @@ struct Consumer {
                 u32 weights[TILE_K / 16][4];
                 int tile = place.last_tile;
                 shared.q_barriers.wait(place_number);
+                if constexpr (kGrouped) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
                 wgmma_fence();
-                start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
+                operands.start(scores[0], step);
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
-                if (tile == place.first_tile) release(shared.q_barriers, place_number);
+                if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);
                 raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
                 softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                 pack_weights<T>(weights, scores[0]);
@@ -275,7 +469,7 @@ struct Consumer {
                     ++step;
                     wait_for_turn();
                     wgmma_fence();
-                    start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
+                    operands.start(scores[0], step);
                     wgmma_commit();
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
@@ -285,7 +479,7 @@ struct Consumer {
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
-                    if (tile == place.first_tile) release(shared.q_barriers, place_number);
+                    if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);
                     raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
                     if constexpr (kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
@@ -315,6 +509,16 @@ struct Consumer {
     }
 };
 
+// Templates, so that what an exact kernel lacks need not exist.
+template <class Keys>
+DEVICE void init_raw(Keys& keys) {
+    keys.raw_barriers.init(4, 1);
+}
+template <class Keys>
+DEVICE void build(const HopperParams& params, SharedStorage& shared, Keys& keys, int thread) {
+    Builder<Keys>{params, shared, keys, thread, thread % kWarpSize, {}}.run();
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const __grid_constant__ HopperParams params) {
@@ -325,10 +529,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
-        shared.q_barriers.init(4 * kConsumers);
-        shared.k_barriers.init(4 * kConsumers);
-        shared.v_barriers.init(4 * kConsumers);
-        shared.work_barriers.init(4 * kConsumers);
+        // Whoever reads gives back warp by warp, and so do the four warps that fill what no copy fills.
+        constexpr int kReaders = 4 * kConsumers;
+        shared.q_barriers.init(kReaders, kGrouped ? 5 : 1);
+        shared.k_barriers.init(kReaders, kGrouped ? 4 : 1);
+        shared.v_barriers.init(kReaders, 1);
+        shared.work_barriers.init(kReaders + (kGrouped ? 4 : 0), 1);
+        if constexpr (kGrouped) init_raw(shared.keys);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -336,7 +543,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
     const int warpgroup = __shfl_sync(kFullWarp, thread / kGroupThreads, 0);
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
-        if (thread == 0) produce(params, shared);
+        if constexpr (kGrouped) {
+            build(params, shared, shared.keys, thread);
+        } else {
+            if (thread == 0) produce(params, shared);
+        }
     } else {
         take_registers<kConsumerRegisters>();
         const int own = thread - kGroupThreads;

@@ -12,6 +12,10 @@ DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
 // fence.mbarrier_init: makes initialised barriers visible to the copy engine.
 DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// fence.proxy.async: what this thread wrote to shared memory is visible to products and copies that start after it, and
+// after whatever orders other threads behind it.
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // mbarrier.arrive: one arrival, which releases what the thread did before.
 DEVICE void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

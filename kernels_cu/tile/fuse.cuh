@@ -3,16 +3,15 @@
 #include "tile/dtype.cuh"
 #include "tile/shared.cuh"
 
-// The sum of kMembers chunks that lie kStride elements apart. Two numbers of 16 bits are added as they are; more are
-// added in float32 and rounded once.
-template <int kMembers, int kStride, class T>
-DEVICE Chunk sum_chunks(const T* first) {
+// The sum of chunks, element by element. Two numbers of 16 bits are added as they are; more are added in float32 and
+// rounded once.
+template <class T, int kMembers>
+DEVICE Chunk sum_chunks(const Chunk (&chunks)[kMembers]) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
-    Chunk sum = *reinterpret_cast<const Chunk*>(first);
+    Chunk sum = chunks[0];
     if constexpr (kMembers == 2 && sizeof(T) == 2) {
-        const Chunk other = *reinterpret_cast<const Chunk*>(first + kStride);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum.word[i] = Traits<T>::add(sum.word[i], other.word[i]);
+        for (int i = 0; i < 4; ++i) sum.word[i] = Traits<T>::add(sum.word[i], chunks[1].word[i]);
     } else if constexpr (kMembers > 1) {
         float total[kElements];
         union {
@@ -24,7 +23,7 @@ DEVICE Chunk sum_chunks(const T* first) {
         for (int i = 0; i < kElements; ++i) total[i] = Traits<T>::to_float(value.element[i]);
 #pragma unroll
         for (int member = 1; member < kMembers; ++member) {
-            value.chunk = *reinterpret_cast<const Chunk*>(first + member * kStride);
+            value.chunk = chunks[member];
 #pragma unroll
             for (int i = 0; i < kElements; ++i) total[i] += Traits<T>::to_float(value.element[i]);
         }
@@ -38,9 +37,9 @@ DEVICE Chunk sum_chunks(const T* first) {
 // khat (groups, keys) from keys (members x groups, keys): row g of khat is the sum of the rows g, g + groups, ...
 // Threads side by side take chunks side by side: with rows of eight chunks (64 keys of 16 bits) and more, neither reads
 // nor writes have bank conflicts; shorter rows have a few.
-template <int kMembers, int kThreads, class RawTile, class FusedTile>
+template <class T, int kMembers, int kThreads, class RawTile, class FusedTile>
 DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
-    constexpr int kElements = kChunkBytes / int(sizeof(khat.data[0]));
+    constexpr int kElements = kChunkBytes / int(sizeof(T));
     constexpr int kAcross = FusedTile::kColumns / kElements;
     constexpr int kChunks = FusedTile::kRows * kAcross;
     static_assert(RawTile::kPitch == FusedTile::kPitch && RawTile::kRows == kMembers * FusedTile::kRows,
@@ -50,8 +49,13 @@ DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
         const int i = start + thread;
         if (kChunks % kThreads == 0 || i < kChunks) {
             const int offset = i / kAcross * FusedTile::kPitch + i % kAcross * kElements;
-            *reinterpret_cast<Chunk*>(khat.data + offset) =
-                sum_chunks<kMembers, FusedTile::kRows * FusedTile::kPitch>(keys.data + offset);
+            Chunk chunks[kMembers];
+#pragma unroll
+            for (int member = 0; member < kMembers; ++member) {
+                const int distance = member * FusedTile::kRows * FusedTile::kPitch;
+                chunks[member] = *reinterpret_cast<const Chunk*>(keys.data + offset + distance);
+            }
+            *reinterpret_cast<Chunk*>(khat.data + offset) = sum_chunks<T>(chunks);
         }
     }
 }

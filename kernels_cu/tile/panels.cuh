@@ -21,6 +21,12 @@ struct PanelTile {
     static_assert(kRows % 8 == 0 && kRows <= 256, "PanelTile: swizzles repeat every 8 rows; a copy has at most 256");
     alignas(1024) T data[kRows * kColumns];  // where the swizzle begins anew
 
+    // One element, where the swizzle has put it.
+    DEVICE const T& at(int row, int column) const {
+        const int chunk = column % kPanelColumns / 8 ^ row / (128 / kWidth) % (kWidth / 16);
+        return data[column / kPanelColumns * (kRows * kPanelColumns) + row * kPanelColumns + chunk * 8 + column % 8];
+    }
+
     // Copies the rows that start at row x[1] of head x[2] of batch x[3]; kBytes will arrive at the barrier. One thread.
     DEVICE void load(const TensorMap* map, u32 barrier, int row, int head, int batch, u64 policy) {
         const u32 to = shared_address(data);
@@ -54,17 +60,17 @@ DEVICE void wait_barrier(u32 barrier, u32 parity) {
     }
 }
 
-// Barriers of a ring of kStages tiles: full when a copy has landed, empty when all readers are done with it. Use n of
-// the ring, counted from 0, is in stage n % kStages.
+// Barriers of a ring of kStages tiles: full when its writers have written or a copy has landed, empty when all readers
+// are done with it. Use n of the ring, counted from 0, is in stage n % kStages.
 template <int kStages>
 struct RingBarriers {
     u64 full[kStages];
     u64 empty[kStages];
 
-    DEVICE void init(u32 readers) {
+    DEVICE void init(u32 readers, u32 writers) {
 #pragma unroll
         for (int stage = 0; stage < kStages; ++stage) {
-            mbarrier_init(shared_address(&full[stage]), 1);
+            mbarrier_init(shared_address(&full[stage]), writers);
             mbarrier_init(shared_address(&empty[stage]), readers);
         }
     }

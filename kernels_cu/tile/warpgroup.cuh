@@ -13,9 +13,9 @@ struct WarpgroupMultiply<f16> {
     static DEVICE void run(float (&d)[kTiles][4], u64 a, u64 b) {
         wgmma_f16<kAccumulate>(d, a, b);
     }
-    template <int kTiles>
+    template <bool kAccumulate, int kTiles>
     static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
-        wgmma_values_f16<true>(d, a, b);
+        wgmma_values_f16<kAccumulate>(d, a, b);
     }
 };
 template <>
@@ -24,9 +24,9 @@ struct WarpgroupMultiply<bf16> {
     static DEVICE void run(float (&d)[kTiles][4], u64 a, u64 b) {
         wgmma_bf16<kAccumulate>(d, a, b);
     }
-    template <int kTiles>
+    template <bool kAccumulate, int kTiles>
     static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
-        wgmma_values_bf16<true>(d, a, b);
+        wgmma_values_bf16<kAccumulate>(d, a, b);
     }
 };
 
@@ -42,13 +42,24 @@ DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
     }
 }
 
+// The same with queries in registers, as the left operand of 16 terms a step, and keys with the terms down the rows.
+template <class T, class KeyTile, int kSteps, int kKeyTiles>
+DEVICE void start_scores_of_values(float (&scores)[kKeyTiles][4], const u32 (&queries)[kSteps][4], u32 keys) {
+    static_assert(KeyTile::kColumns == kKeyTiles * 8 && KeyTile::kRows == kSteps * 16, "start_scores_of_values: shapes");
+    WarpgroupMultiply<T>::template run_values<false>(scores, queries[0], KeyTile::along_rows(keys, 0));
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) {
+        WarpgroupMultiply<T>::template run_values<true>(scores, queries[step], KeyTile::along_rows(keys, step));
+    }
+}
+
 // output += P V. Values as the lower word of a descriptor.
 template <class T, class ValueTile, int kSteps, int kOutTiles>
 DEVICE void start_output(float (&output)[kOutTiles][4], const u32 (&weights)[kSteps][4], u32 values) {
     static_assert(ValueTile::kRows == kSteps * 16 && ValueTile::kColumns == kOutTiles * 8, "start_output: shapes");
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        WarpgroupMultiply<T>::run_values(output, weights[step], ValueTile::along_rows(values, step));
+        WarpgroupMultiply<T>::template run_values<true>(output, weights[step], ValueTile::along_rows(values, step));
     }
 }
 

@@ -4,6 +4,7 @@
 
 DEVICE void mbarrier_init(u32 barrier, u32 arrivals) { machine::mbarrier_init(barrier, arrivals); }
 DEVICE void fence_mbarrier_init() { machine::mbarrier_init_fence(); }
+DEVICE void fence_proxy_async() { machine::async_proxy_fence(); }
 DEVICE void mbarrier_arrive(u32 barrier) { machine::mbarrier_arrive(barrier); }
 DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) { machine::mbarrier_expect(barrier, bytes); }
 DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) { return machine::mbarrier_wait(barrier, parity); }
