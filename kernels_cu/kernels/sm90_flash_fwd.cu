@@ -182,6 +182,8 @@ struct Builder {
     static constexpr int kAcross = 8;
     static constexpr int kDown = kGroupThreads / kAcross;
     static constexpr int kOwn = kTerms / kDown;  // groups of a thread
+    // Of these, as many at once as make eight reads in flight; the compiler cannot know that no write hits a later read.
+    static constexpr int kAtOnce = kMembers >= 8 ? 1 : kOwn * kMembers <= 8 ? kOwn : 8 / kMembers;
     static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % kDown == 0), "Builder: a row has eight chunks");
 
     const HopperParams& params;
@@ -211,14 +213,21 @@ struct Builder {
 #pragma unroll
         for (int panel = 0; panel < FusedTile::kPanels; ++panel) {
 #pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-                Chunk chunks[kMembers];
+            for (int first = 0; first < kOwn; first += kAtOnce) {
+                Chunk chunks[kAtOnce][kMembers];
 #pragma unroll
-                for (int member = 0; member < kMembers; ++member) {
-                    chunks[member] = *reinterpret_cast<const Chunk*>(raw + panel * RawTile::kPanelBytes + members[i][member]);
+                for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+                    for (int member = 0; member < kMembers; ++member) {
+                        const u32 from = panel * RawTile::kPanelBytes + members[(first + i) % kOwn][member];
+                        chunks[i][member] = *reinterpret_cast<const Chunk*>(raw + from);
+                    }
                 }
-                Chunk& sum = *reinterpret_cast<Chunk*>(khat + panel * FusedTile::kPanelBytes + i * kDown * FusedTile::kWidth);
-                sum = sum_chunks<T>(chunks);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const u32 to = panel * FusedTile::kPanelBytes + (first + i) * (kDown * FusedTile::kWidth);
+                    if (first + i < kOwn) *reinterpret_cast<Chunk*>(khat + to) = sum_chunks<T>(chunks[i]);
+                }
             }
         }
     }
@@ -464,9 +473,10 @@ struct Consumer {
                 softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                 pack_weights<T>(weights, scores[0]);
 
-                if (tile > place.first_tile) shared.k_barriers.wait(step + 1);
+                if (!kGrouped && tile > place.first_tile) shared.k_barriers.wait(step + 1);
                 for (--tile; tile >= place.first_tile; --tile) {
                     ++step;
+                    if constexpr (kGrouped) shared.k_barriers.wait(step);
                     wait_for_turn();
                     wgmma_fence();
                     operands.start(scores[0], step);
@@ -485,7 +495,8 @@ struct Consumer {
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.
                     const float (&last)[2] = kEarlyWeights ? softmax.sum : rescale;
-                    if (tile > place.first_tile || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);
+                    const bool early = !kGrouped && tile > place.first_tile;
+                    if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);
                     wgmma_wait<0>();
                     wgmma_pin(output[0]);
                     wgmma_pin(scores[0]);  // nothing is packed while the last product reads the old weights
