@@ -52,7 +52,7 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = BLOCK_M / kGroupRows;
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 constexpr int kThreads = kGroupThreads + kConsumerThreads;
-constexpr int kStages = 2;
+constexpr int kStages = STAGES;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = HEAD_DIM_V / 8;
 constexpr bool kGrouped = GROUP != 0;
@@ -518,6 +518,100 @@ struct Consumer {
             store_output(params, place, output, softmax, place.first_row + row, lane);
         }
     }
+
+    // What a consumer holds of a tile of queries.
+    struct Rows {
+        const Place& place;
+        Visible visible;
+        Operands<kGrouped>& operands;
+        u32 values;
+        u32 place_number;
+        float output[1][kOutTiles][4];
+        WarpgroupSoftmax softmax;
+        u32 weights[TILE_K / 16][4];
+    };
+
+    // A tile of keys whose scores were started before; starts those of the next, if there is one, and its own output.
+    template <bool kMore>
+    DEVICE void attend(Rows& rows, float (&scores)[1][kKeyTiles][4], float (&next)[1][kKeyTiles][4], int tile, u32& step) {
+        if constexpr (kMore) {
+            shared.k_barriers.wait(step + 1);
+            wgmma_fence();
+            rows.operands.start(next[0], step + 1);
+            wgmma_commit();
+        }
+        wgmma_wait<kMore ? 2 : 1>();
+        wgmma_pin(scores[0]);
+        release(shared.k_barriers, step);
+        if (!kGrouped && !kMore) release(shared.q_barriers, rows.place_number);
+        float shift[2], rescale[2];
+        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
+        if (!rows.visible.all(tile * TILE_K)) {
+            wgmma_wait<0>();
+            wgmma_pin(next[0]);
+            wgmma_pin(rows.output[0]);
+            apply_mask(scores[0], rows.visible.rows, tile * TILE_K + lane % 4 * 2);
+        }
+        rows.softmax.raise(scores[0], params.score_scale, shift, rescale);
+        rows.softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+        if (rows.softmax.sum[0] + rows.softmax.sum[1] < 0.f) shared.k_barriers.wait(step + 1);
+        wgmma_wait<kMore ? 1 : 0>();
+        wgmma_pin(rows.output[0]);
+        wgmma_pin(scores[0]);
+        if (tile != rows.place.last_tile) release(shared.v_barriers, step - 1);
+        if (__any_sync(kFullWarp, rescale[0] != 1.f || rescale[1] != 1.f)) {
+            wgmma_wait<0>();
+            wgmma_pin(next[0]);
+            WarpgroupSoftmax::rescale_output(rows.output[0], rescale);
+        }
+        pack_weights<T>(rows.weights, scores[0]);
+        shared.v_barriers.wait(step);
+        wgmma_fence();
+        start_output<T, ValueTile>(rows.output[0], rows.weights, rows.values + step % kStages * kValueStage);
+        wgmma_commit();
+        ++step;
+    }
+
+    DEVICE void run_ahead() {
+        Operands<kGrouped> operands(shared, group);
+        const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
+        u32 step = 0;
+        u32 place_number = 0;
+        u32 work_number = 0;
+        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
+            const Place place(params, work);
+            Rows rows = {place, visible(place.first_row), operands, values, place_number, {}, {}, {}};
+            rows.softmax.clear();
+            if (place.last_tile >= place.first_tile) {
+                float even[1][kKeyTiles][4], odd[1][kKeyTiles][4];
+                shared.q_barriers.wait(place_number);
+                if constexpr (kGrouped) take_queries(operands, place_number);
+                shared.k_barriers.wait(step);
+                wgmma_fence();
+                operands.start(even[0], step);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(even[0]);
+                for (int tile = place.last_tile;;) {
+                    if (tile == place.first_tile) {
+                        attend<false>(rows, even, odd, tile, step);
+                        break;
+                    }
+                    attend<true>(rows, even, odd, tile--, step);
+                    if (tile == place.first_tile) {
+                        attend<false>(rows, odd, even, tile, step);
+                        break;
+                    }
+                    attend<true>(rows, odd, even, tile--, step);
+                }
+                wgmma_wait<0>();
+                wgmma_pin(rows.output[0]);
+                release(shared.v_barriers, step - 1);
+                ++place_number;
+            }
+            store_output(params, place, rows.output, rows.softmax, place.first_row + row, lane);
+        }
+    }
 };
 
 // Templates, so that what an exact kernel lacks need not exist.
@@ -563,6 +657,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         take_registers<kConsumerRegisters>();
         const int own = thread - kGroupThreads;
         const int lane = own % kWarpSize;
-        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.run();
+        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.AHEAD();
     }
 }
