@@ -50,9 +50,10 @@ namespace {
 constexpr int kGroupRows = 64;
 constexpr int kGroupThreads = 128;
 constexpr int kConsumers = BLOCK_M / kGroupRows;
+constexpr int kBuilderThreads = kGroupThreads - kWarpSize;
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 constexpr int kThreads = kGroupThreads + kConsumerThreads;
-constexpr int kStages = STAGES;
+constexpr int kStages = 2;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = HEAD_DIM_V / 8;
 constexpr bool kGrouped = GROUP != 0;
@@ -63,8 +64,8 @@ static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of 
 
 // The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back. Sums
 // need more, for loads in flight.
-constexpr int kProducerRegisters = kGrouped ? 72 : kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kGrouped ? 216 : kConsumers == 2 ? 240 : 160;
+constexpr int kProducerRegisters = kGrouped ? 88 : kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kGrouped ? 208 : kConsumers == 2 ? 240 : 160;
 static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
@@ -131,7 +132,27 @@ struct Place {
     }
 };
 
-// Exact, one thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
+// Starts the copy of a tile of keys.
+DEVICE void load_keys(const HopperParams& params, KeyStorage<false>& keys, RingBarriers<kStages>& barriers, u32 step,
+                      const Place& place, int tile, u64 policy) {
+    const u32 barrier = barriers.open(step, KeyTile::kBytes);
+    keys.k[step % kStages].load(&params.k, barrier, tile * TILE_K, place.head / params.heads_per_kv, place.batch, policy);
+}
+
+// Grouped: of the transposed K, whose panels are keys side by side, and whose rows are all columns.
+DEVICE void load_keys(const HopperParams& params, KeyStorage<true>& keys, RingBarriers<kStages>&, u32 step,
+                      const Place& place, int tile, u64 policy) {
+    const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
+    const u32 to = shared_address(keys.raw[step % kStages].data);
+#pragma unroll
+    for (int panel = 0; panel < RawTile::kPanels; ++panel) {
+        const int key = tile * TILE_K + panel * RawTile::kPanelColumns;
+        const int x[4] = {key, 0, place.head / params.heads_per_kv, place.batch};
+        tma_load_4d(to + panel * RawTile::kPanelBytes, &params.k, barrier, x, policy);
+    }
+}
+
+// One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
 // a tile comes after K of the next.
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
@@ -145,20 +166,17 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
         const Place place(params, work);
         if (place.last_tile >= place.first_tile) {
-            const int head_kv = place.head / params.heads_per_kv;
-            u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
-            shared.keys.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
-            barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
+            load_keys(params, shared.keys, shared.k_barriers, step, place, place.last_tile, again);
+            u32 barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
             shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
             ++place_number;
             for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
                 if (tile > place.first_tile) {
-                    barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
-                    shared.keys.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv,
-                                                             place.batch, again);
+                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, tile - 1, again);
                 }
                 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
-                shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
+                shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, place.head / params.heads_per_kv,
+                                              place.batch, again);
             }
         }
         shared.work_barriers.wait_empty(work_number);
@@ -175,121 +193,88 @@ DEVICE u32 next_work(SharedStorage& shared, u32 work_number, int lane) {
     return next;
 }
 
-// Grouped, a warpgroup: its first thread starts the copies, and all of it makes Khat, a tile ahead of the consumers.
+// Grouped: three warps that make Khat, a tile ahead of the consumers. The warp that starts copies takes no part: the
+// fence after the sums would wait for its copies.
 // Threads side by side sum chunks side by side, eight of them a row of a panel: reads and writes have no bank conflicts.
 template <class Keys>
 struct Builder {
     static constexpr int kAcross = 8;
-    static constexpr int kDown = kGroupThreads / kAcross;
-    static constexpr int kOwn = kTerms / kDown;  // groups of a thread
-    // Of these, as many at once as make eight reads in flight; the compiler cannot know that no write hits a later read.
+    static constexpr int kDown = kBuilderThreads / kAcross;
+    static constexpr int kRows = FusedTile::kPanels * kTerms;  // of Khat, its panels one below the other
+    static constexpr int kOwn = (kRows + kDown - 1) / kDown;
+    // As many at once as make eight reads in flight; the compiler cannot know that no write hits a later read.
     static constexpr int kAtOnce = kMembers >= 8 ? 1 : kOwn * kMembers <= 8 ? kOwn : 8 / kMembers;
-    static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % kDown == 0), "Builder: a row has eight chunks");
+    static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % 8 == 0), "Builder: a row has eight chunks");
 
     const HopperParams& params;
     SharedStorage& shared;
     Keys& keys;
     int thread, lane;
-    u32 members[kOwn][kMembers];  // where in a panel this thread's chunks lie
+    // Where in a tile of raw keys the chunks lie that this thread sums, two offsets in a word.
+    u32 members[(kOwn * kMembers + 1) / 2];
 
-    // Where the members of this thread's groups lie.
+    DEVICE int row(int i) const { return thread / kAcross + i * kDown; }
+    DEVICE u32 member(int i) const { return i % 2 ? members[i / 2] >> 16 : members[i / 2] & 0xffff; }
+
     DEVICE void find_members(const u8* permutation) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-            const u8* group = permutation + (thread / kAcross + i * kDown) * kMembers;
-#pragma unroll
-            for (int member = 0; member < kMembers; ++member) {
-                const u32 column = group[member];
-                members[i][member] = column * RawTile::kWidth + (thread % kAcross ^ column % 8) * kChunkBytes;
-            }
+        for (int i = 0; i < kOwn * kMembers; ++i) {
+            const int of = min(row(i / kMembers), kRows - 1);
+            const u32 column = permutation[of % kTerms * kMembers + i % kMembers];
+            const u32 offset = of / kTerms * RawTile::kPanelBytes + column * RawTile::kWidth +
+                               (thread % kAcross ^ column % 8) * kChunkBytes;
+            members[i / 2] = i % 2 ? members[i / 2] | offset << 16 : offset;
         }
     }
 
     DEVICE void sum_groups(u32 step) {
         const u8* raw = reinterpret_cast<const u8*>(keys.raw[step % kStages].data);
-        const u32 group = thread / kAcross;
-        u8* khat = reinterpret_cast<u8*>(keys.k[step % kStages].data) + group * FusedTile::kWidth +
-                   (thread % kAcross ^ group % 8) * kChunkBytes;
+        u8* khat = reinterpret_cast<u8*>(keys.k[step % kStages].data);
 #pragma unroll
-        for (int panel = 0; panel < FusedTile::kPanels; ++panel) {
+        for (int first = 0; first < kOwn; first += kAtOnce) {
+            Chunk chunks[kAtOnce][kMembers];
 #pragma unroll
-            for (int first = 0; first < kOwn; first += kAtOnce) {
-                Chunk chunks[kAtOnce][kMembers];
+            for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-                    for (int member = 0; member < kMembers; ++member) {
-                        const u32 from = panel * RawTile::kPanelBytes + members[(first + i) % kOwn][member];
-                        chunks[i][member] = *reinterpret_cast<const Chunk*>(raw + from);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    const u32 to = panel * FusedTile::kPanelBytes + (first + i) * (kDown * FusedTile::kWidth);
-                    if (first + i < kOwn) *reinterpret_cast<Chunk*>(khat + to) = sum_chunks<T>(chunks[i]);
+                for (int m = 0; m < kMembers; ++m) {
+                    const u32 from = member(min(first + i, kOwn - 1) * kMembers + m);
+                    chunks[i][m] = *reinterpret_cast<const Chunk*>(raw + from);
                 }
             }
-        }
-    }
-
-    DEVICE void load_keys(const Place& place, int tile, u32 step, u64 policy) {
-        const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
-        // The map is of the transposed K: a panel is 64 keys of all columns.
-        const u32 to = shared_address(keys.raw[step % kStages].data);
 #pragma unroll
-        for (int panel = 0; panel < RawTile::kPanels; ++panel) {
-            const int x[4] = {tile * TILE_K + panel * RawTile::kPanelColumns, 0, place.head / params.heads_per_kv, place.batch};
-            tma_load_4d(to + panel * RawTile::kPanelBytes, &params.k, barrier, x, policy);
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int of = row(first + i);
+                const int to = of * FusedTile::kWidth + (thread % kAcross ^ of % 8) * kChunkBytes;
+                if (first + i < kOwn && of < kRows) *reinterpret_cast<Chunk*>(khat + to) = sum_chunks<T>(chunks[i]);
+            }
         }
     }
 
     DEVICE void run() {
-        const u64 once = policy_evict_first();
-        const u64 again = policy_evict_last();
         u32 step = 0, place_number = 0, work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
-            u32 next = 0;
-            if (thread == 0) next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
             const Place place(params, work);
-            if (place.last_tile >= place.first_tile) {
-                if (thread == 0) {
-                    load_keys(place, place.last_tile, step, again);
-                    const u32 barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
-                    shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
-                }
-                const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
-                                  place.first_row / BLOCK_M / params.tiles_per_block;
-                const u8* permutation = params.permutation + block * HEAD_DIM;
-                find_members(permutation);
-                shared.q_barriers.wait_empty(place_number);
-                for (int i = thread; i < HEAD_DIM; i += kGroupThreads) keys.order[i] = permutation[i];
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(shared_address(shared.q_barriers.full));
-                ++place_number;
-                for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
-                    if (thread == 0 && tile > place.first_tile) load_keys(place, tile - 1, step + 1, again);
-                    keys.raw_barriers.wait(step);
-                    shared.k_barriers.wait_empty(step);
-                    sum_groups(step);
-                    fence_proxy_async();
-                    __syncwarp();
-                    if (lane == 0) {
-                        keys.raw_barriers.release(step);
-                        mbarrier_arrive(shared_address(&shared.k_barriers.full[step % kStages]));
-                    }
-                    if (thread == 0) {
-                        const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
-                        shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, place.head / params.heads_per_kv,
-                                                      place.batch, again);
-                    }
-                }
-            }
-            if (thread == 0) {
-                shared.work_barriers.wait_empty(work_number);
-                shared.work[work_number % kStages] = next;
-                mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
-            }
+            if (place.last_tile < place.first_tile) continue;
+            const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
+                              place.first_row / BLOCK_M / params.tiles_per_block;
+            const u8* permutation = params.permutation + block * HEAD_DIM;
+            find_members(permutation);
+            shared.q_barriers.wait_empty(place_number);
+            for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
             __syncwarp();
+            if (lane == 0) mbarrier_arrive(shared_address(shared.q_barriers.full));
+            ++place_number;
+            for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
+                keys.raw_barriers.wait(step);
+                shared.k_barriers.wait_empty(step);
+                sum_groups(step);
+                fence_proxy_async();
+                __syncwarp();
+                if (lane == 0) {
+                    keys.raw_barriers.release(step);
+                    mbarrier_arrive(shared_address(&shared.k_barriers.full[step % kStages]));
+                }
+            }
         }
     }
 };
@@ -518,106 +503,12 @@ struct Consumer {
             store_output(params, place, output, softmax, place.first_row + row, lane);
         }
     }
-
-    // What a consumer holds of a tile of queries.
-    struct Rows {
-        const Place& place;
-        Visible visible;
-        Operands<kGrouped>& operands;
-        u32 values;
-        u32 place_number;
-        float output[1][kOutTiles][4];
-        WarpgroupSoftmax softmax;
-        u32 weights[TILE_K / 16][4];
-    };
-
-    // A tile of keys whose scores were started before; starts those of the next, if there is one, and its own output.
-    template <bool kMore>
-    DEVICE void attend(Rows& rows, float (&scores)[1][kKeyTiles][4], float (&next)[1][kKeyTiles][4], int tile, u32& step) {
-        if constexpr (kMore) {
-            shared.k_barriers.wait(step + 1);
-            wgmma_fence();
-            rows.operands.start(next[0], step + 1);
-            wgmma_commit();
-        }
-        wgmma_wait<kMore ? 2 : 1>();
-        wgmma_pin(scores[0]);
-        release(shared.k_barriers, step);
-        if (!kGrouped && !kMore) release(shared.q_barriers, rows.place_number);
-        float shift[2], rescale[2];
-        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!rows.visible.all(tile * TILE_K)) {
-            wgmma_wait<0>();
-            wgmma_pin(next[0]);
-            wgmma_pin(rows.output[0]);
-            apply_mask(scores[0], rows.visible.rows, tile * TILE_K + lane % 4 * 2);
-        }
-        rows.softmax.raise(scores[0], params.score_scale, shift, rescale);
-        rows.softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
-        if (rows.softmax.sum[0] + rows.softmax.sum[1] < 0.f) shared.k_barriers.wait(step + 1);
-        wgmma_wait<kMore ? 1 : 0>();
-        wgmma_pin(rows.output[0]);
-        wgmma_pin(scores[0]);
-        if (tile != rows.place.last_tile) release(shared.v_barriers, step - 1);
-        if (__any_sync(kFullWarp, rescale[0] != 1.f || rescale[1] != 1.f)) {
-            wgmma_wait<0>();
-            wgmma_pin(next[0]);
-            WarpgroupSoftmax::rescale_output(rows.output[0], rescale);
-        }
-        pack_weights<T>(rows.weights, scores[0]);
-        shared.v_barriers.wait(step);
-        wgmma_fence();
-        start_output<T, ValueTile>(rows.output[0], rows.weights, rows.values + step % kStages * kValueStage);
-        wgmma_commit();
-        ++step;
-    }
-
-    DEVICE void run_ahead() {
-        Operands<kGrouped> operands(shared, group);
-        const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
-        u32 step = 0;
-        u32 place_number = 0;
-        u32 work_number = 0;
-        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
-            const Place place(params, work);
-            Rows rows = {place, visible(place.first_row), operands, values, place_number, {}, {}, {}};
-            rows.softmax.clear();
-            if (place.last_tile >= place.first_tile) {
-                float even[1][kKeyTiles][4], odd[1][kKeyTiles][4];
-                shared.q_barriers.wait(place_number);
-                if constexpr (kGrouped) take_queries(operands, place_number);
-                shared.k_barriers.wait(step);
-                wgmma_fence();
-                operands.start(even[0], step);
-                wgmma_commit();
-                wgmma_wait<0>();
-                wgmma_pin(even[0]);
-                for (int tile = place.last_tile;;) {
-                    if (tile == place.first_tile) {
-                        attend<false>(rows, even, odd, tile, step);
-                        break;
-                    }
-                    attend<true>(rows, even, odd, tile--, step);
-                    if (tile == place.first_tile) {
-                        attend<false>(rows, odd, even, tile, step);
-                        break;
-                    }
-                    attend<true>(rows, odd, even, tile--, step);
-                }
-                wgmma_wait<0>();
-                wgmma_pin(rows.output[0]);
-                release(shared.v_barriers, step - 1);
-                ++place_number;
-            }
-            store_output(params, place, rows.output, rows.softmax, place.first_row + row, lane);
-        }
-    }
 };
 
 // Templates, so that what an exact kernel lacks need not exist.
 template <class Keys>
 DEVICE void init_raw(Keys& keys) {
-    keys.raw_barriers.init(4, 1);
+    keys.raw_barriers.init(kBuilderThreads / kWarpSize, 1);
 }
 template <class Keys>
 DEVICE void build(const HopperParams& params, SharedStorage& shared, Keys& keys, int thread) {
@@ -634,12 +525,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
-        // Whoever reads gives back warp by warp, and so do the four warps that fill what no copy fills.
+        // Readers give back warp by warp, and so do the warps that write what no copy does.
         constexpr int kReaders = 4 * kConsumers;
-        shared.q_barriers.init(kReaders, kGrouped ? 5 : 1);
-        shared.k_barriers.init(kReaders, kGrouped ? 4 : 1);
+        constexpr int kBuilders = kGrouped ? kBuilderThreads / kWarpSize : 0;
+        shared.q_barriers.init(kReaders, 1 + kBuilders);
+        shared.k_barriers.init(kReaders, kGrouped ? kBuilders : 1);
         shared.v_barriers.init(kReaders, 1);
-        shared.work_barriers.init(kReaders + (kGrouped ? 4 : 0), 1);
+        shared.work_barriers.init(kReaders + kBuilders, 1);
         if constexpr (kGrouped) init_raw(shared.keys);
         fence_mbarrier_init();
     }
@@ -648,15 +540,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
     const int warpgroup = __shfl_sync(kFullWarp, thread / kGroupThreads, 0);
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
+        if (thread == 0) produce(params, shared);
         if constexpr (kGrouped) {
-            build(params, shared, shared.keys, thread);
-        } else {
-            if (thread == 0) produce(params, shared);
+            if (thread >= kWarpSize) build(params, shared, shared.keys, thread - kWarpSize);
         }
     } else {
         take_registers<kConsumerRegisters>();
         const int own = thread - kGroupThreads;
         const int lane = own % kWarpSize;
-        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.AHEAD();
+        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.run();
     }
 }
