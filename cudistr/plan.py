@@ -303,7 +303,7 @@ HOPPER_KEYS = (
     (224, 112),  # 56 + 28 + 112
     (256, 80),  # 40 + 20 + 128
 )
-HOPPER_GROUPED_ACCUMULATORS = 184  # of a consumer's 216 registers, for scores, weights, output and queries
+HOPPER_GROUPED_ACCUMULATORS = 180  # of a consumer's 208 registers, for scores, weights, output and queries
 HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
@@ -327,7 +327,7 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     reduction = problem.reduction
     group = 0 if reduction is None else reduction.group_size
     if group:
-        # Rows of a panel of the transposed K are 64 keys. 216 registers: scores, weights, output, and Qhat.
+        # Rows of a panel of the transposed K are 64 keys. 208 registers: scores, weights, output, and Qhat.
         for tile_k in (192, 128, 64):
             tile = Tile(128, tile_k, 1)
             used = tile_k * 3 // 4 + problem.head_dim_v // 2 + problem.head_dim // group // 4

@@ -44,9 +44,12 @@ struct OrderStorage {
     float stage[kStageRows][kProjections];
     u32 keys[kUnits][HEAD_DIM];
 };
+// Rows are keys. Of 16-bit types, chunks are permuted within a row so that ldmatrix has no conflicts, see KeyRows.
+constexpr bool kPairs = sizeof(T) == 2;
+typedef SharedTile<T, kTile, kTile, kPairs ? 0 : kChunkBytes / int(sizeof(T))> TransposeTile;
 union Storage {
     OrderStorage order;
-    SharedTile<T, kTile, kTile> tile;
+    TransposeTile tile;
 };
 
 struct alignas(2 * sizeof(T)) Pair {
@@ -131,8 +134,22 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
     }
 }
 
+// Where chunk `chunk` of a key lies in a row of the tile. The rows that one matrix of store_pairs reads differ in the
+// three bits of a key that are taken here.
+DEVICE int place_of_chunk(int key, int chunk) { return kPairs ? chunk ^ (key % 2 | key / 8 % 4 * 2) : chunk; }
+
+// Eight columns of 32 keys, by one warp. ldmatrix gives a lane two rows of a matrix that follow each other; matrix i of
+// four has keys 2 i and 2 i + 1 of every eight, so that its four words are eight keys of one column.
+DEVICE void store_pairs(const TransposeTile& tile, T* out, i64 key_columns, int stored, int first_key, int chunk, int lane) {
+    const int own = first_key + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
+    Chunk value;
+    ldmatrix_x4_trans(value.word, shared_address(tile.data) + own * kTile * 2 + place_of_chunk(own, chunk) * kChunkBytes);
+    const int key = first_key + lane % 4 * 8;
+    if (key < stored) *reinterpret_cast<Chunk*>(out + (chunk * 8 + lane / 4) * key_columns + key) = value;
+}
+
 // Thread block `index` transposes kTile keys x kTile columns.
-DEVICE void transpose_keys(const PrepareParams& params, SharedTile<T, kTile, kTile>& tile, int index) {
+DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int index) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
     constexpr int kChunks = kTile / kElements;
     constexpr int kColumnBlocks = (HEAD_DIM + kTile - 1) / kTile;
@@ -156,23 +173,34 @@ DEVICE void transpose_keys(const PrepareParams& params, SharedTile<T, kTile, kTi
         } else {
             chunk = gather_chunk(source, valid);
         }
-        *reinterpret_cast<Chunk*>(&tile.at(row, offset)) = chunk;
+        *reinterpret_cast<Chunk*>(&tile.at(row, place_of_chunk(row, i % kChunks) * kElements)) = chunk;
     }
     __syncthreads();
 
     T* out = params.transposed + (static_cast<i64>(batch_head) * HEAD_DIM + column) * params.key_columns + key;
     const int stored = min(kTile, params.key_columns - key);
-    for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const int offset = i % kChunks * kElements;
-        if (row >= columns || offset >= stored) continue;
-        union {
-            Chunk chunk;
-            T element[kElements];
-        } value;
+    if constexpr (kPairs) {
+        const int warp = threadIdx.x / kWarpSize;
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) value.element[j] = tile.at(offset + j, row);
-        *reinterpret_cast<Chunk*>(out + static_cast<i64>(row) * params.key_columns + offset) = value.chunk;
+        for (int part = warp; part < kChunks * kTile / 32; part += kThreads / kWarpSize) {
+            const int chunk = part % kChunks;
+            if (chunk * 8 < columns) {
+                store_pairs(tile, out, params.key_columns, stored, part / kChunks * 32, chunk, threadIdx.x % kWarpSize);
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
+            const int row = i / kChunks;
+            const int offset = i % kChunks * kElements;
+            if (row >= columns || offset >= stored) continue;
+            union {
+                Chunk chunk;
+                T element[kElements];
+            } value;
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) value.element[j] = tile.at(offset + j, row);
+            *reinterpret_cast<Chunk*>(out + static_cast<i64>(row) * params.key_columns + offset) = value.chunk;
+        }
     }
 }
 

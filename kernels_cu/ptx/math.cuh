@@ -2,13 +2,6 @@
 #pragma once
 #include "ptx/arch.cuh"
 
-// max.NaN: the larger number; NaN if one is.
-DEVICE float max_nan(float a, float b) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-    return larger;
-}
-
 // ex2.approx.ftz: 2**x with 2 ulp; 2**-inf = 0, NaN stays NaN.
 DEVICE float exp2_approx(float x) {
     float y;

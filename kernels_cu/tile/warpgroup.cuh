@@ -77,16 +77,6 @@ DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTi
     }
 }
 
-// 2**x by arithmetic: of the integer nearest to x the exponent, and of the rest, at most a half, a polynomial.
-DEVICE float exp2_polynomial(float x) {
-    x = max_nan(x, -127.f);
-    constexpr float kMagic = 12582912.f;
-    const float shifted = x + kMagic;
-    const float rest = x - (shifted - kMagic);
-    const float power = fmaf(fmaf(fmaf(0.05500906f, rest, 0.24221097f), rest, 0.6932829f), rest, 1.f);
-    return power * __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u);
-}
-
 // Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in parts: between them the product that
 // still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
 // others have the tensor cores, so what counts is how many instructions do not depend on each other: both rows go side
@@ -145,15 +135,8 @@ struct WarpgroupSoftmax {
             for (int half = 0; half < 2; ++half) {
                 float& low = scores[nt][half * 2];
                 float& high = scores[nt][half * 2 + 1];
-                low = fmaf(low, score_scale, -shift[half]);
-                high = fmaf(high, score_scale, -shift[half]);
-                if (nt % 4 == 3) {
-                    low = exp2_polynomial(low);
-                    high = exp2_polynomial(high);
-                } else {
-                    low = exp2_approx(low);
-                    high = exp2_approx(high);
-                }
+                low = exp2_approx(fmaf(low, score_scale, -shift[half]));
+                high = exp2_approx(fmaf(high, score_scale, -shift[half]));
                 total[half][nt % 2] += low + high;
             }
         }

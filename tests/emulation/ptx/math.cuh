@@ -2,7 +2,6 @@
 #pragma once
 #include "ptx/arch.cuh"
 
-DEVICE float max_nan(float a, float b) { return a != a || b != b ? a + b : fmaxf(a, b); }
 DEVICE float exp2_approx(float x) {
     const float smallest = __uint_as_float(0x00800000u);  // ftz: denormal operands and results are zero
     const float y = static_cast<float>(exp2(fabsf(x) < smallest ? 0.0 : static_cast<double>(x)));
