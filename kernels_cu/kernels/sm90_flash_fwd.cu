@@ -462,11 +462,12 @@ struct Consumer {
                 for (--tile; tile >= place.first_tile; --tile) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
-                    shared.v_barriers.wait(step - 1);
                     wait_for_turn();
                     wgmma_fence();
                     operands.start(scores[0], step);
                     wgmma_commit();
+                    shared.v_barriers.wait(step - 1);
+                    wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
                     pass_turn();

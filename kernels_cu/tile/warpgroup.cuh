@@ -77,6 +77,10 @@ DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTi
     }
 }
 
+// What a row's scores are measured from may lag behind their maximum by this many powers of two: weights are then at
+// most 256, which no format minds, and after the first tiles the output is hardly ever rescaled.
+static constexpr float kLag = 8.f;
+
 // Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in parts: between them the product that
 // still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
 // others have the tensor cores, so what counts is how many instructions do not depend on each other: both rows go side
@@ -116,6 +120,7 @@ struct WarpgroupSoftmax {
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if ((whole[half] - maximum[half]) * score_scale <= kLag) whole[half] = maximum[half];
             // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
             shift[half] = __fmul_rn(whole[half] == -infinity() ? 0.f : whole[half], score_scale);
             // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
@@ -144,8 +149,7 @@ struct WarpgroupSoftmax {
         for (int half = 0; half < 2; ++half) sum[half] = fmaf(sum[half], rescale[half], total[half][0] + total[half][1]);
     }
 
-    // The factor of each row for the output. Maxima rarely move after the first tiles: a vote costs less than
-    // multiplying everything by 1.
+    // The factor of each row for the output. A vote costs less than multiplying everything by 1.
     template <int kOutTiles>
     static DEVICE void rescale_output(float (&output)[kOutTiles][4], const float (&rescale)[2]) {
         if (__any_sync(kFullWarp, rescale[0] != 1.f || rescale[1] != 1.f)) {
