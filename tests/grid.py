@@ -33,6 +33,12 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (128, 64), (192, 128), (256, 64), (64, 256), (256, 8), (8, 256))
 HOPPER_PAIRS = ((32, 64), (32, 128), (64, 128), (128, 64), (16, 256), (256, 16), (192, 128), (48, 80))
+HOPPER_GROUPS = (
+    ("float16", 128, 128, 2), ("bfloat16", 128, 128, 2), ("float16", 128, 128, 4), ("bfloat16", 128, 128, 4),
+    ("bfloat16", 64, 64, 2), ("float16", 64, 64, 4), ("float16", 96, 96, 3), ("bfloat16", 128, 128, 8),
+    ("bfloat16", 192, 192, 2), ("float16", 48, 64, 3), ("float16", 64, 128, 4), ("bfloat16", 256, 64, 4),
+    ("float16", 256, 128, 16),
+)  # fmt: skip
 GROUPS = (
     (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
     (256, (2, 4, 8, 32)),
@@ -93,6 +99,13 @@ def hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
         for d in EDGE_HEAD_DIMS:
             yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
             yield f"{dtype} {d} softcap causal", _problem(dtype, d, d, softcap=30.0, causal=True)
+    for dtype, d, dv, g in HOPPER_GROUPS:
+        yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
+    mean = LSH(2, representative="mean")
+    yield (
+        "float16 128 lsh2 mean softcap",
+        _problem("float16", 128, 128, reduction=mean, softcap=30.0, causal=True),
+    )
 
 
 def kernels(capability: int) -> dict[str, Kernel]:

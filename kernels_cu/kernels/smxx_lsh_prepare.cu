@@ -32,7 +32,7 @@ struct PrepareParams {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kProjections = 16;  // what LSH allows; fewer are padded with zero vectors, whose bits are 0
 constexpr int kStageRows = 32;    // rows of the projections in shared memory at a time
 // A thread has two columns, so that a projection read from shared memory is used twice.
@@ -206,8 +206,8 @@ DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int
 
 }  // namespace
 
-// The 2 leaves registers enough that ptxas does not spill for the sake of more thread blocks.
-extern "C" __global__ void __launch_bounds__(kThreads, 2) smxx_lsh_prepare(const PrepareParams params) {
+// The 4 leaves registers enough that ptxas does not spill for the sake of more thread blocks.
+extern "C" __global__ void __launch_bounds__(kThreads, 4) smxx_lsh_prepare(const PrepareParams params) {
     __shared__ __align__(16) unsigned char storage[sizeof(Storage)];
     Storage& shared = *reinterpret_cast<Storage*>(storage);
     // Ordering takes longest, so its blocks come early, but spaced, so that transposing fills the memory system.

@@ -313,13 +313,15 @@ def test_what_the_hopper_kernel_covers() -> None:
     one = problem(head_dim=128, head_dim_v=128)
     assert on_hopper(one) and on_hopper(dataclasses.replace(one, dtype="bfloat16", softcap=5.0, scale=-1.0))
     assert on_hopper(dataclasses.replace(one, left=3, right=0, heads=6, heads_kv=3))
+    assert on_hopper(dataclasses.replace(one, reduction=LSH(2, block_q=256, representative="mean")))
     for changes in (
         {"dtype": "float32"},
         {"aligned": False},
         {"head_dim": 72},
         {"head_dim_v": 8},
         {"seqlen_q": 64},
-        {"reduction": LSH(2)},
+        {"reduction": LSH(2, block_q=64)},
+        {"reduction": LSH(16)},
         {"family": "portable"},
         {"q_strides": (0, -128, 128)},
         {"v_strides": (2**39, 0, 128)},

@@ -233,7 +233,7 @@ ON_HOPPER = {
         HOPPER, "fence_mbarrier_init();", "", "a bulk copy arrives at the mbarrier .* no fence.mbarrier_init"
     ),
     "no wait for the keys": Fault(
-        HOPPER, "if (tile > place.first_tile || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", "",
+        HOPPER, "if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", "",
         f"wgmma {RACE}"
     ),
     "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
@@ -254,14 +254,14 @@ ON_HOPPER = {
         PANELS, "parity(n) ^ 1); }", "parity(n)); }", "no thread of block .* can go on: thread .* waits for parity"
     ),
     "too few bytes announced": Fault(
-        HOPPER, "shared.k_barriers.open(step + 1, KeyTile::kBytes)", "shared.k_barriers.open(step + 1, KeyTile::kBytes / 2)",
+        HOPPER, "barriers.open(step, KeyTile::kBytes)", "barriers.open(step, KeyTile::kBytes / 2)",
         f"no thread of block .* can go on|{RACE}"
     ),
     "an arrival too few in a phase": Fault(
-        HOPPER, "shared.k_barriers.init(4 * kConsumers);", "shared.k_barriers.init(4 * kConsumers + 1);", "no thread of block .* can go on"
+        HOPPER, "shared.k_barriers.init(kReaders,", "shared.k_barriers.init(kReaders + 1,", "no thread of block .* can go on"
     ),
     "an arrival too many in a phase": Fault(
-        HOPPER, "shared.k_barriers.init(4 * kConsumers);", "shared.k_barriers.init(4 * kConsumers - 1);",
+        HOPPER, "shared.k_barriers.init(kReaders,", "shared.k_barriers.init(kReaders - 1,",
         f"{RACE}|one arrival too many"
     ),
     "a turn that nobody passes on": Fault(
@@ -289,8 +289,8 @@ ON_HOPPER = {
     ),
     "weights packed while a product reads the old ones": Fault(
         HOPPER,
-        "if (tile > place.first_tile || last[0]",
-        "pack_weights<T>(weights, scores[0]);\n                    if (tile > place.first_tile || last[0]",
+        "const bool early",
+        "pack_weights<T>(weights, scores[0]);\n                    const bool early",
         "operand in registers changed while a product read it",
     ),
     "shared memory written by a thread, and no fence for the product": Fault(
@@ -310,19 +310,19 @@ ON_HOPPER = {
         PANELS, "return kUpper | (lower + step * kWidth);", "return kUpper | (lower + step * kWidth / 2);", WRONG
     ),
     "a copy of the row below": Fault(
-        HOPPER, "load(&params.k, barrier, (tile - 1) * TILE_K,", "load(&params.k, barrier, (tile - 1) * TILE_K + 1,", WRONG
+        HOPPER, "load(&params.k, barrier, tile * TILE_K,", "load(&params.k, barrier, tile * TILE_K + 1,", WRONG
     ),
     "the wrong key head in a copy": Fault(
         HOPPER, "place.head / params.heads_per_kv", "place.head % params.heads_per_kv", WRONG
     ),
     "a tile beyond shared memory": Fault(
-        HOPPER, "shared.k[(step + 1) % kStages].load", "shared.k[(step + 1) % kStages + 4].load",
-        "an index outside its array"
+        HOPPER, "keys.k[step % kStages].load", "keys.k[step % kStages + 4].load",
+        "outside shared memory"
     ),
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
     # Order
     "queries never given back": Fault(
-        HOPPER, "\n                    if (tile == place.first_tile) release(shared.q_barriers, place_number);", "",
+        HOPPER, "\n                    if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);", "",
         "no thread of block .* can go on"
     ),
     "one warp that does not give back": Fault(
@@ -341,12 +341,45 @@ ON_HOPPER = {
     "a tile that goes without its mask": Fault(
         HOPPER, "key + TILE_K - 1 <= common.last", "key <= common.last", WRONG, {"causal": True}
     ),
-    "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0", WRONG),
+    "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0 * group", WRONG),
     "an output that is not rescaled": Fault(
-        "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG
+        "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}
     ),
     "a tile taken twice": Fault(
         HOPPER, "gridDim.x + (params", "gridDim.x - 1 + (params", "wrote too", {"causal": True}
+    ),
+    # Sums of groups
+    "sums that no fence shows to products": Fault(
+        HOPPER, "                fence_proxy_async();\n", "", "wrote without a fence.proxy.async", GROUPED
+    ),
+    "no wait for the raw keys": Fault(HOPPER, "keys.raw_barriers.wait(step);", "", RACE, GROUPED),
+    "no wait until Khat may be overwritten": Fault(
+        HOPPER, "                shared.k_barriers.wait_empty(step);\n", "", f"{RACE}|one arrival too many", GROUPED
+    ),
+    "raw keys given back before they are read": Fault(
+        HOPPER, "                sum_groups(step);\n",
+        "                if (lane == 0) keys.raw_barriers.release(step);\n                __syncwarp();\n                sum_groups(step);\n",
+        f"bulk copy {RACE}|one arrival too many|no thread", GROUPED
+    ),
+    "an order that is overwritten while it is read": Fault(
+        HOPPER, "shared.q_barriers.wait_empty(place_number);", "", f"{RACE}|one arrival too many",
+        {**GROUPED, "causal": True}, lengths=(2100, 100)
+    ),
+    "queries given back by a warp that still reads them": Fault(
+        HOPPER, "        __syncwarp();\n        release(shared.q_barriers, place_number);", "        release(shared.q_barriers, place_number);",
+        RACE, {**GROUPED, "causal": True}, lengths=(2100, 100)
+    ),
+    "an order of another head": Fault(
+        HOPPER, "place.batch_head) * params.group_blocks", "place.head / 2) * params.group_blocks", WRONG, GROUPED
+    ),
+    "a member counted twice": Fault(HOPPER, "kMembers + i % kMembers];", "kMembers];", WRONG, GROUPED),
+    "the wrong swizzle of a sum": Fault(HOPPER, "(thread % kAcross ^ of % 8)", "(thread % kAcross)", WRONG, GROUPED),
+    "the wrong swizzle of raw keys": Fault(HOPPER, "(thread % kAcross ^ column % 8)", "(thread % kAcross)", WRONG, GROUPED),
+    "a query of the wrong place": Fault(
+        PANELS, "^ row / (128 / kWidth) % (kWidth / 16);", "^ row % 2;", WRONG, GROUPED
+    ),
+    "sums of pairs that leave one out": Fault(
+        "tile/fuse.cuh", "Traits<T>::add(chunks[2].word[i], chunks[3].word[i])", "chunks[2].word[i]", WRONG, FUSED
     ),
 }  # fmt: skip
 for _name, _fault in ON_HOPPER.items():

@@ -59,6 +59,71 @@ def test_head_dims(dtype, head_dims):
     check(q, k, v, causal=True)
 
 
+# Head dims, and the size of a group: every number of members that is summed in its own way, of one to three panels.
+GROUPS = [(128, 128, 2), (128, 128, 4), (64, 64, 2), (64, 64, 4), (96, 96, 3), (128, 64, 8), (48, 64, 3), (192, 192, 2), (256, 64, 4)]  # fmt: skip
+
+
+@each_dtype
+@pytest.mark.parametrize("dims", GROUPS, ids=str)
+def test_groups(dtype, dims):
+    head_dim, head_dim_v, group_size = dims
+    q, k, v = inputs(15, dtype, heads_kv=2, lengths=(333, 415), head_dim=head_dim, head_dim_v=head_dim_v)
+    reduction = cudistr.LSH(group_size)
+    check(q, k, v, reduction=reduction)
+    check(q, k, v, reduction=reduction, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 300), (65, 63), (129, 128), (257, 200), (300, 517), (517, 300)], ids=str
+)
+@pytest.mark.parametrize("representative", ["sample", "mean"])
+def test_lengths_of_groups(dtype, lengths, representative):
+    q, k, v = inputs(16, dtype, batch=1, heads=2, lengths=lengths)
+    reduction = cudistr.LSH(2, representative=representative)
+    check(q, k, v, reduction=reduction)
+    check(q, k, v, reduction=reduction, causal=True, softcap=20.0)
+    check(q, k, v, reduction=reduction, window=(100, 20))
+
+
+@each_dtype
+@pytest.mark.parametrize("block_q", [128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_blocks_of_groups(dtype, block_q, heads):
+    q, k, v = inputs(17, dtype, batch=1, heads=heads[0], heads_kv=heads[1], lengths=(700, 150))
+    check(q, k, v, reduction=cudistr.LSH(4, block_q=block_q), causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x not in ("shifted", "ragged", "reversed")])
+def test_layouts_of_groups(dtype, layout):
+    q, k, v = inputs(18, dtype, heads_kv=2, lengths=(170, 290))
+    expected = check(q, k, v, reduction=cudistr.LSH(2))
+    same_bits(check_kernel(q, k, v, reduction=cudistr.LSH(2), layouts=(layout,) * 3), expected)
+
+
+@each_dtype
+def test_groups_of_equal_columns_are_exact(dtype):
+    q, k, v = inputs(19, dtype, lengths=(300, 400), head_dim=64)
+    q = np.repeat(q[..., ::2], 2, axis=-1)
+    arrays = [on_device(x) for x in (q, k, v)]
+    exact = cp.asnumpy(cudistr.attention(*arrays)).astype(np.float32)
+    grouped = cp.asnumpy(cudistr.attention(*arrays, reduction=cudistr.LSH(2))).astype(np.float32)
+    # Sums of two columns of K are rounded once more.
+    assert np.linalg.norm(grouped - exact) <= 4 * ROUNDOFF[np.dtype(dtype)] * np.linalg.norm(exact)
+
+
+@pytest.mark.hardware
+@each_dtype
+def test_many_tiles_of_groups(dtype):
+    q, k, v = inputs(20, dtype, batch=1, heads=20, heads_kv=4, lengths=(2000, 2100))
+    expected = check(q, k, v, reduction=cudistr.LSH(2), causal=True)
+    for _ in range(50):
+        same_bits(
+            cudistr.attention(*map(on_device, (q, k, v)), reduction=cudistr.LSH(2), causal=True), expected
+        )
+
+
 @each_dtype
 @each_usual
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
