@@ -27,6 +27,7 @@ from cudistr.plan import (
     Kernel,
     Plan,
     Prepare,
+    Split,
     check_blocks,
     check_device,
     merge_kernel,
@@ -57,13 +58,11 @@ def _parameters(*fields: tuple[str, str], multiple: int = 1) -> np.dtype[Any]:
 
 # Twins of the structs at the head of each kernel.
 _ATTENTION = _parameters(
-    ("q k v out lse permutation", "u8"),
+    ("q k v out lse partial permutation", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
-    ("band_low band_high", "i8"),
-    (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks group_blocks tiles_per_block key_columns out_aligned",
-        "i4",
-    ),
+    ("band_low band_high split_rows", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
+    ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
 _HOPPER = _parameters(
@@ -87,6 +86,11 @@ _MERGE = _parameters(
     (" ".join(f"lse{s}" for s in range(MAX_SHARDS)), "u8"),
     ("out lse", "u8"),
     ("rows shards", "i8"),
+)
+_MERGE_SPLITS = _parameters(
+    ("partial lses out lse", "u8"),
+    ("out_batch out_head out_row rows", "i8"),
+    ("heads seqlen_q splits row_warps", "i4"),
 )
 
 
@@ -145,6 +149,9 @@ class _Recipe(NamedTuple):
     transposed_bytes: int
     scratch_bytes: int  # the transposed K, and the column orders behind it; for the Hopper kernel, a counter
     maps: tuple[Layout, Layout, Layout] | None = None  # of q, k and v, for the Hopper kernel
+    merge: _Launch | None = None  # of what splits find
+    partial_bytes: int = 0  # of the outputs of all splits; their lses follow
+    split_bytes: int = 0  # of both
 
 
 @functools.cache
@@ -219,6 +226,9 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         "heads_per_kv": problem.heads // problem.heads_kv,
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,
+        "packed": 1,
+        "queries": problem.seqlen_q,
+        "splits": 1,
         "row_blocks": chosen.row_blocks,
         "out_aligned": out_aligned,
         "scale": problem.scale,
@@ -227,11 +237,27 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
     }
     if chosen.attention.specific:
         return _hopper_recipe(problem, chosen, device, values)
+    if chosen.packed > 1:
+        values |= {
+            "heads": problem.heads // chosen.packed,
+            "heads_per_kv": problem.heads // chosen.packed // problem.heads_kv,
+            "seqlen_q": problem.seqlen_q * chosen.packed,
+            "packed": chosen.packed,
+            "q_head": problem.q_strides[1] * chosen.packed,
+            "q_row": problem.q_strides[1 if problem.seqlen_q == 1 else 2],
+        }
+    merge, partial_bytes, split_bytes = None, 0, 0
+    if chosen.split is not None:
+        rows = problem.batch * problem.heads * problem.seqlen_q
+        values |= {"splits": chosen.split.splits, "split_rows": rows}
+        merge = _merge_splits_launch(problem, chosen.split, device, out_strides)
+        partial_bytes = chosen.split.splits * rows * problem.head_dim_v * 4
+        split_bytes = partial_bytes + chosen.split.splits * rows * 4
     if reduction is None:
         attention_launch = _launch(
             chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
         )
-        return _Recipe(attention_launch, None, None, 0, 0)
+        return _Recipe(attention_launch, None, None, 0, 0, None, merge, partial_bytes, split_bytes)
 
     assert chosen.prepare_kernel is not None and chosen.prepare is not None
     columns = chosen.prepare.key_columns
@@ -260,7 +286,27 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         vectors,
         transposed_bytes,
         transposed_bytes + chosen.prepare.order_units * problem.head_dim,
+        None,
+        merge,
+        partial_bytes,
+        split_bytes,
     )
+
+
+def _merge_splits_launch(
+    problem: Problem, chosen: Split, device: Device, out_strides: tuple[int, ...]
+) -> _Launch:
+    """The kernel that merges what splits find."""
+    assert problem.device is not None
+    values = {
+        **dict(zip(("out_batch", "out_head", "out_row"), out_strides, strict=True)),
+        "rows": problem.batch * problem.heads * problem.seqlen_q,
+        "heads": problem.heads,
+        "seqlen_q": problem.seqlen_q,
+        "splits": chosen.splits,
+        "row_warps": chosen.row_warps,
+    }
+    return _launch(chosen.kernel, chosen.merge_blocks, device, problem.device, _MERGE_SPLITS, values)
 
 
 def _hopper_recipe(problem: Problem, chosen: Plan, device: Device, values: dict[str, Any]) -> _Recipe:
@@ -408,15 +454,21 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
             address = counter.ptr
         recipe.attention(*maps, out.data.ptr, lse_address, address)
         return out, lse
-    if recipe.prepare is None:
-        recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
+    permutation, keys = 0, k.data.ptr
+    if recipe.prepare is not None:
+        scratch = cupy.cuda.alloc(recipe.scratch_bytes)
+        hold(scratch)
+        keys = scratch.ptr
+        permutation = keys + recipe.transposed_bytes
+        recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, keys)
+    if recipe.merge is None:
+        recipe.attention(q.data.ptr, keys, v.data.ptr, out.data.ptr, lse_address, 0, permutation)
         return out, lse
-    scratch = cupy.cuda.alloc(recipe.scratch_bytes)
-    hold(scratch)
-    transposed = scratch.ptr
-    permutation = transposed + recipe.transposed_bytes
-    recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
-    recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
+    found = cupy.cuda.alloc(recipe.split_bytes)
+    hold(found)
+    lses = found.ptr + recipe.partial_bytes
+    recipe.attention(q.data.ptr, keys, v.data.ptr, out.data.ptr, lses, found.ptr, permutation)
+    recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
     return out, lse
 
 

@@ -82,6 +82,15 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
                 yield f"{dtype} {d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
 
 
+def split_problems() -> Iterator[tuple[str, normalize.Problem]]:
+    """The grid of large tiles whose thread blocks share keys; small tiles always may."""
+    for d in EDGE_HEAD_DIMS:
+        yield f"bfloat16 {d} split", _problem("bfloat16", d, d)
+        yield f"bfloat16 {d} lsh2 split", _problem("bfloat16", d, d, reduction=LSH(2))
+    yield "float16 64 lsh4 split", _problem("float16", 64, 64, reduction=LSH(4))
+    yield "float16 64 v128 split", _problem("float16", 64, 128)
+
+
 def hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
     """The grid of the Hopper kernel: everything that its registers depend on."""
     for dtype in ("float16", "bfloat16"):
@@ -101,6 +110,9 @@ def kernels(capability: int) -> dict[str, Kernel]:
     for name, problem in problems():
         kernel, _ = planner.portable_kernel(problem, DEVICES[capability])
         found[f"sm80_flash_fwd {name}"] = kernel
+    for name, problem in split_problems():
+        kernel, _ = planner.portable_kernel(problem, DEVICES[capability], share_keys=True)
+        found[f"sm80_flash_fwd {name}"] = kernel
     for name, problem in hopper_problems():
         of_hopper = planner.hopper_kernel(problem, DEVICES[capability])
         if of_hopper is not None:
@@ -111,6 +123,8 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
+        for d in (40, 256):
+            found[f"smxx_merge_splits {dtype} {d}"] = planner.merge_splits_kernel(dtype, d)
     return found
 
 
