@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import struct
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cudistr import compiler, reference
+from cudistr import compiler, reference, tuned
 from cudistr.errors import CudaUnavailableError
 from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
 from cudistr.plan import (
@@ -28,6 +29,8 @@ from cudistr.plan import (
     Plan,
     Prepare,
     Split,
+    Tile,
+    TileKey,
     check_blocks,
     check_device,
     merge_kernel,
@@ -169,9 +172,33 @@ def device_properties(index: int) -> Device:
     try:
         shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
         count = runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index)
-        return Device(int(cupy.cuda.Device(index).compute_capability), int(shared), int(count))
+        device = Device(int(cupy.cuda.Device(index).compute_capability), int(shared), int(count))
     except runtime.CUDARuntimeError as error:
         raise _no_answer(index, error) from error
+    found = _tiles.get(index)
+    return dataclasses.replace(
+        device, tiles=tuned.load(device, device_name(index)) if found is None else found
+    )
+
+
+_tiles: dict[int, tuple[tuple[TileKey, Tile], ...]] = {}  # in place of those that are kept
+
+
+def use_tiles(index: int, tiles: tuple[tuple[TileKey, Tile], ...] | None) -> None:
+    """Plan calls on a device with these tiles from now on; with None, with those that ``cudistr tune`` has kept."""
+    _tiles.pop(index, None)
+    if tiles is not None:
+        _tiles[index] = tiles
+    device_properties.cache_clear()
+    _recipe.cache_clear()
+
+
+def device_name(index: int) -> str:
+    """What the driver calls a GPU."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"]
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _no_answer(index: int, error: Exception) -> CudaUnavailableError:

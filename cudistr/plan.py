@@ -17,7 +17,9 @@ __all__ = [
     "Prepare",
     "Split",
     "Tile",
+    "TileKey",
     "attention_kernel",
+    "candidate_tiles",
     "hopper_kernel",
     "merge_kernel",
     "merge_splits_kernel",
@@ -25,6 +27,9 @@ __all__ = [
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "tile_clocks",
+    "tile_kernel",
+    "tile_key",
 ]
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
@@ -36,37 +41,6 @@ TRANSPOSE_TILE = 64  # keys and columns that one of them transposes
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
 MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the plan needs to know of a GPU.
-
-    Attributes
-    ----------
-    capability : int
-        Compute capability times ten: 80, 86, 89, 90, ...
-    shared_bytes : int
-        Shared memory that one thread block may have, after opting in.
-    multiprocessors : int
-        How many of them there are.
-    """
-
-    capability: int
-    shared_bytes: int
-    multiprocessors: int = 132  # of an H100
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel by name and compile-time constants, with the launch values that follow from them."""
-
-    name: str
-    constants: tuple[tuple[str, int], ...]
-    threads: int
-    shared_bytes: int = 0
-    options: tuple[str, ...] = ()  # of the compiler
-    specific: bool = False  # whether it is for one architecture alone, with an "a" behind its name
 
 
 @dataclass(frozen=True)
@@ -87,6 +61,53 @@ class Tile:
     block_m: int
     tile_k: int
     row_tiles: int
+
+
+@dataclass(frozen=True)
+class TileKey:
+    """The problems that share a measured tile; ``group_size`` is 0 for exact attention, ``small`` few queries."""
+
+    dtype: str
+    tf32: bool
+    head_dim: int
+    head_dim_v: int
+    group_size: int
+    representative: str
+    small: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan needs to know of a GPU.
+
+    Attributes
+    ----------
+    capability : int
+        Compute capability times ten: 80, 86, 89, 90, ...
+    shared_bytes : int
+        Shared memory that one thread block may have, after opting in.
+    multiprocessors : int
+        How many of them there are.
+    tiles : tuple of (TileKey, Tile)
+        Tiles that ``cudistr tune`` found fastest there, instead of the planner's own.
+    """
+
+    capability: int
+    shared_bytes: int
+    multiprocessors: int = 132  # of an H100
+    tiles: tuple[tuple[TileKey, Tile], ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by name and compile-time constants, with the launch values that follow from them."""
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+    shared_bytes: int = 0
+    options: tuple[str, ...] = ()  # of the compiler
+    specific: bool = False  # whether it is for one architecture alone, with an "a" behind its name
 
 
 @dataclass(frozen=True)
@@ -279,16 +300,104 @@ def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> li
     ]
 
 
-def _choose_tile(problem: Problem, device: Device, group: int, share_keys: bool) -> Tile:
-    """The first tile whose shared memory the device has, and whose rows lie inside one block of the reduction."""
-    itemsize = ITEMSIZE[problem.dtype]
+def _possible(problem: Problem, device: Device, tile: Tile) -> bool:
+    """Whether the device has the shared memory for a tile, and its rows lie inside one block of the reduction."""
+    group = 0 if problem.reduction is None else problem.reduction.group_size
     block_q = problem.reduction.rows_per_block if problem.reduction is not None else BLOCK_Q_DEFAULT
+    if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
+        return False
     fused = fuses_in_shared(problem, device)
+    itemsize = ITEMSIZE[problem.dtype]
+    needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
+    return needed <= device.shared_bytes
+
+
+def tile_key(problem: Problem) -> TileKey | None:
+    """What a measured tile of this problem is kept under.
+
+    None for rows that are not aligned and for scores with a softcap or a scale that is not positive: these kernels
+    have other registers, and the planner's own tiles.
+    """
+    if not problem.aligned or problem.softcap is not None or problem.scale <= 0:
+        return None
+    reduction = problem.reduction
+    return TileKey(
+        problem.dtype,
+        problem.tf32,
+        problem.head_dim,
+        problem.head_dim_v,
+        0 if reduction is None else reduction.group_size,
+        "sample" if reduction is None else reduction.representative,
+        problem.seqlen_q <= SMALL_SEQLEN_Q,
+    )
+
+
+# A multiprocessor's work in a clock, for tile_clocks: multiplications of mma.sync (float32: three TF32 products at half
+# the rate; the table of docs/time.md says how the first was measured), bytes of shared memory, bytes of L2 and
+# exponentials.
+MMA_PER_CLOCK = {"float16": 1340, "bfloat16": 1340, "float32": 223}
+SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK, EXPONENTIALS_PER_CLOCK = 128, 28, 16
+MAX_ACCUMULATORS = 200  # of a thread: about as many as leave 255 registers enough for everything else
+CANDIDATE_KEYS = (16, 32, 48, 64, 80, 96, 112, 128)
+
+
+def tile_clocks(problem: Problem, device: Device, tile: Tile) -> float:
+    """Estimate a multiprocessor's clocks per million pairs of a query and a key: the selection of block sizes.
+
+    After the paper (arXiv 2507.17245), which chooses block sizes by shared memory and by the time of memory and
+    products. In a step of ``tile_k`` keys, a thread block multiplies, moves bytes of shared memory and of L2, and takes
+    exponentials. The thread blocks that a multiprocessor holds overlap, so the busiest unit bounds them all; a single
+    one waits for each of its own parts in turn.
+    """
+    group = 1 if problem.reduction is None else problem.reduction.group_size
+    itemsize = ITEMSIZE[problem.dtype]
+    terms = _depth(problem.head_dim, group)
+    pairs = tile.block_m * tile.tile_k
+    bytes_in = tile.tile_k * (problem.head_dim + problem.head_dim_v) * itemsize
+    warps = tile.block_m // (16 * tile.row_tiles)
+    if fuses_in_shared(problem, device):
+        fused = tile.tile_k * terms * itemsize
+        bytes_read = tile.tile_k * problem.head_dim * itemsize + fused
+        bytes_read += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
+    else:
+        bytes_read = warps * bytes_in
+    parts = (
+        pairs * (terms + problem.head_dim_v) / MMA_PER_CLOCK[problem.dtype],
+        (bytes_in + bytes_read + tile.block_m * terms * itemsize) / SHARED_BYTES_PER_CLOCK,
+        bytes_in / L2_BYTES_PER_CLOCK,
+        pairs / EXPONENTIALS_PER_CLOCK,
+    )
+    kernel = tile_kernel(problem, device, tile)
+    resident = resident_blocks(tile, kernel, device, problem.head_dim_v)
+    step = max(resident * max(parts), sum(parts) + WAIT_CLOCKS)
+    return 1e6 * step / (resident * pairs)
+
+
+def candidate_tiles(problem: Problem, device: Device) -> list[Tile]:
+    """Tiles that may compute a problem, by :func:`tile_clocks`; ptxas has the last word on their registers."""
+    shapes = ((64, 1), (128, 1)) if problem.dtype == "float32" else ((64, 1), (128, 1), (128, 2))
+    columns = _round_up(problem.head_dim_v, 16)
+    found = [
+        tile
+        for tile in (Tile(rows, keys, row_tiles) for rows, row_tiles in shapes for keys in CANDIDATE_KEYS)
+        if tile.row_tiles * (columns + tile.tile_k) // 2 <= MAX_ACCUMULATORS
+        and _possible(problem, device, tile)
+    ]
+    return sorted(found, key=lambda tile: tile_clocks(problem, device, tile))
+
+
+def _choose_tile(problem: Problem, device: Device, group: int, share_keys: bool) -> Tile:
+    """The tile that was measured to be fastest on this device, or the first that is possible.
+
+    Sharing keys takes registers that a large tile may not have: it has its own list.
+    """
+    if device.tiles:
+        tuned = dict(device.tiles).get(tile_key(problem))  # type: ignore[arg-type]
+        small = tuned is not None and tuned.block_m <= SMALL_SEQLEN_Q
+        if tuned is not None and (small or not share_keys) and tuned in candidate_tiles(problem, device):
+            return tuned
     for tile in _tiles(problem, device, group, share_keys):
-        if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
-            continue
-        needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
-        if needed <= device.shared_bytes:
+        if _possible(problem, device, tile):
             return tile
     raise AssertionError(f"no tile for {problem} on {device}")  # the last tiles fit the smallest device
 
@@ -302,10 +411,11 @@ def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) 
     """The kernel that runs everywhere, and its tile; with ``share_keys`` one whose thread blocks may share keys."""
     group = 0 if problem.reduction is None else problem.reduction.group_size
     tile = _choose_tile(problem, device, group, share_keys)
-    return _portable_kernel(problem, device, tile, share_keys), tile
+    return tile_kernel(problem, device, tile, share_keys), tile
 
 
-def _portable_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool) -> Kernel:
+def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool = False) -> Kernel:
+    """The portable kernel of a problem with a given tile."""
     reduction = problem.reduction
     group = 0 if reduction is None else reduction.group_size
     itemsize = ITEMSIZE[problem.dtype]
