@@ -29,6 +29,9 @@ DEVICES = {
     100: Device(100, 227 * 1024),
     120: Device(120, 99 * 1024),
 }
+# Of a multiprocessor: threads and thread blocks (CUDA C++ Programming Guide, technical specifications).
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (128, 64), (192, 128), (256, 64), (64, 256), (256, 8), (8, 256))
@@ -128,6 +131,18 @@ def kernels(capability: int) -> dict[str, Kernel]:
     return found
 
 
+def occupancy(capability: int, threads: int, registers: int, shared_bytes: int) -> int:
+    """Thread blocks that a multiprocessor holds at once.
+
+    It has 65536 registers, which warps take in units of 256, and the shared memory that one block may have and 1 KB
+    more; the driver takes 1 KB for every block.
+    """
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // per_warp // (threads // 32)
+    by_shared = (DEVICES[capability].shared_bytes + 1024) // (-(-shared_bytes // 128) * 128 + 1024)
+    return min(by_registers, by_shared, THREADS[capability] // threads, BLOCKS[capability])
+
+
 def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], list[str]]:
     name, kernel, capability = job
     architecture = compiler.target(capability, kernel.specific)
@@ -142,6 +157,8 @@ def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], li
         "shared_bytes": kernel.shared_bytes + (int(static[1]) if static else 0),
         "spilled": int(spill[1]) + int(spill[2]) + int(stack[1]),
     }
+    # Warpgroups of the Hopper kernel trade registers among themselves, of as many as it is launched with.
+    numbers["blocks"] = occupancy(capability, kernel.threads, numbers["registers"], numbers["shared_bytes"])
     complaints = [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
     return name, capability, numbers, complaints
 
@@ -159,16 +176,19 @@ def build() -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
 
 
 def rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
-    """The table as text: a header, then a row a variant, with registers / shared bytes for each architecture.
+    """The table as text: a header, a row a variant, with registers / shared bytes / blocks for each architecture.
 
     A cell is empty where the variant does not exist.
     """
     header = ["variant", *(f"sm_{c}" for c in DEVICES)]
     body = [
-        [name, *(f"{of[c]['registers']} / {of[c]['shared_bytes']}" if c in of else "" for c in DEVICES)]
+        [name, *(" / ".join(str(of[c][x]) for x in CELL) if c in of else "" for c in DEVICES)]
         for name, of in table.items()
     ]
     return [header, *body]
+
+
+CELL = ("registers", "shared_bytes", "blocks")
 
 
 def read() -> tuple[str, list[list[str]]]:
@@ -188,7 +208,9 @@ def write(table: dict[str, dict[int, dict[str, int]]]) -> None:
 
 def version() -> str:
     """Name of the compiler, as the table states it."""
-    return "NVRTC {}.{}: registers per thread / bytes of shared memory".format(*compiler.nvrtc_version())
+    return (
+        "NVRTC {}.{}: registers per thread / bytes of shared memory / thread blocks per multiprocessor; no spills"
+    ).format(*compiler.nvrtc_version())
 
 
 if __name__ == "__main__":
