@@ -27,6 +27,7 @@ __all__ = [
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "step_clocks",
     "tile_clocks",
     "tile_kernel",
     "tile_key",
@@ -332,45 +333,61 @@ def tile_key(problem: Problem) -> TileKey | None:
     )
 
 
-# A multiprocessor's work in a clock, for tile_clocks: multiplications of mma.sync (float32: three TF32 products at half
-# the rate; the table of docs/time.md says how the first was measured), bytes of shared memory, bytes of L2 and
-# exponentials.
-MMA_PER_CLOCK = {"float16": 1340, "bfloat16": 1340, "float32": 223}
-SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK, EXPONENTIALS_PER_CLOCK = 128, 28, 16
+# A multiprocessor's work in a clock, for tile_clocks, on an H100. What mma.sync reaches of the 2048 multiplications of
+# warpgroup products follows from the share of time that its tensor cores were seen at work, see docs/time.md; float32
+# takes three TF32 products at half the rate.
+MMA_PER_CLOCK = {"float16": 1355, "bfloat16": 1355, "float32": 226}
+SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK, EXPONENTIALS_PER_CLOCK, INSTRUCTIONS_PER_CLOCK = 128, 28, 16, 4
+SOFTMAX_INSTRUCTIONS = (
+    7  # per score: scale, maximum, exponential, sum, conversion, and their share of the rest
+)
+MMA_MULTIPLICATIONS, LOAD_BYTES = 2048, 512  # of one instruction of a warp: m16n8k16, ldmatrix.x4
 MAX_ACCUMULATORS = 200  # of a thread: about as many as leave 255 registers enough for everything else
 CANDIDATE_KEYS = (16, 32, 48, 64, 80, 96, 112, 128)
+
+
+def step_clocks(problem: Problem, device: Device, tile: Tile) -> dict[str, float]:
+    """Clocks that a thread block's step of keys takes each unit of a multiprocessor, with nothing beside it."""
+    group = 1 if problem.reduction is None else problem.reduction.group_size
+    itemsize = ITEMSIZE[problem.dtype]
+    terms = _depth(problem.head_dim, group)
+    pairs = tile.block_m * tile.tile_k
+    products = pairs * (terms + problem.head_dim_v)
+    bytes_in = tile.tile_k * (problem.head_dim + problem.head_dim_v) * itemsize
+    warps = tile.block_m // (16 * tile.row_tiles)
+    bytes_loaded = tile.block_m * terms * itemsize  # by warps, for products
+    bytes_fused = 0
+    if fuses_in_shared(problem, device):
+        fused = tile.tile_k * terms * itemsize
+        bytes_fused = tile.tile_k * problem.head_dim * itemsize + fused
+        bytes_loaded += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
+    else:
+        bytes_loaded += warps * bytes_in
+    instructions = (
+        SOFTMAX_INSTRUCTIONS * pairs / 32
+        + products / MMA_MULTIPLICATIONS
+        + (bytes_loaded + bytes_fused) / LOAD_BYTES
+    )
+    return {
+        "tensor cores": products / MMA_PER_CLOCK[problem.dtype],
+        "shared memory": (bytes_in + bytes_loaded + bytes_fused) / SHARED_BYTES_PER_CLOCK,
+        "L2": bytes_in / L2_BYTES_PER_CLOCK,
+        "exponentials": pairs / EXPONENTIALS_PER_CLOCK,
+        "instructions": instructions / INSTRUCTIONS_PER_CLOCK,
+    }
 
 
 def tile_clocks(problem: Problem, device: Device, tile: Tile) -> float:
     """Estimate a multiprocessor's clocks per million pairs of a query and a key: the selection of block sizes.
 
     After the paper (arXiv 2507.17245), which chooses block sizes by shared memory and by the time of memory and
-    products. In a step of ``tile_k`` keys, a thread block multiplies, moves bytes of shared memory and of L2, and takes
-    exponentials. The thread blocks that a multiprocessor holds overlap, so the busiest unit bounds them all; a single
-    one waits for each of its own parts in turn.
+    products. The thread blocks that a multiprocessor holds overlap, so the busiest unit bounds them all; a single one
+    waits for each of its own parts in turn.
     """
-    group = 1 if problem.reduction is None else problem.reduction.group_size
-    itemsize = ITEMSIZE[problem.dtype]
-    terms = _depth(problem.head_dim, group)
-    pairs = tile.block_m * tile.tile_k
-    bytes_in = tile.tile_k * (problem.head_dim + problem.head_dim_v) * itemsize
-    warps = tile.block_m // (16 * tile.row_tiles)
-    if fuses_in_shared(problem, device):
-        fused = tile.tile_k * terms * itemsize
-        bytes_read = tile.tile_k * problem.head_dim * itemsize + fused
-        bytes_read += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
-    else:
-        bytes_read = warps * bytes_in
-    parts = (
-        pairs * (terms + problem.head_dim_v) / MMA_PER_CLOCK[problem.dtype],
-        (bytes_in + bytes_read + tile.block_m * terms * itemsize) / SHARED_BYTES_PER_CLOCK,
-        bytes_in / L2_BYTES_PER_CLOCK,
-        pairs / EXPONENTIALS_PER_CLOCK,
-    )
-    kernel = tile_kernel(problem, device, tile)
-    resident = resident_blocks(tile, kernel, device, problem.head_dim_v)
+    parts = step_clocks(problem, device, tile).values()
+    resident = resident_blocks(tile, tile_kernel(problem, device, tile), device, problem.head_dim_v)
     step = max(resident * max(parts), sum(parts) + WAIT_CLOCKS)
-    return 1e6 * step / (resident * pairs)
+    return 1e6 * step / (resident * tile.block_m * tile.tile_k)
 
 
 def candidate_tiles(problem: Problem, device: Device) -> list[Tile]:
