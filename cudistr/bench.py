@@ -498,7 +498,7 @@ class Machine:
             ) from error
         if not cupy.cuda.is_available():
             raise CudaUnavailableError(
-                "bench needs a GPU, and CuPy sees none. 'cudistr doctor' says what to do."
+                "timing needs a GPU, and CuPy sees none. 'cudistr doctor' says what to do."
             )
         self.cupy = cupy
         self.torch: Any = None

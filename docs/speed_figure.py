@@ -47,7 +47,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
                     *zip(*lines[name], strict=True), STYLES[kind], marker="o", color=f"C{i}", label=name
                 )
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
         axis.set_xticks(sorted({n for points in lines.values() for n, _ in points}))
         for along in (axis.xaxis, axis.yaxis):
             along.set_major_formatter(ScalarFormatter())

@@ -31,10 +31,9 @@ def planned(q, k, v, **options) -> Plan:
     return plan(normalize.problem(*arrays, **options), launch.device_properties(0))
 
 
-@pytest.mark.small
 @each_dtype
 @each_method
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.small)])
 def test_large_tiles(dtype, reduction, count):
     # 203 keys are two to thirteen tiles: some of five thread blocks may find nothing.
     host = inputs(1, dtype, batch=1, heads=2, heads_kv=1)
@@ -45,10 +44,9 @@ def test_large_tiles(dtype, reduction, count):
         check_kernel(*host, reduction=reduction, on_host=True, causal=True)
 
 
-@pytest.mark.small
 @each_dtype
 @each_method
-@pytest.mark.parametrize("seqlen_q", [1, 17])
+@pytest.mark.parametrize("seqlen_q", [1, pytest.param(17, marks=pytest.mark.small)])
 def test_few_queries(dtype, reduction, seqlen_q):
     host = inputs(2, dtype, batch=2, heads=4, heads_kv=2, lengths=(seqlen_q, 517))
     with splits(3):
