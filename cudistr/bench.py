@@ -28,13 +28,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 import cudistr
-from cudistr import normalize, plan
+from cudistr import launch, normalize, plan
 from cudistr.errors import CudaUnavailableError
 
 __all__ = [
@@ -64,6 +64,7 @@ COMMIT_VARIABLE = "CUDISTR_COMMIT"
 Call = Callable[[], object]
 Factory = Callable[[], Call]
 Timer = Callable[[Call], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
-def _in_a_row(call: Call, count: int) -> Call:
+def in_a_row(call: Call, count: int) -> Call:
+    """A call that makes several."""
+
     def several() -> None:
         for _ in range(count):
             call()
@@ -147,7 +150,7 @@ def interleave(
             failed[name] = _message(error)
         else:
             rows[name] = max(1, min(MAX_ROW, math.ceil(row_ms / taken))) if taken > 0 else 1
-            calls[name] = call if rows[name] == 1 else _in_a_row(call, rows[name])
+            calls[name] = call if rows[name] == 1 else in_a_row(call, rows[name])
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
     for finished in range(max_rounds):
@@ -229,10 +232,10 @@ def reduction_of(method: str) -> cudistr.LSH | None:
 def cases(args: argparse.Namespace) -> list[Case]:
     """The problems that the options span, in the order in which they are timed."""
     found = []
-    for dtype, head_dim, causal, seqlen in itertools.product(
-        args.dtype, args.head_dim, args.causal, args.seqlen
+    for dtype, head_dim, causal, seqlen, seqlen_q in itertools.product(
+        args.dtype, args.head_dim, args.causal, args.seqlen, args.seqlen_q or [None]
     ):
-        heads = max(1, args.hidden // head_dim)
+        heads = args.heads or max(1, args.hidden // head_dim)
         found.append(
             Case(
                 dtype=dtype,
@@ -240,8 +243,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
                 head_dim_v=args.head_dim_v or head_dim,
                 heads=heads,
                 heads_kv=args.kv_heads or heads,
-                batch=max(1, args.tokens // seqlen),
-                seqlen_q=seqlen,
+                batch=args.batch or max(1, args.tokens // seqlen),
+                seqlen_q=seqlen_q or seqlen,
                 seqlen_k=seqlen,
                 causal=bool(causal),
             )
@@ -495,7 +498,7 @@ class Machine:
             ) from error
         if not cupy.cuda.is_available():
             raise CudaUnavailableError(
-                "bench needs a GPU, and CuPy sees none. 'cudistr doctor' says what to do."
+                "timing needs a GPU, and CuPy sees none. 'cudistr doctor' says what to do."
             )
         self.cupy = cupy
         self.torch: Any = None
@@ -519,10 +522,14 @@ class Machine:
         self.stream.__exit__(*reason)
 
     @property
+    def index(self) -> int:
+        """The current device."""
+        return int(self.cupy.cuda.Device().id)
+
+    @property
     def device(self) -> str:
         """The current device's name."""
-        name = self.cupy.cuda.runtime.getDeviceProperties(self.cupy.cuda.Device().id)["name"]
-        return name.decode() if isinstance(name, bytes) else str(name)
+        return launch.device_name(self.index)
 
     def versions(self) -> dict[str, str]:
         """Versions of all that takes part, as far as it is there."""
@@ -648,6 +655,8 @@ def _make_sdpa(tensors: Sequence[Any], case: Case, peer: str) -> Call:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = {"flash2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[peer]
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        raise ValueError("torch aligns a causal mask with the first key, cudistr with the last")
     q, k, v = tensors
     grouped = q.shape[1] != k.shape[1]
 
@@ -664,13 +673,23 @@ def _make_fa3(tensors: Sequence[Any], case: Case) -> Call:
     return lambda: attend(q, k, v, causal=case.causal)
 
 
-def _progress(items: Sequence[Case]) -> Iterable[Case]:
-    """The cases behind a progress bar, where tqdm is installed and someone is looking."""
+def progress(items: Sequence[T], unit: str) -> Iterable[T]:
+    """Items behind a progress bar, where tqdm is installed and someone is looking."""
     if importlib.util.find_spec("tqdm") is None:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, unit="case", disable=None)  # type: ignore[no-any-return]
+    return tqdm(items, unit=unit, disable=None)  # type: ignore[no-any-return]
+
+
+def say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    if importlib.util.find_spec("tqdm") is None:
+        print(line)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(line)
 
 
 HOST_CASE = Case("float16", 64, 64, 4, 4, 1, 128, 128, False)  # small: the device keeps up with the host
@@ -682,12 +701,15 @@ def _measure_host(machine: Machine, methods: Sequence[str]) -> dict[str, float]:
     return {name: round(us, 3) for name, us in host_overhead(calls, machine.stream.synchronize).items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``cudistr bench``."""
+def add_shapes(parser: argparse.ArgumentParser, seqlen: list[int]) -> None:
+    """Options that say which problems are timed; ``seqlen`` is their default."""
     many: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": _positive}
     parser.add_argument("--head-dim", default=[64, 128], **many)
     parser.add_argument("--head-dim-v", type=_positive, metavar="N", help="if it is not head_dim")
-    parser.add_argument("--seqlen", default=[2048, 4096, 8192, 16384], **many)
+    parser.add_argument("--seqlen", default=seqlen, **many)
+    parser.add_argument("--seqlen-q", help="queries, if not as many as keys", **many)
+    parser.add_argument("--batch", type=_positive, metavar="N", help="instead of --tokens")
+    parser.add_argument("--heads", type=_positive, metavar="N", help="instead of --hidden")
     parser.add_argument(
         "--tokens", type=_positive, default=16384, metavar="N", help="batch * seqlen (%(default)s)"
     )
@@ -698,6 +720,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(DTYPES))
     parser.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
     parser.add_argument("--method", nargs="+", default=["exact", "lsh2", "lsh4"], metavar="exact|lshG")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``cudistr bench``."""
+    add_shapes(parser, seqlen=[2048, 4096, 8192, 16384])
     parser.add_argument(
         "--peers", nargs="*", default=list(PEERS), choices=PEERS, help="timed where importable"
     )
@@ -736,7 +763,7 @@ def run(args: argparse.Namespace) -> int:
             record["host_case"] = asdict(HOST_CASE)
         else:
             methods = [*chosen, "group"] if args.grouping else chosen
-            for case in _progress(cases(args)):
+            for case in progress(cases(args), "case"):
                 tensors, arrays = machine.inputs(case)
                 kernels = {method: machine.family(arrays, case, method) for method in methods}
                 factories = make_factories(case, methods, peers, tensors, arrays, machine.cupy)

@@ -1,4 +1,4 @@
-"""The command line: ``cudistr demo | doctor | bench``. Each command's module is imported only when it is called."""
+"""The command line: ``cudistr demo | doctor | bench | tune``. A command's module is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ COMMANDS = {
     "demo": "run a vision transformer on a photograph, exact and with DistrAttention",
     "doctor": "say what is there, what is wrong and how to mend it",
     "bench": "measure attention beside its peers and write a record",
+    "tune": "find the fastest tiles for this GPU and keep them",
 }
-EXTRAS = {"demo": "demo", "bench": "bench"}  # what pip calls the packages that a command needs
+EXTRAS = {
+    "demo": "demo",
+    "bench": "bench",
+    "tune": "bench",
+}  # what pip calls the packages that a command needs
 DEBUG_VARIABLE = "CUDISTR_DEBUG"
 # What tells the user something about the machine or the arguments; anything else is a mistake of ours, and
 # its traceback is what a bug report needs.

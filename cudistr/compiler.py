@@ -28,6 +28,7 @@ __all__ = [
     "compile_cubin",
     "function",
     "nvrtc_version",
+    "source_digest",
     "supported_architectures",
     "unit",
 ]
@@ -114,11 +115,16 @@ def _digest(name: str) -> str:
     return hashlib.sha256(b"\0".join(key.encode() + b"\0" + seen[key] for key in sorted(seen))).hexdigest()
 
 
+def source_digest(kernel: str) -> str:
+    """Digest of everything that a kernel is compiled from, but for its constants."""
+    return _digest(f"kernels/{kernel}.cu")
+
+
 def unit(kernel: Kernel) -> str:
     """The translation unit of a kernel."""
     defines = "".join(f"#define {key} {value}\n" for key, value in kernel.constants)
     include = f"kernels/{kernel.name}.cu"
-    return f'// sources {_digest(include)}\n{defines}#include "{include}"\n'
+    return f'// sources {source_digest(kernel.name)}\n{defines}#include "{include}"\n'
 
 
 def compile_cubin(kernel: Kernel, architecture: str, *, report: bool = False) -> tuple[bytes, str]:

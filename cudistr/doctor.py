@@ -39,6 +39,7 @@ VARIABLES = (
     "CUDISTR_CACHE_DIR",
     "CUDISTR_DEBUG",
     "CUDISTR_KERNEL",
+    "CUDISTR_TUNED",
     "CUPY_TF32",
     "CUPY_CACHE_DIR",
     "CUDA_PATH",
@@ -131,7 +132,8 @@ class Facts:
     """What :func:`gather` found. None means absent; ``errors`` says why something could not be found out.
 
     ``driver`` and ``runtime`` are CUDA versions (major, minor); ``driver`` is the newest CUDA that the
-    driver runs. ``sources`` counts the .cu and .cuh files.
+    driver runs. ``sources`` counts the .cu and .cuh files. ``tiles`` are those that ``cudistr tune`` has kept for
+    the GPU of the self test.
     """
 
     python: str = ""
@@ -147,6 +149,7 @@ class Facts:
     sources: tuple[str, int, int] | None = None
     cache: Cache | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
+    tiles: tuple[str, ...] = ()
     compiled: Compiled | None = None
     self_test: SelfTest | None = None
     errors: Mapping[str, str] = field(default_factory=dict)
@@ -268,6 +271,20 @@ def _cache() -> Cache:
     return Cache(str(folder), len(sizes), sum(sizes))
 
 
+def _tiles(gpu: Gpu | None) -> tuple[str, ...]:
+    """Tiles that are kept for a GPU, in words."""
+    from cudistr import plan, tuned
+
+    if gpu is None:
+        return ()
+    device = plan.Device(gpu.arch, gpu.shared_optin, gpu.multiprocessors)
+    return tuple(
+        f"{key.dtype} {f'lsh{key.group_size}' if key.group_size else 'exact'} {key.head_dim}: "
+        f"{tile.block_m} x {tile.tile_k}"
+        for key, tile in tuned.read(device, gpu.name)
+    )
+
+
 def _compile(gpu: Gpu | None) -> Compiled:
     """Compile the attention kernel of a small problem for a GPU, or for the oldest architecture without one."""
     from cudistr import compiler, normalize, plan
@@ -368,6 +385,7 @@ def gather(self_test: bool = True) -> Facts:
         errors=errors,
         **asked,
     )
+    facts = dataclasses.replace(facts, tiles=ask("tiles", lambda: _tiles(facts.device)) or ())
     if not self_test:
         return facts
     device = facts.device
@@ -581,6 +599,9 @@ def check_environment(facts: Facts) -> list[Check]:
         elif name == "CUPY_TF32" and value == "1":
             found = "1: float32 products keep about 3 decimal digits (TF32)"
             lines.append(Check(name, "note", found, "Unset it for float32-grade results."))
+        elif name == "CUDISTR_TUNED" and value == "0":
+            found = "0: the tiles of cudistr tune are left out"
+            lines.append(Check(name, "note", found, "Unset it to use them."))
         elif name == "CUDISTR_KERNEL":
             lines.append(Check(name, "note", value, "Unset it to leave the choice of kernels to cudistr."))
         elif name == "CUDA_PATH" and not pathlib.Path(value).is_dir():
@@ -590,6 +611,17 @@ def check_environment(facts: Facts) -> list[Check]:
         else:
             lines.append(Check(name, "ok", value))
     return lines or [Check("environment", "ok", "no variable set that matters here")]
+
+
+def check_tiles(facts: Facts) -> list[Check]:
+    """Tiles that were measured on this GPU."""
+    if "tiles" in facts.errors:
+        remedy = "Calls use cudistr's own tiles. Run `python -m cudistr tune` again, or with --clear."
+        return [Check("tiles", "note", facts.errors["tiles"], remedy)]
+    if facts.device is None:
+        return []
+    listed = "; ".join(facts.tiles)
+    return [Check("tiles", "ok", f"measured here: {listed}" if listed else "cudistr's own")]
 
 
 def check_compiler(facts: Facts) -> list[Check]:
@@ -631,6 +663,7 @@ CHECKS: tuple[Callable[[Facts], list[Check]], ...] = (
     check_nvrtc,
     check_kernels,
     check_environment,
+    check_tiles,
     check_compiler,
     check_self_test,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import struct
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cudistr import compiler, reference
+from cudistr import compiler, reference, tuned
 from cudistr.errors import CudaUnavailableError
 from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
 from cudistr.plan import (
@@ -27,6 +28,9 @@ from cudistr.plan import (
     Kernel,
     Plan,
     Prepare,
+    Split,
+    Tile,
+    TileKey,
     check_blocks,
     check_device,
     merge_kernel,
@@ -57,13 +61,11 @@ def _parameters(*fields: tuple[str, str], multiple: int = 1) -> np.dtype[Any]:
 
 # Twins of the structs at the head of each kernel.
 _ATTENTION = _parameters(
-    ("q k v out lse permutation", "u8"),
+    ("q k v out lse partial permutation", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
-    ("band_low band_high", "i8"),
-    (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks group_blocks tiles_per_block key_columns out_aligned",
-        "i4",
-    ),
+    ("band_low band_high split_rows", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
+    ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
 _HOPPER = _parameters(
@@ -90,6 +92,11 @@ _MERGE = _parameters(
     (" ".join(f"lse{s}" for s in range(MAX_SHARDS)), "u8"),
     ("out lse", "u8"),
     ("rows shards", "i8"),
+)
+_MERGE_SPLITS = _parameters(
+    ("partial lses out lse", "u8"),
+    ("out_batch out_head out_row rows", "i8"),
+    ("heads seqlen_q splits row_warps", "i4"),
 )
 
 
@@ -147,8 +154,13 @@ class _Recipe(NamedTuple):
     projections: Any
     transposed_bytes: int
     permutation_bytes: int
-    counter_bytes: int  # what the Hopper kernel counts tiles with; behind the transposed K and the column orders
+    counter_bytes: (
+        int  # what the Hopper kernel counts tiles with; behind the transposed K and the column orders
+    )
     maps: tuple[Layout, Layout, Layout] | None  # of q, k and v, for the Hopper kernel
+    merge: _Launch | None  # of what splits find
+    partial_bytes: int  # of the outputs of all splits; their lses follow
+    split_bytes: int  # of both
 
 
 @functools.cache
@@ -166,9 +178,33 @@ def device_properties(index: int) -> Device:
     try:
         shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
         count = runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index)
-        return Device(int(cupy.cuda.Device(index).compute_capability), int(shared), int(count))
+        device = Device(int(cupy.cuda.Device(index).compute_capability), int(shared), int(count))
     except runtime.CUDARuntimeError as error:
         raise _no_answer(index, error) from error
+    found = _tiles.get(index)
+    return dataclasses.replace(
+        device, tiles=tuned.load(device, device_name(index)) if found is None else found
+    )
+
+
+_tiles: dict[int, tuple[tuple[TileKey, Tile], ...]] = {}  # in place of those that are kept
+
+
+def use_tiles(index: int, tiles: tuple[tuple[TileKey, Tile], ...] | None) -> None:
+    """Plan calls on a device with these tiles from now on; with None, with those that ``cudistr tune`` has kept."""
+    _tiles.pop(index, None)
+    if tiles is not None:
+        _tiles[index] = tiles
+    device_properties.cache_clear()
+    _recipe.cache_clear()
+
+
+def device_name(index: int) -> str:
+    """What the driver calls a GPU."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"]
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _no_answer(index: int, error: Exception) -> CudaUnavailableError:
@@ -223,12 +259,31 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         "heads_per_kv": problem.heads // problem.heads_kv,
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,
+        "packed": 1,
+        "queries": problem.seqlen_q,
+        "splits": 1,
         "row_blocks": chosen.row_blocks,
         "out_aligned": out_aligned,
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
         "score_scale": problem.scale * LOG2_E if plain else LOG2_E,
     }
+    if chosen.packed > 1:
+        values |= {
+            "heads": problem.heads // chosen.packed,
+            "heads_per_kv": problem.heads // chosen.packed // problem.heads_kv,
+            "seqlen_q": problem.seqlen_q * chosen.packed,
+            "packed": chosen.packed,
+            "q_head": problem.q_strides[1] * chosen.packed,
+            "q_row": problem.q_strides[1 if problem.seqlen_q == 1 else 2],
+        }
+    merge, partial_bytes, split_bytes = None, 0, 0
+    if chosen.split is not None:
+        rows = problem.batch * problem.heads * problem.seqlen_q
+        values |= {"splits": chosen.split.splits, "split_rows": rows}
+        merge = _merge_splits_launch(problem, chosen.split, device, out_strides)
+        partial_bytes = chosen.split.splits * rows * problem.head_dim_v * 4
+        split_bytes = partial_bytes + chosen.split.splits * rows * 4
     launch_prepare = vectors = None
     transposed_bytes = permutation_bytes = 0
     if reduction is not None:
@@ -267,7 +322,26 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         permutation_bytes,
         4 if chosen.dynamic else 0,
         maps,
+        merge,
+        partial_bytes,
+        split_bytes,
     )
+
+
+def _merge_splits_launch(
+    problem: Problem, chosen: Split, device: Device, out_strides: tuple[int, ...]
+) -> _Launch:
+    """The kernel that merges what splits find."""
+    assert problem.device is not None
+    values = {
+        **dict(zip(("out_batch", "out_head", "out_row"), out_strides, strict=True)),
+        "rows": problem.batch * problem.heads * problem.seqlen_q,
+        "heads": problem.heads,
+        "seqlen_q": problem.seqlen_q,
+        "splits": chosen.splits,
+        "row_warps": chosen.row_warps,
+    }
+    return _launch(chosen.kernel, chosen.merge_blocks, device, problem.device, _MERGE_SPLITS, values)
 
 
 def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, Layout, Layout]:
@@ -424,10 +498,18 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
             place.memset_async(0, recipe.counter_bytes)
             counter = place.ptr
     addresses = (q.data.ptr, keys, v.data.ptr)
-    if recipe.maps is None:
-        recipe.attention(*addresses, out.data.ptr, lse_address, permutation)
+    if recipe.maps is not None:
+        recipe.attention(
+            *map(encode, recipe.maps, addresses), out.data.ptr, lse_address, permutation, counter
+        )
+    elif recipe.merge is None:
+        recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation)
     else:
-        recipe.attention(*map(encode, recipe.maps, addresses), out.data.ptr, lse_address, permutation, counter)
+        found = cupy.cuda.alloc(recipe.split_bytes)
+        hold(found)
+        lses = found.ptr + recipe.partial_bytes
+        recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation)
+        recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
     return out, lse
 
 

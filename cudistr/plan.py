@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cudistr.errors import UnsupportedDeviceError
 from cudistr.normalize import Problem
@@ -14,14 +15,22 @@ __all__ = [
     "Kernel",
     "Plan",
     "Prepare",
+    "Split",
     "Tile",
+    "TileKey",
     "attention_kernel",
+    "candidate_tiles",
     "hopper_kernel",
     "merge_kernel",
+    "merge_splits_kernel",
     "plan",
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "step_clocks",
+    "tile_clocks",
+    "tile_kernel",
+    "tile_key",
 ]
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
@@ -32,37 +41,7 @@ PREPARE_THREADS = 128  # of a thread block of smxx_lsh_prepare.cu
 TRANSPOSE_TILE = 64  # keys and columns that one of them transposes
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the plan needs to know of a GPU.
-
-    Attributes
-    ----------
-    capability : int
-        Compute capability times ten: 80, 86, 89, 90, ...
-    shared_bytes : int
-        Shared memory that one thread block may have, after opting in.
-    multiprocessors : int
-        How many of them there are.
-    """
-
-    capability: int
-    shared_bytes: int
-    multiprocessors: int = 132  # of an H100; only the Hopper kernel's grid depends on it
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel by name and compile-time constants, with the launch values that follow from them."""
-
-    name: str
-    constants: tuple[tuple[str, int], ...]
-    threads: int
-    shared_bytes: int = 0
-    options: tuple[str, ...] = ()  # of the compiler
-    specific: bool = False  # whether it is for one architecture alone, with an "a" behind its name
+MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu
 
 
 @dataclass(frozen=True)
@@ -83,6 +62,53 @@ class Tile:
     block_m: int
     tile_k: int
     row_tiles: int
+
+
+@dataclass(frozen=True)
+class TileKey:
+    """The problems that share a measured tile; ``group_size`` is 0 for exact attention, ``small`` few queries."""
+
+    dtype: str
+    tf32: bool
+    head_dim: int
+    head_dim_v: int
+    group_size: int
+    representative: str
+    small: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan needs to know of a GPU.
+
+    Attributes
+    ----------
+    capability : int
+        Compute capability times ten: 80, 86, 89, 90, ...
+    shared_bytes : int
+        Shared memory that one thread block may have, after opting in.
+    multiprocessors : int
+        How many of them there are.
+    tiles : tuple of (TileKey, Tile)
+        Tiles that ``cudistr tune`` found fastest there, instead of the planner's own.
+    """
+
+    capability: int
+    shared_bytes: int
+    multiprocessors: int = 132  # of an H100
+    tiles: tuple[tuple[TileKey, Tile], ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by name and compile-time constants, with the launch values that follow from them."""
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+    shared_bytes: int = 0
+    options: tuple[str, ...] = ()  # of the compiler
+    specific: bool = False  # whether it is for one architecture alone, with an "a" behind its name
 
 
 @dataclass(frozen=True)
@@ -113,6 +139,30 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How several thread blocks share the keys of a tile of queries, and why.
+
+    Attributes
+    ----------
+    kernel : Kernel
+        The kernel that merges what they found.
+    splits : int
+        Thread blocks that share a tile.
+    row_warps, merge_blocks : int
+        Warps of the merge that share a row, and its thread blocks.
+    clocks, whole_clocks : int
+        What :func:`split_clocks` estimates for the call with these splits, and without.
+    """
+
+    kernel: Kernel
+    splits: int
+    row_warps: int
+    merge_blocks: int
+    clocks: int
+    whole_clocks: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will run.
 
@@ -132,6 +182,10 @@ class Plan:
         What runs before it when the score product is grouped: the column order, and K transposed.
     prepare : Prepare or None
         Its thread blocks.
+    packed : int
+        Query heads whose rows, one head after another, share tiles, because they share keys and have few rows each.
+    split : Split or None
+        How thread blocks share keys, if one per tile of queries would leave the GPU idle.
     """
 
     attention: Kernel
@@ -142,6 +196,8 @@ class Plan:
     dynamic: bool = False
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
+    packed: int = 1
+    split: Split | None = None
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -222,31 +278,143 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     return 64
 
 
-def _tiles(problem: Problem, device: Device, group: int) -> list[Tile]:
+def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
+    """The same where thread blocks may share keys, which takes a few registers of those that are full."""
+    if group and columns <= 128:
+        return min(keys, 64 if columns <= 64 else 32)
+    return keys - 16 if 64 < columns <= 128 and keys > 32 else keys
+
+
+def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> list[Tile]:
     """Tiles in order of preference."""
     if problem.dtype == "float32":
         # Every operand is split into two in registers, so one 16-row tile per warp is what fits.
         return [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
     keys = _longest_keys(problem, device, group)
+    large = _longest_shared_keys(problem.head_dim_v, group, keys) if share_keys else keys
     # Two row tiles per warp halve the reads of shared memory: with one (and 64 rows), 128 columns ran at 0.78 / 0.73
     # of FlashAttention-2. Beyond 128 columns O alone would take every register.
     row_tiles = 2 if problem.head_dim_v <= 128 else 1
     return [
-        *(Tile(128, n, row_tiles) for n in (keys, 64, 48, 32) if n <= keys),
+        *(Tile(128, n, row_tiles) for n in (large, 64, 48, 32) if n <= large),
         *(Tile(64, n, 1) for n in (64, 32, 16) if n <= keys),
     ]
 
 
-def _choose_tile(problem: Problem, device: Device, group: int) -> Tile:
-    """The first tile whose shared memory the device has, and whose rows lie inside one block of the reduction."""
-    itemsize = ITEMSIZE[problem.dtype]
+def _possible(problem: Problem, device: Device, tile: Tile) -> bool:
+    """Whether the device has the shared memory for a tile, and its rows lie inside one block of the reduction."""
+    group = 0 if problem.reduction is None else problem.reduction.group_size
     block_q = problem.reduction.rows_per_block if problem.reduction is not None else BLOCK_Q_DEFAULT
+    if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
+        return False
     fused = fuses_in_shared(problem, device)
-    for tile in _tiles(problem, device, group):
-        if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
-            continue
-        needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
-        if needed <= device.shared_bytes:
+    itemsize = ITEMSIZE[problem.dtype]
+    needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
+    return needed <= device.shared_bytes
+
+
+def tile_key(problem: Problem) -> TileKey | None:
+    """What a measured tile of this problem is kept under.
+
+    None for rows that are not aligned and for scores with a softcap or a scale that is not positive: these kernels
+    have other registers, and the planner's own tiles.
+    """
+    if not problem.aligned or problem.softcap is not None or problem.scale <= 0:
+        return None
+    reduction = problem.reduction
+    return TileKey(
+        problem.dtype,
+        problem.tf32,
+        problem.head_dim,
+        problem.head_dim_v,
+        0 if reduction is None else reduction.group_size,
+        "sample" if reduction is None else reduction.representative,
+        problem.seqlen_q <= SMALL_SEQLEN_Q,
+    )
+
+
+# A multiprocessor's work in a clock, for tile_clocks, on an H100. What mma.sync reaches of the 2048 multiplications of
+# warpgroup products follows from the share of time that its tensor cores were seen at work, see docs/time.md; float32
+# takes three TF32 products at half the rate.
+MMA_PER_CLOCK = {"float16": 1355, "bfloat16": 1355, "float32": 226}
+SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK, EXPONENTIALS_PER_CLOCK, INSTRUCTIONS_PER_CLOCK = 128, 28, 16, 4
+SOFTMAX_INSTRUCTIONS = (
+    7  # per score: scale, maximum, exponential, sum, conversion, and their share of the rest
+)
+MMA_MULTIPLICATIONS, LOAD_BYTES = 2048, 512  # of one instruction of a warp: m16n8k16, ldmatrix.x4
+MAX_ACCUMULATORS = 200  # of a thread: about as many as leave 255 registers enough for everything else
+CANDIDATE_KEYS = (16, 32, 48, 64, 80, 96, 112, 128)
+
+
+def step_clocks(problem: Problem, device: Device, tile: Tile) -> dict[str, float]:
+    """Clocks that a thread block's step of keys takes each unit of a multiprocessor, with nothing beside it."""
+    group = 1 if problem.reduction is None else problem.reduction.group_size
+    itemsize = ITEMSIZE[problem.dtype]
+    terms = _depth(problem.head_dim, group)
+    pairs = tile.block_m * tile.tile_k
+    products = pairs * (terms + problem.head_dim_v)
+    bytes_in = tile.tile_k * (problem.head_dim + problem.head_dim_v) * itemsize
+    warps = tile.block_m // (16 * tile.row_tiles)
+    bytes_loaded = tile.block_m * terms * itemsize  # by warps, for products
+    bytes_fused = 0
+    if fuses_in_shared(problem, device):
+        fused = tile.tile_k * terms * itemsize
+        bytes_fused = tile.tile_k * problem.head_dim * itemsize + fused
+        bytes_loaded += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
+    else:
+        bytes_loaded += warps * bytes_in
+    instructions = (
+        SOFTMAX_INSTRUCTIONS * pairs / 32
+        + products / MMA_MULTIPLICATIONS
+        + (bytes_loaded + bytes_fused) / LOAD_BYTES
+    )
+    return {
+        "tensor cores": products / MMA_PER_CLOCK[problem.dtype],
+        "shared memory": (bytes_in + bytes_loaded + bytes_fused) / SHARED_BYTES_PER_CLOCK,
+        "L2": bytes_in / L2_BYTES_PER_CLOCK,
+        "exponentials": pairs / EXPONENTIALS_PER_CLOCK,
+        "instructions": instructions / INSTRUCTIONS_PER_CLOCK,
+    }
+
+
+def tile_clocks(problem: Problem, device: Device, tile: Tile) -> float:
+    """Estimate a multiprocessor's clocks per million pairs of a query and a key: the selection of block sizes.
+
+    After the paper (arXiv 2507.17245), which chooses block sizes by shared memory and by the time of memory and
+    products. The thread blocks that a multiprocessor holds overlap, so the busiest unit bounds them all; a single one
+    waits for each of its own parts in turn.
+    """
+    parts = step_clocks(problem, device, tile).values()
+    resident = resident_blocks(tile, tile_kernel(problem, device, tile), device, problem.head_dim_v)
+    step = max(resident * max(parts), sum(parts) + WAIT_CLOCKS)
+    return 1e6 * step / (resident * tile.block_m * tile.tile_k)
+
+
+def candidate_tiles(problem: Problem, device: Device) -> list[Tile]:
+    """Tiles that may compute a problem, by :func:`tile_clocks`; ptxas has the last word on their registers."""
+    shapes = ((64, 1), (128, 1)) if problem.dtype == "float32" else ((64, 1), (128, 1), (128, 2))
+    columns = _round_up(problem.head_dim_v, 16)
+    found = [
+        tile
+        for tile in (Tile(rows, keys, row_tiles) for rows, row_tiles in shapes for keys in CANDIDATE_KEYS)
+        if tile.row_tiles * (columns + tile.tile_k) // 2 <= MAX_ACCUMULATORS
+        and _possible(problem, device, tile)
+    ]
+    return sorted(found, key=lambda tile: tile_clocks(problem, device, tile))
+
+
+def _choose_tile(problem: Problem, device: Device, group: int, share_keys: bool) -> Tile:
+    """The tile that was measured to be fastest on this device, or the first that is possible.
+
+    Sharing keys takes registers that a large tile may not have: it has its own list.
+    """
+    if device.tiles:
+        tuned = dict(device.tiles).get(tile_key(problem))  # type: ignore[arg-type]
+        small = tuned is not None and tuned.block_m <= SMALL_SEQLEN_Q
+        if tuned is not None and (small or not share_keys) and tuned in candidate_tiles(problem, device):
+            return tuned
+    for tile in _tiles(problem, device, group, share_keys):
+        if _possible(problem, device, tile):
             return tile
     raise AssertionError(f"no tile for {problem} on {device}")  # the last tiles fit the smallest device
 
@@ -256,11 +424,17 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     return hopper_kernel(problem, device) or portable_kernel(problem, device)
 
 
-def portable_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
-    """The kernel that runs everywhere, and its tile."""
+def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) -> tuple[Kernel, Tile]:
+    """The kernel that runs everywhere, and its tile; with ``share_keys`` one whose thread blocks may share keys."""
+    group = 0 if problem.reduction is None else problem.reduction.group_size
+    tile = _choose_tile(problem, device, group, share_keys)
+    return tile_kernel(problem, device, tile, share_keys), tile
+
+
+def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool = False) -> Kernel:
+    """The portable kernel of a problem with a given tile."""
     reduction = problem.reduction
     group = 0 if reduction is None else reduction.group_size
-    tile = _choose_tile(problem, device, group)
     itemsize = ITEMSIZE[problem.dtype]
     fused = fuses_in_shared(problem, device)
     smem = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
@@ -277,13 +451,14 @@ def portable_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
         "ALIGNED": int(problem.aligned),
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
     }
     # For these, ptxas hoists so many loads at its own level that it spills; at level 1 it does not.
     crowded = problem.dtype == "float32" and problem.head_dim_v > 32 and device.capability >= 120
     options = ("-Xptxas=-O1",) if crowded else ()
     threads = tile.block_m // tile.row_tiles * 2
-    return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options), tile
+    return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options)
 
 
 HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere else
@@ -331,7 +506,9 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
         for tile_k in (192, 128, 64):
             tile = Tile(128, tile_k, 1)
             used = tile_k * 3 // 4 + problem.head_dim_v // 2 + problem.head_dim // group // 4
-            fits = hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes
+            fits = (
+                hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes
+            )
             if fits and used <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile
         return None
@@ -474,6 +651,163 @@ def check_blocks(blocks: int) -> int:
     return blocks
 
 
+def merge_splits_kernel(dtype: str, head_dim_v: int) -> Kernel:
+    """The kernel that merges what splits found."""
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v))
+    return Kernel("smxx_merge_splits", constants, MERGE_WARPS * 32)
+
+
+def packed_heads(problem: Problem) -> int:
+    """Query heads whose rows share tiles of the portable kernel, so that their keys are read once: all that have one.
+
+    Where a head has few rows, at least two heads fit a tile, and the rows of all heads lie a constant apart.
+    Permutations are a head's own, so grouped products are not packed.
+    """
+    apart = problem.seqlen_q == 1 or problem.q_strides[1] == problem.seqlen_q * problem.q_strides[2]
+    if problem.reduction is not None or 2 * problem.seqlen_q > SMALL_SEQLEN_Q or not apart:
+        return 1
+    return problem.heads // problem.heads_kv
+
+
+# The cost of a call in clocks of a multiprocessor, for the number of splits. What decides is how thread blocks fall on
+# multiprocessors; the constants only have to tell a step of keys from a second launch. Rates are those of an H100:
+# products of scores and of output together, as docs/benchmarks has them for the portable kernel at 128 columns
+# (bfloat16, N = 4k: 0.73 of 1024 multiplications; float32 by three TF32 products: 68).
+PRODUCTS_PER_CLOCK = {"float16": 730, "bfloat16": 730, "float32": 68}
+BYTES_PER_CLOCK = 16  # from memory and L2: between 13, which is all of memory's, and the 28 of L2
+WAIT_CLOCKS = 2000  # in a step of keys a thread block waits for memory twice, while others may work
+START_CLOCKS = 4000  # a thread block until its first product and from its last
+MERGE_CLOCKS = 8000  # the second launch, and a thread block of it
+MAX_SPLITS = 256
+SPLIT_GAIN = 0.9  # of the time without splits is what splits must promise, to be worth their second launch
+REGISTERS = 64 * 1024  # of a multiprocessor
+
+
+def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int) -> int:
+    """Thread blocks of the portable kernel that a multiprocessor holds at once, by registers and shared memory."""
+    # Accumulators and about a hundred others, see docs/resources.csv. Exact float32 keeps the halves of its operands.
+    constants = dict(kernel.constants)
+    halves = constants["SPLIT"] and not constants["GROUP"] and head_dim_v > 16 and not kernel.options
+    registers = tile.row_tiles * (_round_up(head_dim_v, 16) + tile.tile_k) // 2 + (176 if halves else 96)
+    registers = min(256, registers)
+    by_registers = REGISTERS // (kernel.threads * registers)
+    by_shared = (device.shared_bytes + 1024) // (kernel.shared_bytes + 1024)  # the driver takes a KB of each
+    return max(1, min(by_registers, by_shared))
+
+
+def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int) -> tuple[int, int]:
+    """Tiles of keys that a tile of queries sees: the mean, rounded up, and the most."""
+    offset = problem.seqlen_k - problem.seqlen_q
+    counts = []
+    for row_block in range(0, row_blocks, -(-row_blocks // 64)):  # the mean of 64 is near enough
+        first, last = row_block * tile.block_m, min((row_block + 1) * tile.block_m, problem.seqlen_q) - 1
+        if packed > 1:
+            first, last = 0, problem.seqlen_q - 1
+        low = 0 if problem.left is None else max(0, first + offset - problem.left)
+        high = problem.seqlen_k - 1
+        if problem.right is not None:
+            high = min(high, last + offset + problem.right)
+        counts.append(high // tile.tile_k - low // tile.tile_k + 1 if high >= low else 0)
+    return -(-sum(counts) // len(counts)), max(counts)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The portable kernel's thread blocks, one per tile of queries, and what their time depends on.
+
+    Attributes
+    ----------
+    row_blocks, blocks : int
+        Tiles of queries per head, or per matrix of packed heads, and in all.
+    rows : int
+        Rows of a tile that take part in products.
+    tiles, most_tiles : int
+        Tiles of keys that a tile of queries sees, on average and at most.
+    resident : int
+        Thread blocks that a multiprocessor holds.
+    """
+
+    kernel: Kernel
+    tile: Tile
+    row_blocks: int
+    blocks: int
+    rows: int
+    tiles: int
+    most_tiles: int
+    resident: int
+
+
+def _work(problem: Problem, device: Device, packed: int, share_keys: bool) -> _Work:
+    kernel, tile = portable_kernel(problem, device, share_keys)
+    row_blocks = -(-problem.seqlen_q * packed // tile.block_m)
+    return _Work(
+        kernel,
+        tile,
+        row_blocks,
+        check_blocks(row_blocks * problem.batch * (problem.heads // packed)),
+        min(tile.block_m, _round_up(problem.seqlen_q * packed, 16)),
+        *key_tiles(problem, tile, row_blocks, packed),
+        resident_blocks(tile, kernel, device, problem.head_dim_v),
+    )
+
+
+def split_clocks(problem: Problem, device: Device, work: _Work, splits: int) -> int:
+    """Estimate the clocks that a call takes, the preparation of a grouped one aside."""
+    # Of a grouped product too: what it saves, fusion takes.
+    numbers = work.tile.tile_k * (problem.head_dim + problem.head_dim_v)
+    products, key_bytes = work.rows * numbers, ITEMSIZE[problem.dtype] * numbers
+    busy = max(products // PRODUCTS_PER_CLOCK[problem.dtype], key_bytes // BYTES_PER_CLOCK)
+
+    def wave(beside: int) -> int:
+        """So many thread blocks on every multiprocessor, from start to end: each waits, or all are at work."""
+        return START_CLOCKS + -(-work.tiles // splits) * max(WAIT_CLOCKS + busy, beside * busy)
+
+    waves, rest = divmod(work.blocks * splits, work.resident * device.multiprocessors)
+    clocks = waves * wave(work.resident)
+    if rest:
+        clocks += wave(-(-rest // device.multiprocessors))
+    if splits > 1:
+        partial_bytes = splits * problem.batch * problem.heads * problem.seqlen_q * problem.head_dim_v * 4
+        clocks += MERGE_CLOCKS + 2 * partial_bytes // (BYTES_PER_CLOCK * device.multiprocessors)
+    return clocks
+
+
+def choose_splits(problem: Problem, device: Device, work: _Work) -> tuple[int, int]:
+    """The number of splits that is estimated to be fastest, and the estimate."""
+    most = max(1, min(work.most_tiles, MAX_SPLITS))
+    # Every count that gives all multiprocessors equally many thread blocks, up to eight times what they hold at once:
+    # more are not shared out better, and their results take memory.
+    layers = range(1, 8 * work.resident + 1)
+    counts = {1, *(min(most, max(1, n * device.multiprocessors // work.blocks)) for n in layers)}
+    clocks = {n: split_clocks(problem, device, work, n) for n in sorted(counts)}
+    best = min(clocks, key=clocks.__getitem__)
+    return best, clocks[best]
+
+
+def _portable_plan(problem: Problem, device: Device) -> Plan:
+    """The plan of the portable kernel, without what comes before it."""
+    packed = packed_heads(problem)
+    whole = _work(problem, device, packed, share_keys=False)
+    shared = _work(problem, device, packed, share_keys=True)
+    whole_clocks = split_clocks(problem, device, whole, 1)
+    splits, clocks = choose_splits(problem, device, shared)
+    if splits == 1 or clocks > SPLIT_GAIN * whole_clocks:
+        return Plan(whole.kernel, whole.tile, whole.row_blocks, whole.blocks, packed=packed)
+    rows = problem.batch * problem.heads * problem.seqlen_q
+    # All warps of a thread block on one row where rows alone would not fill the GPU.
+    row_warps = MERGE_WARPS if rows < MERGE_WARPS * device.multiprocessors else 1
+    split = Split(
+        merge_splits_kernel(problem.dtype, problem.head_dim_v),
+        splits,
+        row_warps,
+        check_blocks(-(-rows * row_warps // MERGE_WARPS)),
+        clocks,
+        whole_clocks,
+    )
+    blocks = check_blocks(shared.blocks * splits)
+    return Plan(shared.kernel, shared.tile, shared.row_blocks, blocks, packed=packed, split=split)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(problem: Problem, device: Device) -> Plan:
     """Plan a problem that is not empty.
@@ -483,18 +817,20 @@ def plan(problem: Problem, device: Device) -> Plan:
     ValueError
         If one launch cannot hold it.
     """
-    kernel, tile = attention_kernel(problem, device)
-    row_blocks = -(-problem.seqlen_q // tile.block_m)
-    blocks = check_blocks(row_blocks * problem.batch * problem.heads)
-    chosen = Plan(kernel, tile, row_blocks, blocks)
-    if kernel.specific:
+    hopper = hopper_kernel(problem, device)
+    if hopper is not None:
+        kernel, tile = hopper
+        row_blocks = -(-problem.seqlen_q // tile.block_m)
+        tiles = check_blocks(row_blocks * problem.batch * problem.heads)
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
         masked = problem.left is not None or problem.right is not None
-        grid = min(blocks, device.multiprocessors)
-        chosen = replace(chosen, blocks=grid, section=_hopper_section(problem), dynamic=masked and grid < blocks)
+        grid = min(tiles, device.multiprocessors)
+        chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), masked and grid < tiles)
+    else:
+        chosen = _portable_plan(problem, device)
     if problem.reduction is None:
         return chosen
-    return replace(
+    return dataclasses.replace(
         chosen,
         prepare_kernel=prepare_kernel(problem.dtype, problem.head_dim, problem.aligned),
         prepare=prepare(

@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import grouping_figure  # noqa: E402
 import make_tables  # noqa: E402
+import speed_figure  # noqa: E402
 
 import cudistr  # noqa: E402
 
@@ -34,6 +35,8 @@ def generate(_app):
     generated = HERE / "_generated"
     generated.mkdir(exist_ok=True)
     (generated / "records.md").write_text(make_tables.all_tables(), encoding="utf-8")
+    (generated / "profiles.md").write_text(make_tables.profiles(), encoding="utf-8")
+    (generated / "speed.md").write_text(speed_figure.draw_all(generated), encoding="utf-8")
     grouping_figure.draw(generated / "grouping.svg")
     for example in ("02_grouped", "06_measured_error"):
         run = subprocess.run(

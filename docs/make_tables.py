@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cudistr import bench  # noqa: E402
+from cudistr import bench, normalize, plan  # noqa: E402
 
 RECORDS = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
@@ -96,6 +98,82 @@ def demo(record: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+PROFILE = {
+    "call_ms": "whole call, ms", "attention_ms": "attention kernel, ms",
+    "tensor_percent": "tensor cores busy, % of the time", "shared_percent": "shared memory busy, % of the time",
+    "instructions_per_clock": "instructions per clock, of 4", "registers": "registers per thread",
+    "warps_per_scheduler": "warps per scheduler",
+}  # fmt: skip
+
+
+def _check_profile(record: dict[str, Any]) -> None:
+    """Refuse a profile that is not of its form."""
+    found = {"device", "how", "case", "kernel", "profile"} ^ set(record)
+    if found:
+        raise ValueError(
+            f"a profile has device, how, case, kernel and profile; missing or unknown: {sorted(found)}"
+        )
+    for method, figures in record["profile"].items():
+        bench.reduction_of(method)  # refuses what is no method
+        if not set(figures) <= set(PROFILE):
+            raise ValueError(f"a profile maps methods to {', '.join(PROFILE)}, got {method}: {figures}")
+        for name, figure_of in figures.items():
+            if type(figure_of) not in (int, float) or not figure_of > 0:
+                raise ValueError(f"{method}.{name} must be a positive number, got {figure_of!r}")
+
+
+def profile(record: dict[str, Any]) -> str:
+    """What a profiler saw, a column for each method."""
+    _check_profile(record)
+    methods = record["profile"]
+    rows = [
+        [text, *(f"{of[name]:g}" if name in of else "-" for of in methods.values())]
+        for name, text in PROFILE.items()
+    ]
+    return table(["measured", *map(method_name, methods)], rows)
+
+
+def predicted(record: dict[str, Any]) -> str:
+    """What the planner's estimate says of the same kernels, a column for each method of a profile."""
+    case = record["case"]
+    device = plan.Device(90, 227 * 1024)
+    columns = {}
+    for method in record["profile"]:
+        shape = (case["batch"], case["heads"], case["seqlen"], case["head_dim"])
+        empty = np.broadcast_to(np.zeros(1, bench.DTYPES[case["dtype"]]), shape)
+        problem = normalize.problem(empty, empty, empty, reduction=bench.reduction_of(method))
+        kernel, tile = plan.portable_kernel(problem, device)
+        resident = plan.resident_blocks(tile, kernel, device, case["head_dim"])
+        steps = plan.step_clocks(problem, device, tile)
+        clocks = {f"{unit}, clocks": x for unit, x in steps.items()}
+        alone = sum(steps.values()) + plan.WAIT_CLOCKS
+        columns[method] = {
+            "tile, queries x keys": f"{tile.block_m} x {tile.tile_k}",
+            **{name: f"{x:.0f}" for name, x in clocks.items()},
+            "one after another, with two waits for memory": f"{alone:.0f}",
+            "thread blocks that overlap": f"{resident}",
+            "the busiest unit at work, % of the time": f"{100 * resident * max(steps.values()) / alone:.0f}",
+        }
+    names = next(iter(columns.values()))
+    rows = [[name, *(of[name] for of in columns.values())] for name in names]
+    return table(["estimated for a step of keys", *map(method_name, columns)], rows)
+
+
+def profiles(folder: Path = RECORDS) -> str:
+    """The page of profiles: estimates and measurements side by side."""
+    parts = []
+    for path, record in records(folder):
+        if "profile" in record:
+            case = record["case"]
+            text = (
+                f"`{record['kernel']}` on {record['device']}, {case['dtype']}, {case['head_dim']} columns, "
+                f"{case['heads']} heads, batch {case['batch']}, "
+                f"N = {case['seqlen']}; measured: {record['how']}.\n\n"
+            )
+            parts.append(f"## {path.parent.name}\n\n{text}{predicted(record)}\n{profile(record)}")
+    return "\n".join(parts) or NONE
+
+
 def section(path: Path, record: dict[str, Any]) -> str:
     """One record as a section: what was run, and its table.
 
@@ -106,6 +184,8 @@ def section(path: Path, record: dict[str, Any]) -> str:
     """
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     title = f"### {path.parent.name}/{path.name}\n\n"
+    if "profile" in record:
+        return f"{title}{record['kernel']} under a profiler: {{doc}}`time`.\n\n{profile(record)}"
     if "methods" in record:
         text = (
             f"The demo: DINOv2 ViT-S/14, {record['model']['layers']} layers, {record['tokens']} tokens of the "

@@ -29,6 +29,9 @@ DEVICES = {
     100: Device(100, 227 * 1024),
     120: Device(120, 99 * 1024),
 }
+# Of a multiprocessor: threads and thread blocks (CUDA C++ Programming Guide, technical specifications).
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (128, 64), (192, 128), (256, 64), (64, 256), (256, 8), (8, 256))
@@ -88,6 +91,15 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
                 yield f"{dtype} {d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
 
 
+def split_problems() -> Iterator[tuple[str, normalize.Problem]]:
+    """The grid of large tiles whose thread blocks share keys; small tiles always may."""
+    for d in EDGE_HEAD_DIMS:
+        yield f"bfloat16 {d} split", _problem("bfloat16", d, d)
+        yield f"bfloat16 {d} lsh2 split", _problem("bfloat16", d, d, reduction=LSH(2))
+    yield "float16 64 lsh4 split", _problem("float16", 64, 64, reduction=LSH(4))
+    yield "float16 64 v128 split", _problem("float16", 64, 128)
+
+
 def hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
     """The grid of the Hopper kernel: everything that its registers depend on."""
     for dtype in ("float16", "bfloat16"):
@@ -114,6 +126,9 @@ def kernels(capability: int) -> dict[str, Kernel]:
     for name, problem in problems():
         kernel, _ = planner.portable_kernel(problem, DEVICES[capability])
         found[f"sm80_flash_fwd {name}"] = kernel
+    for name, problem in split_problems():
+        kernel, _ = planner.portable_kernel(problem, DEVICES[capability], share_keys=True)
+        found[f"sm80_flash_fwd {name}"] = kernel
     for name, problem in hopper_problems():
         of_hopper = planner.hopper_kernel(problem, DEVICES[capability])
         if of_hopper is not None:
@@ -124,7 +139,21 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
+        for d in (40, 256):
+            found[f"smxx_merge_splits {dtype} {d}"] = planner.merge_splits_kernel(dtype, d)
     return found
+
+
+def occupancy(capability: int, threads: int, registers: int, shared_bytes: int) -> int:
+    """Thread blocks that a multiprocessor holds at once.
+
+    It has 65536 registers, which warps take in units of 256, and the shared memory that one block may have and 1 KB
+    more; the driver takes 1 KB for every block.
+    """
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // per_warp // (threads // 32)
+    by_shared = (DEVICES[capability].shared_bytes + 1024) // (-(-shared_bytes // 128) * 128 + 1024)
+    return min(by_registers, by_shared, THREADS[capability] // threads, BLOCKS[capability])
 
 
 def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], list[str]]:
@@ -141,6 +170,8 @@ def _compile(job: tuple[str, Kernel, int]) -> tuple[str, int, dict[str, int], li
         "shared_bytes": kernel.shared_bytes + (int(static[1]) if static else 0),
         "spilled": int(spill[1]) + int(spill[2]) + int(stack[1]),
     }
+    # Warpgroups of the Hopper kernel trade registers among themselves, of as many as it is launched with.
+    numbers["blocks"] = occupancy(capability, kernel.threads, numbers["registers"], numbers["shared_bytes"])
     complaints = [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
     return name, capability, numbers, complaints
 
@@ -158,16 +189,19 @@ def build() -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
 
 
 def rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
-    """The table as text: a header, then a row a variant, with registers / shared bytes for each architecture.
+    """The table as text: a header, a row a variant, with registers / shared bytes / blocks for each architecture.
 
     A cell is empty where the variant does not exist.
     """
     header = ["variant", *(f"sm_{c}" for c in DEVICES)]
     body = [
-        [name, *(f"{of[c]['registers']} / {of[c]['shared_bytes']}" if c in of else "" for c in DEVICES)]
+        [name, *(" / ".join(str(of[c][x]) for x in CELL) if c in of else "" for c in DEVICES)]
         for name, of in table.items()
     ]
     return [header, *body]
+
+
+CELL = ("registers", "shared_bytes", "blocks")
 
 
 def read() -> tuple[str, list[list[str]]]:
@@ -187,7 +221,9 @@ def write(table: dict[str, dict[int, dict[str, int]]]) -> None:
 
 def version() -> str:
     """Name of the compiler, as the table states it."""
-    return "NVRTC {}.{}: registers per thread / bytes of shared memory".format(*compiler.nvrtc_version())
+    return (
+        "NVRTC {}.{}: registers per thread / bytes of shared memory / thread blocks per multiprocessor; no spills"
+    ).format(*compiler.nvrtc_version())
 
 
 if __name__ == "__main__":

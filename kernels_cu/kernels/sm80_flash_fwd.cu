@@ -1,5 +1,7 @@
 // Attention forward for sm_80 and newer: exact, and DistrAttention with Khat made in shared memory.
-// One thread block per tile of BLOCK_M queries of one head; K and V stream through in tiles of TILE_K keys.
+// One thread block per tile of BLOCK_M queries of one head; K and V stream through in tiles of TILE_K keys. Where that
+// leaves multiprocessors idle, the keys of a tile are shared by several thread blocks, and smxx_merge_splits.cu merges
+// what they found. Few queries of heads with the same keys may be packed into one tile.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16, 2 float32
@@ -12,6 +14,7 @@
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   SPLIT       1: float32 by three TF32 products; 0: one
+//   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
 #include "tile/fuse.cuh"
 #include "tile/mask.cuh"
@@ -26,14 +29,20 @@ struct AttentionParams {
     const T* k;
     const T* v;
     T* out;
-    float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
+    float* lse;             // (splits, batch, heads, seqlen_q), contiguous; null if not wanted
+    float* partial;         // (splits, batch, heads, seqlen_q, HEAD_DIM_V), contiguous: takes the place of out
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
     i64 out_batch, out_head, out_row;
     i64 band_low, band_high;
+    i64 split_rows;         // batch * heads * seqlen_q, if there are several splits
+    // With packed query heads, heads and rows are those of the packed matrix: row = head * queries + query.
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
+    i32 packed;             // query heads in one matrix of seqlen_q rows; more than 1 where BLOCK_M is at most 64
+    i32 queries;            // seqlen_q / packed
+    i32 splits;             // thread blocks that share the keys of a tile
     i32 row_blocks;         // tiles of BLOCK_M that cover seqlen_q
     i32 group_blocks;       // blocks of queries with one column order
     i32 tiles_per_block;    // tiles of BLOCK_M in such a block
@@ -58,6 +67,8 @@ constexpr int kSteps = kDepth / Traits<T>::kMmaDepth;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr bool kSplit = SPLIT;
+constexpr bool kShareKeys = SHARE_KEYS;
+constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
 // How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; or
 // summed within shared memory first.
 enum Fusion { kExact, kOnTheWay, kInShared };
@@ -175,21 +186,48 @@ DEVICE int own_row() {
 
 // Where a thread block stands.
 struct Place {
-    int row_block, batch_head, batch, head, first_row, rows;
+    int row_block, split, batch_head, batch, head, first_row, rows;
 
     // The last rows come first: under a causal mask they have the most keys, and short blocks fill the tail.
     DEVICE explicit Place(const AttentionParams& params) {
         const u32 block = block_index();
         row_block = params.row_blocks - 1 - block % params.row_blocks;
-        batch_head = block / params.row_blocks;
+        const u32 tile = block / params.row_blocks;
+        split = kShareKeys ? tile % params.splits : 0;
+        batch_head = kShareKeys ? tile / params.splits : tile;
         batch = batch_head / params.heads;
         head = batch_head % params.heads;
         first_row = row_block * BLOCK_M;
         rows = min(BLOCK_M, params.seqlen_q - first_row);
     }
+
+    // The first and the last query among the rows. A tile of packed heads is taken for one with all queries.
+    DEVICE int first_query(const AttentionParams& params) const {
+        return kSmall && params.packed > 1 ? 0 : first_row;
+    }
+    DEVICE int last_query(const AttentionParams& params) const {
+        return kSmall && params.packed > 1 ? params.queries - 1 : first_row + rows - 1;
+    }
+
+    // Where a row of the tile goes in the results of all splits.
+    DEVICE i64 result_row(const AttentionParams& params, int row) const {
+        const i64 result_row = static_cast<i64>(batch_head) * params.seqlen_q + first_row + row;
+        return kShareKeys ? split * params.split_rows + result_row : result_row;
+    }
+
+    DEVICE T* out_row(const AttentionParams& params, int row) const {
+        T* out = params.out + batch * params.out_batch;
+        if (kSmall && params.packed > 1) {
+            const int in_head = (first_row + row) / params.queries;
+            const int query = first_row + row - in_head * params.queries;
+            return out + (head * params.packed + in_head) * params.out_head + query * params.out_row;
+        }
+        return out + head * params.out_head + (first_row + row) * params.out_row;
+    }
 };
 
-// Normalises the output, and stores it and the lse. Everything is derived anew here, see thread_index.
+// Normalises the output, and stores it and the lse. What a split found is stored as it stands in registers: four lanes
+// fill a sector of 32 bytes. Everything is derived anew here, see thread_index.
 DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
                          const float (&output)[ROW_TILES][kOutTiles][4], const OnlineSoftmax<ROW_TILES>& softmax) {
     const Place place(params);
@@ -202,36 +240,44 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
             const float sum = softmax.sum[mt][half];
             const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
             const int row = own_row() + mt * 16 + half * 8;
+            const i64 result_row = place.result_row(params, row);
+            float* partial = params.partial + result_row * HEAD_DIM_V;
 #pragma unroll
             for (int nt = 0; nt < kOutTiles; ++nt) {
                 const float low = output[mt][nt][half * 2] * inverse;
                 const float high = output[mt][nt][half * 2 + 1] * inverse;
-                T* target = &out_tile.at(row, nt * 8 + lane % 4 * 2);
-                target[0] = Traits<T>::from_float(low);
-                target[1] = Traits<T>::from_float(high);
+                const int column = nt * 8 + lane % 4 * 2;
+                if (kShareKeys && params.partial) {
+                    if (row < place.rows && nt * 8 < HEAD_DIM_V) {
+                        partial[column] = low;
+                        partial[column + 1] = high;
+                    }
+                } else {
+                    T* target = &out_tile.at(row, column);
+                    target[0] = Traits<T>::from_float(low);
+                    target[1] = Traits<T>::from_float(high);
+                }
             }
             if (params.lse && lane % 4 == 0 && row < place.rows) {
                 const float log_sum = fmaf(softmax.maximum[mt][half], params.score_scale * 0.6931471806f, logf(sum));
-                params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + place.first_row + row] =
-                    sum == 0.f ? -infinity() : log_sum;
+                params.lse[result_row] = sum == 0.f ? -infinity() : log_sum;
             }
         }
     }
+    if (kShareKeys && params.partial) return;
     __syncthreads();
 
-    T* out = params.out + place.batch * params.out_batch + place.head * params.out_head +
-             place.first_row * params.out_row;
     constexpr int kOutChunks = HEAD_DIM_V / kElements;
     if (params.out_aligned) {
         for (int i = thread; i < place.rows * kOutChunks; i += kThreads) {
             const int row = i / kOutChunks;
             const int column = i % kOutChunks * kElements;
-            *reinterpret_cast<Chunk*>(out + row * params.out_row + column) =
+            *reinterpret_cast<Chunk*>(place.out_row(params, row) + column) =
                 *reinterpret_cast<const Chunk*>(&out_tile.at(row, column));
         }
     } else {
         for (int i = thread; i < place.rows * HEAD_DIM_V; i += kThreads) {
-            out[i / HEAD_DIM_V * params.out_row + i % HEAD_DIM_V] = out_tile.at(i / HEAD_DIM_V, i % HEAD_DIM_V);
+            place.out_row(params, i / HEAD_DIM_V)[i % HEAD_DIM_V] = out_tile.at(i / HEAD_DIM_V, i % HEAD_DIM_V);
         }
     }
 }
@@ -254,12 +300,21 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 
     // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
     const Band band = {params.band_low, params.band_high, params.seqlen_k};
-    const int first_key = band.first_key(first_row);
-    const int last_key = band.last_key(first_row + rows - 1);
-    const int first_common = band.first_key(first_row + rows - 1);
-    const int last_common = band.last_key(first_row);
-    const int first_tile = first_key / TILE_K;
+    const int first_query = place.first_query(params);
+    const int last_query = place.last_query(params);
+    const int first_key = band.first_key(first_query);
+    const int last_key = band.last_key(last_query);
+    const int first_common = band.first_key(last_query);
+    const int last_common = band.last_key(first_query);
+    int first_tile = first_key / TILE_K;
     int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+    if constexpr (kShareKeys) {
+        const int tiles = tile - first_tile + 1;
+        const int share = tiles / params.splits;
+        const int larger = tiles % params.splits;  // so many of the first splits have one tile more
+        first_tile += place.split * share + min(place.split, larger);
+        tile = first_tile + share - (place.split < larger ? 0 : 1);
+    }
 
     const u8* permutation = nullptr;
     if constexpr (kGrouped) {
@@ -289,6 +344,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     float output[ROW_TILES][kOutTiles][4] = {};
     OnlineSoftmax<ROW_TILES> softmax;
     softmax.clear();
+    const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
 
     for (; tile >= first_tile; --tile) {
         const int key = tile * TILE_K;
@@ -307,11 +363,11 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                 copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
             }
             cp_async_commit();
-            multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+            if (!idle) multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
             cp_async_wait<1>();
             __syncthreads();  // the values have landed, and every warp is done with Khat
         } else {
-            multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
+            if (!idle) multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
             cp_async_wait<0>();
             __syncthreads();  // the values have landed, and every warp is done with the keys
             if (tile > first_tile) {
@@ -325,9 +381,15 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
             cp_async_commit();
         }
 
+        if (idle) continue;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         if (key < first_common || key + TILE_K - 1 > last_common) {
-            apply_mask(scores, band, first_row, key, own_row(), thread_index() % 4 * 2);
+            const int column = thread_index() % 4 * 2;
+            if (kSmall && params.packed > 1) {
+                apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);
+            } else {
+                apply_mask(scores, band, first_row, key, PlainRows{own_row()}, column);
+            }
         }
         softmax.update(scores, output, params.score_scale);
         multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v, lane);

@@ -18,11 +18,22 @@ struct Band {
     }
 };
 
-// Sets the scores of invisible keys to minus infinity. scores[mt][nt] is the accumulator of rows row + 16 mt (+ 8)
+// Which query a row below the lane's first has, counted from the first of the tile.
+struct PlainRows {
+    int row;
+    DEVICE int query(int below) const { return row + below; }
+};
+// Rows of several heads, one after another, each with the same queries.
+struct PackedRows {
+    int row, queries;
+    DEVICE int query(int below) const { return (row + below) % queries; }
+};
+
+// Sets the scores of invisible keys to minus infinity. scores[mt][nt] is the accumulator of the lane's rows 16 mt (+ 8)
 // and keys key + 8 nt (+ 1), counted from first_query and first_key of the tile.
-template <int kRowTiles, int kKeyTiles>
+template <class Rows, int kRowTiles, int kKeyTiles>
 DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const Band& band, int first_query, int first_key,
-                       int row, int key) {
+                       const Rows& rows, int key) {
     // Relative to the tile everything fits 32 bits; a bound that is far away may be brought nearer.
     const i64 far = 1 << 28;
     const int low = static_cast<int>(max(-far, min(far, band.low + first_query - first_key)));
@@ -32,7 +43,7 @@ DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const Band& ban
     for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int query = row + mt * 16 + half * 8;
+            const int query = rows.query(mt * 16 + half * 8);
             const int first = query + low - key;
             const int last = min(query + high, end - 1) - key;
 #pragma unroll

@@ -174,6 +174,22 @@ def test_cases_keep_tokens_and_hidden_size() -> None:
     assert found[3] == Case("bfloat16", 128, 128, 16, 4, 1, 32768, 32768, True)
 
 
+def test_few_queries_of_a_given_batch_and_heads() -> None:
+    words = (
+        "--seqlen 8192 --seqlen-q 1 16 --batch 3 --heads 32 --kv-heads 8 --head-dim 128 --causal 0".split()
+    )
+    found = bench.cases(parse(*words))
+    assert [(c.seqlen_q, c.seqlen_k) for c in found] == [(1, 8192), (16, 8192)]
+    assert {(c.batch, c.heads, c.heads_kv) for c in found} == {(3, 32, 8)}
+
+
+def test_torch_is_not_asked_for_another_mask() -> None:
+    case = bench.Case("float16", 64, 64, 4, 4, 1, 16, 128, True)
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="torch aligns a causal mask with the first key"):
+        bench._make_sdpa([None] * 3, case, "flash2")
+
+
 def test_value_head_dim_is_its_own() -> None:
     found = bench.cases(parse("--head-dim", "192", "--head-dim-v", "128", "--seqlen", "64", "--causal", "0"))
     assert [(case.head_dim, case.head_dim_v, case.heads_kv, case.causal) for case in found] == [

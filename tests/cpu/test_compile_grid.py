@@ -11,6 +11,7 @@ from itertools import zip_longest
 import pytest
 
 from cudistr import compiler
+from cudistr import plan as planner
 from tests import grid
 
 RENEW = "if that is meant, renew it with: python -m tests.grid --write"
@@ -90,6 +91,46 @@ def test_the_grid_compiles_without_spills(nvrtc: None, capsys: pytest.CaptureFix
     if not comparable and os.environ.get("CI"):
         wrong.append(f"docs/resources.csv belongs to {version}, this is {grid.version()}; {RENEW}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("capability", "threads", "registers", "shared_bytes", "blocks"),
+    [
+        (90, 128, 255, 69632, 2),  # by registers
+        (90, 128, 128, 69632, 3),  # by shared memory
+        (86, 128, 255, 55296, 1),
+        (86, 128, 64, 49 * 1024, 2),  # 2 * (49 + 1) KB is all of it
+        (80, 256, 32, 0, 8),  # by threads
+        (89, 32, 16, 0, 24),  # by blocks
+        (80, 128, 161, 0, 3),  # warps take 168
+    ],
+)
+def test_occupancy(capability: int, threads: int, registers: int, shared_bytes: int, blocks: int) -> None:
+    assert grid.occupancy(capability, threads, registers, shared_bytes) == blocks
+
+
+def test_the_plan_knows_how_many_blocks_fit() -> None:
+    """Its estimate of registers is at most one thread block off; where shared memory decides it is right."""
+    _, (header, *body) = grid.read()
+    table = {name: dict(zip(header[1:], cells, strict=True)) for name, *cells in body}
+    checked = 0
+    for capability, device in grid.DEVICES.items():
+        for name, problem in grid.problems():
+            kernel, tile = planner.portable_kernel(problem, device)
+            cell = table[f"sm80_flash_fwd {name}"][f"sm_{capability}"].split(" / ")
+            estimate = planner.resident_blocks(tile, kernel, device, problem.head_dim_v)
+            assert abs(estimate - int(cell[2])) <= 1, f"{name} sm_{capability}: {estimate}, is {cell[2]}"
+            checked += 1
+    assert checked > 1000
+
+
+def test_everything_fits_the_smallest_gpus() -> None:
+    """99 KB is what a thread block may have on sm_86, 89 and 120."""
+    _, (header, *body) = grid.read()
+    for name, *cells in body:
+        for column, cell in zip(header[1:], cells, strict=True):
+            if cell and column in ("sm_86", "sm_89", "sm_120"):
+                assert int(cell.split(" / ")[1]) <= 99 * 1024, f"{name} {column}"
 
 
 TABLE = [["variant", "sm_80", "sm_90"], ["a", "1 / 2", "3 / 4"], ["b", "5 / 6", "7 / 8"]]

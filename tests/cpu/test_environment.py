@@ -56,6 +56,7 @@ class FakeCupy:
             cudaDevAttrMultiProcessorCount=16,
             getDevice=lambda: self._answer(0, self.get_device_error),
             deviceGetAttribute=lambda *_: self._answer(self.shared_bytes, self.attribute_error),
+            getDeviceProperties=lambda index: {"name": b"Some GPU"},
         )
         cuda.nvrtc = types.SimpleNamespace(
             getVersion=lambda: self._answer((13, 0), self.nvrtc_error),

@@ -123,6 +123,7 @@ ROOMS = (
     "normalize",
     "plan",
     "compiler",
+    "tuned",
     "tensormap",
     "launch",
     "projection",

@@ -16,7 +16,7 @@ from cudistr import LSH, UnsupportedDeviceError, compiler, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
 from cudistr.normalize import Problem
-from cudistr.plan import Device, Kernel, Plan, Prepare, Tile, plan
+from cudistr.plan import Device, Kernel, Plan, Prepare, Split, Tile, plan
 from tests.grid import DEVICES
 
 AMPERE, HOPPER = DEVICES[80], DEVICES[90]
@@ -171,11 +171,108 @@ def test_few_queries_get_a_small_tile(one: Problem, device: Device, seqlen_q: in
 def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
-    assert (chosen.row_blocks - 1) * chosen.tile.block_m < one.seqlen_q
-    assert one.seqlen_q <= chosen.row_blocks * chosen.tile.block_m
-    tiles = chosen.row_blocks * one.batch * one.heads
+    rows = one.seqlen_q * chosen.packed
+    assert (chosen.row_blocks - 1) * chosen.tile.block_m < rows <= chosen.row_blocks * chosen.tile.block_m
+    tiles = chosen.row_blocks * one.batch * one.heads // chosen.packed
     assert tiles <= planner.MAX_BLOCKS
-    assert chosen.blocks == (min(tiles, device.multiprocessors) if chosen.attention.specific else tiles)
+    if chosen.attention.specific:
+        assert chosen.blocks == min(tiles, device.multiprocessors)
+    else:
+        assert chosen.blocks == tiles * (1 if chosen.split is None else chosen.split.splits)
+
+
+# Thread blocks that share keys, heads that share tiles
+
+gpus = st.builds(
+    Device, st.sampled_from([80, 86, 90, 120]), st.just(99 * 1024), st.sampled_from([1, 2, 16, 84, 132, 170])
+)
+
+
+def portable_problems(**options: bool) -> st.SearchStrategy[Problem]:
+    return problems(**options).map(lambda one: dataclasses.replace(one, family="portable"))
+
+
+@given(portable_problems(), gpus)
+def test_splits_are_possible_and_promise_something(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    if chosen.split is None:
+        return
+    assert 1 < chosen.split.splits <= min(planner.MAX_SPLITS, math.ceil(one.seqlen_k / chosen.tile.tile_k))
+    assert chosen.split.clocks <= planner.SPLIT_GAIN * chosen.split.whole_clocks
+    assert dict(chosen.attention.constants)["SHARE_KEYS"] == 1
+    rows = one.batch * one.heads * one.seqlen_q
+    per_block = planner.MERGE_WARPS // chosen.split.row_warps
+    assert planner.MERGE_WARPS % chosen.split.row_warps == 0
+    assert (chosen.split.merge_blocks - 1) * per_block < rows <= chosen.split.merge_blocks * per_block
+    assert dict(chosen.split.kernel.constants) == {
+        "DTYPE": DTYPES.index(one.dtype), "HEAD_DIM_V": one.head_dim_v
+    }  # fmt: skip
+    # What they leave behind is bounded by what the GPU runs at once, not by the problem.
+    tiles = chosen.blocks // chosen.split.splits
+    assert chosen.blocks <= max(tiles, 8 * 16 * device.multiprocessors)
+
+
+@given(portable_problems(), gpus)
+def test_a_full_gpu_needs_no_splits(one: Problem, device: Device) -> None:
+    one = dataclasses.replace(one, batch=64 * device.multiprocessors, heads=2, heads_kv=2, seqlen_q=256)
+    assume(small_enough(one))
+    assert plan(one, device).split is None
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query_against_many_keys_fills_the_gpu(capability: int, dtype: str) -> None:
+    device = dataclasses.replace(DEVICES[capability], multiprocessors=100)
+    one = problem(seqlen_q=1, seqlen_k=100_000, heads=32, heads_kv=8, dtype=dtype)
+    chosen = plan(one, device)
+    assert chosen.packed == 4 and chosen.tile.block_m == 64
+    assert chosen.split is not None and 100 <= chosen.blocks <= 800
+    # Few keys are not worth a second launch.
+    assert plan(dataclasses.replace(one, seqlen_k=100), device).split is None
+
+
+@given(portable_problems(), gpus, st.integers(1, 70), st.booleans())
+def test_heads_are_packed_where_rows_lie_a_constant_apart(
+    one: Problem, device: Device, seqlen_q: int, apart: bool
+) -> None:
+    row = one.q_strides[2]
+    head = seqlen_q * row if apart else row
+    one = dataclasses.replace(one, seqlen_q=seqlen_q, q_strides=(0, head, row))
+    assume(small_enough(one))
+    possible = one.reduction is None and seqlen_q <= 32 and (apart or seqlen_q == 1)
+    assert plan(one, device).packed == (one.heads // one.heads_kv if possible else 1)
+
+
+@given(portable_problems(), st.integers(1, 400), st.integers(1, 400), devices)
+def test_tiles_of_keys_are_counted(one: Problem, seqlen_q: int, seqlen_k: int, device: Device) -> None:
+    one = dataclasses.replace(one, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    _, tile = planner.portable_kernel(one, device)
+    row_blocks = math.ceil(seqlen_q / tile.block_m)
+    counts = []
+    for first in range(0, seqlen_q, tile.block_m):
+        seen = set()
+        for query in range(first, min(first + tile.block_m, seqlen_q)):
+            place = query + seqlen_k - seqlen_q
+            low = 0 if one.left is None else max(0, place - one.left)
+            high = seqlen_k - 1 if one.right is None else min(seqlen_k - 1, place + one.right)
+            if low <= high:
+                seen |= {low // tile.tile_k, high // tile.tile_k}
+        counts.append(max(seen) - min(seen) + 1 if seen else 0)
+    mean, most = planner.key_tiles(one, tile, row_blocks, 1)
+    assert most == max(counts) and abs(mean - sum(counts) / len(counts)) < 1
+
+
+def test_multiprocessors_decide() -> None:
+    one = problem(seqlen_q=1, seqlen_k=4000, heads=2, heads_kv=2)
+    assert (
+        plan(dataclasses.replace(one, batch=100), dataclasses.replace(AMPERE, multiprocessors=16)).split
+        is None
+    )
+    assert (
+        plan(dataclasses.replace(one, batch=100), dataclasses.replace(AMPERE, multiprocessors=800)).split
+        is not None
+    )
 
 
 # What runs beside the attention kernel
@@ -390,7 +487,7 @@ def test_a_plan_is_a_value(one: Problem, device: Device) -> None:
     assert plan(dataclasses.replace(one), dataclasses.replace(device)) is chosen
     assert plan.__wrapped__(one, device) == chosen
     # Printable: what is printed says everything.
-    assert eval(repr(chosen), {x.__name__: x for x in (Plan, Kernel, Prepare, Tile)}) == chosen
+    assert eval(repr(chosen), {x.__name__: x for x in (Plan, Kernel, Prepare, Split, Tile)}) == chosen
 
 
 @pytest.mark.parametrize(
@@ -409,7 +506,8 @@ def test_values_are_frozen(value: object) -> None:
 @pytest.mark.parametrize("reduction", [None, LSH(2)], ids=["exact", "G2"])
 def test_too_many_blocks(reduction: LSH | None) -> None:
     # One head more than a launch has blocks, with one row each.
-    one = problem(batch=2**16, heads=2**15, heads_kv=1, seqlen_q=1, reduction=reduction)
+    heads_kv = 2**15 if reduction is None else 1  # exact heads with the same keys would be packed
+    one = problem(batch=2**16, heads=2**15, heads_kv=heads_kv, seqlen_q=1, reduction=reduction)
     text = (
         f"the problem needs {2**31} thread blocks, more than the {2**31 - 1} of one launch. "
         "Split the batch into several calls."
@@ -548,6 +646,7 @@ LAYOUTS = {
     "HopperParams": (planner.attention_kernel(problem(), HOPPER)[0], launch._HOPPER),
     "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
+    "MergeSplitsParams": (planner.merge_splits_kernel("float16", 64), launch._MERGE_SPLITS),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cudistr import plan
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -101,6 +103,63 @@ def test_a_record_of_no_known_form_is_refused(folder: Path) -> None:
     (folder / "gpu-x" / "odd.json").write_text('{"speed": "great"}')
     with pytest.raises(ValueError, match=r"gpu-x/odd\.json: record: the record must be an object with"):
         make_tables.all_tables(folder)
+
+
+PROFILE = {
+    "device": "GPU X", "how": "a profiler", "kernel": "sm80_flash_fwd",
+    "case": {"dtype": "bfloat16", "head_dim": 128, "heads": 16, "batch": 4, "seqlen": 4096, "causal": False},
+    "profile": {"lsh2": {"call_ms": 1.5, "tensor_percent": 40}, "exact": {"tensor_percent": 54}},
+}  # fmt: skip
+
+
+def test_a_profile_stands_beside_the_estimate(folder: Path) -> None:
+    (folder / "gpu-x" / "profile.json").write_text(json.dumps(PROFILE))
+    text = make_tables.profiles(folder)
+    assert "| measured | LSH(2) | exact |" in text and "| whole call, ms | 1.5 | - |" in text
+    assert "| tensor cores busy, % of the time | 40 | 54 |" in text
+    assert "| tile, queries x keys | 128 x 64 | 128 x 64 |" in text
+    assert "### gpu-x/profile.json\n" in make_tables.all_tables(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"profile": {"lsh2": {"speed": 1}}},
+        {"profile": {"exact": {"call_ms": -1}}},
+        {"profile": {"exact": {"call_ms": "1"}}},
+        {"profile": {"fast": {"call_ms": 1}}},
+        {"more": 1},
+    ],
+)
+def test_a_profile_of_another_form_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be|has|maps|method"):
+        make_tables.profile({**PROFILE, **change})
+
+
+def test_the_page_says_what_the_profile_says() -> None:
+    """Its sentences hold for the committed profile."""
+    (record,) = (r for _, r in make_tables.records() if "profile" in r)
+    grouped, exact = record["profile"]["lsh2"], record["profile"]["exact"]
+    busy = [grouped["tensor_percent"], grouped["shared_percent"], 25 * grouped["instructions_per_clock"]]
+    assert max(busy) < 60 and exact["tensor_percent"] < 60  # no unit is at work all the time
+    assert grouped["registers"] >= 250 and grouped["warps_per_scheduler"] == 2
+    assert grouped["attention_ms"] < grouped["call_ms"]
+
+
+def test_the_rate_of_products_follows_from_the_records() -> None:
+    folder = make_tables.RECORDS / "nvidia-h100-80gb-hbm3"
+    times, profile = (json.loads((folder / f"{name}.json").read_text()) for name in ("portable", "profile"))
+    case = profile["case"]
+    (ms,) = (
+        row["ms"]["cudistr"]
+        for row in times["rows"]
+        if (row["method"], row["head_dim"], row["seqlen_k"], row["causal"]) == ("exact", 128, 4096, False)
+    )
+    products = 2 * case["batch"] * case["heads"] * case["seqlen"] ** 2 * case["head_dim"]
+    in_a_clock = products / (1e-3 * ms) / (132 * 1.755e9)
+    rate = in_a_clock / (profile["profile"]["exact"]["tensor_percent"] / 100)
+    assert abs(rate / plan.MMA_PER_CLOCK["bfloat16"] - 1) < 0.02
+    assert abs(in_a_clock / plan.PRODUCTS_PER_CLOCK["bfloat16"] - 1) < 0.02
 
 
 def test_readme_markers() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ HOPPER = "kernels/sm90_flash_fwd.cu"
 PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
+MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
@@ -49,6 +51,7 @@ class Fault:
     merge: bool = False
     family: str = "portable"
     lengths: tuple[int, int] = (161, 173)
+    splits: int = 1
 
 
 FAULTS = {
@@ -221,6 +224,62 @@ FAULTS = {
         "tile/softmax.cuh", "maximum[mt][half] = top;", "maximum[mt][half + 1] = top;", "an index outside its array at .*softmax"
     ),
 }  # fmt: skip
+
+# Thread blocks that share keys, and heads that share tiles
+FEW = (5, 173)
+SHARED = {
+    "a share of the keys that is forgotten": Fault(FLASH, "min(place.split, larger);", "place.split;", WRONG, splits=3, lengths=(161, 500)),
+    "keys that two thread blocks take": Fault(
+        FLASH, "first_tile + share - (place.split < larger ? 0 : 1)", "first_tile + share", WRONG, splits=2
+    ),
+    "results of one thread block where others have theirs": Fault(
+        FLASH, "kShareKeys ? split * params.split_rows + result_row : result_row", "result_row", "wrote too", splits=3
+    ),
+    "results of rows beyond the last": Fault(
+        FLASH, "if (row < place.rows && nt * 8", "if (nt * 8", "outside|wrote too", splits=2
+    ),
+    "results of columns beyond the last": Fault(
+        FLASH, "if (row < place.rows && nt * 8 < HEAD_DIM_V)", "if (row < place.rows)", "outside|wrote too", splits=2, head_dim_v=40
+    ),
+    "a head that another thread block has": Fault(
+        FLASH, "kShareKeys ? tile / params.splits : tile", "tile", "outside|wrote too", splits=2
+    ),
+    "a thread block that leaves nothing": Fault(
+        FLASH, "    OnlineSoftmax<ROW_TILES> softmax;\n", "    if (tile < first_tile) return;\n    OnlineSoftmax<ROW_TILES> softmax;\n",
+        "nothing wrote|before its copies landed", splits=5
+    ),
+    "a warp without queries that copies nothing": Fault(
+        FLASH, "        cp_async_wait<0>();\n        __syncthreads();  // the keys",
+        "        if (idle) continue;\n        cp_async_wait<0>();\n        __syncthreads();  // the keys",
+        "different barriers|nothing wrote|others have returned", lengths=FEW
+    ),
+    "warps without work that have some": Fault(FLASH, "warp_row >= rows;", "warp_row + 16 >= rows;", WRONG, lengths=(50, 173)),
+    "packed queries under the mask of their rows": Fault(
+        "tile/mask.cuh", "return (row + below) % queries;", "return row + below;", WRONG, {"causal": True}, lengths=FEW
+    ),
+    "packed queries under the mask of the first": Fault(
+        FLASH, "params.packed > 1 ? params.queries - 1", "params.packed > 1 ? 0", WRONG, {"causal": True}, lengths=(5, 66)
+    ),
+    "a packed row of the wrong head": Fault(
+        FLASH, "(head * params.packed + in_head)", "(head + in_head)", "wrote too", lengths=FEW
+    ),
+    "a merge without its barrier": Fault(
+        MERGE_SPLITS, f"        {BARRIER}\n", "", RACE, splits=3, lengths=(1, 173)
+    ),
+    "a merge of one split too few": Fault(
+        MERGE_SPLITS, "s < params.splits; s += params.row_warps", "s < params.splits - 1; s += params.row_warps", WRONG, splits=2
+    ),
+    "a merge of rows beyond the last": Fault(
+        MERGE_SPLITS, "const bool inside = row < params.rows;", "const bool inside = true;", "outside|wrote too", splits=2, lengths=(161, 173)
+    ),
+    "a merge of lanes that miss each other": Fault(
+        MERGE_SPLITS, "total += __shfl_xor_sync(kFullWarp, total, lanes)", "total += __shfl_xor_sync(kFullWarp, total, 1)", WRONG, splits=3
+    ),
+    "a merge into the wrong row": Fault(
+        MERGE_SPLITS, "batch_head % params.heads * params.out_head", "batch_head * params.out_row", "wrote too", splits=2
+    ),
+}  # fmt: skip
+FAULTS |= {f"shared keys: {name}": fault for name, fault in SHARED.items()}
 
 # Hopper: what works beside the threads, and what orders it.
 ON_HOPPER = {
@@ -402,7 +461,8 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = util.inputs(
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v
     )
-    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
+    with util.splits(fault.splits) if fault.splits > 1 else nullcontext():
+        util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
 
 
 def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
@@ -433,7 +493,16 @@ def test_a_planted_fault_is_found(
 def calls() -> dict[str, Fault]:
     """The calls of the faults, each once."""
     different = {
-        (str(f.options), f.layout, str(np.dtype(f.dtype)), f.head_dim_v, f.merge, f.family, f.lengths): f
+        (
+            str(f.options),
+            f.layout,
+            str(np.dtype(f.dtype)),
+            f.head_dim_v,
+            f.merge,
+            f.family,
+            f.lengths,
+            f.splits,
+        ): f
         for f in FAULTS.values()
     }
     return {" ".join(map(str, key)): fault for key, fault in different.items()}

@@ -44,6 +44,21 @@ def other_variants(kind: str) -> dict[str, Kernel]:
 ATTENTION = attention_variants()
 PREPARE = other_variants("smxx_lsh_prepare")
 MERGE = other_variants("smxx_merge")
+MERGE_SPLITS = other_variants("smxx_merge_splits")
+
+
+def split_variants() -> dict[Kernel, tuple[str, Problem, int]]:
+    """The same for large tiles whose thread blocks share keys."""
+    found: dict[Kernel, tuple[str, Problem, int]] = {}
+    for capability, device in grid.DEVICES.items():
+        for name, problem in grid.split_problems():
+            asked = dataclasses.replace(problem, family="portable")
+            kernel, _ = planner.portable_kernel(asked, device, share_keys=True)
+            found.setdefault(kernel, (f"{name} sm_{capability}", asked, capability))
+    return found
+
+
+SPLIT = split_variants()
 
 
 def use(device: Device) -> None:
@@ -51,7 +66,7 @@ def use(device: Device) -> None:
 
 
 def test_the_suite_is_the_grid() -> None:
-    kernels = {*ATTENTION, *PREPARE.values(), *MERGE.values()}
+    kernels = {*ATTENTION, *SPLIT, *PREPARE.values(), *MERGE.values(), *MERGE_SPLITS.values()}
     for capability in grid.DEVICES:
         assert set(grid.kernels(capability).values()) <= kernels
 
@@ -91,6 +106,34 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     assert (kernel, 0) in compiler._functions  # it was this one that ran
     assert statistics.counts["multiplications"] > 0
     assert statistics.counts["matrix_load_conflicts"] == 0  # what the pitch of shared tiles is for
+
+
+@pytest.mark.parametrize(
+    ("number", "kernel"), list(enumerate(SPLIT)), ids=[name for name, *_ in SPLIT.values()]
+)
+def test_shared_keys(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, problem, capability = SPLIT[kernel]
+    use(grid.DEVICES[capability])
+    monkeypatch.setenv("CUDISTR_KERNEL", "portable")
+    dtype, d, dv = grid.DTYPES[problem.dtype], problem.head_dim, problem.head_dim_v
+    q, k, v = util.inputs(number, dtype, batch=1, heads=1, lengths=(161, 173), head_dim=d, head_dim_v=dv)
+    with util.splits(2):
+        util.check_kernel(q, k, v, on_host=True, reduction=problem.reduction, **MASKS[number % len(MASKS)])
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", MERGE_SPLITS.values(), ids=MERGE_SPLITS)
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+def test_merge_splits(kernel: Kernel, seqlen_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDISTR_KERNEL", "portable")
+    constants = dict(kernel.constants)
+    dtype = list(grid.DTYPES.values())[constants["DTYPE"]]
+    q, k, v = util.inputs(
+        1, dtype, heads=2, lengths=(seqlen_q, 100), head_dim=32, head_dim_v=constants["HEAD_DIM_V"]
+    )
+    with util.splits(3):
+        util.check_kernel(q, k, v, on_host=True)
+    assert (kernel, 0) in compiler._functions
 
 
 @pytest.mark.parametrize("kernel", PREPARE.values(), ids=PREPARE)

@@ -526,6 +526,7 @@ def modules() -> dict[str, types.ModuleType]:
             16: Settings.multiprocessors,
         }[attribute],
         getDevice=lambda: 0,
+        getDeviceProperties=lambda device: {"name": b"Emulated GPU"},
         getDeviceCount=lambda: 1,
         CUDARuntimeError=CUDARuntimeError,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import cudistr
-from cudistr import reference
+from cudistr import launch, reference
+from cudistr import plan as planner
 from tests.strategies import BFLOAT16, LAYOUTS
 
 try:
@@ -20,6 +23,24 @@ except ImportError:  # the marker gpu skips every test that would touch it
 # halves of 11 bits, so 23 of 24 bits are sure to arrive, on either side of a product: a value that is only passed
 # through, with a weight next to one, may come back 2**-22 off.
 ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8, np.dtype(np.float32): 2.0**-22}
+
+
+@contextmanager
+def splits(count: int) -> Iterator[None]:
+    """Calls in here share the keys of a tile of the portable kernel among so many thread blocks."""
+    chosen = planner.choose_splits
+
+    def forget() -> None:
+        planner.plan.cache_clear()
+        launch._recipe.cache_clear()
+
+    planner.choose_splits = lambda problem, device, work: (count, 0)
+    forget()
+    try:
+        yield
+    finally:
+        planner.choose_splits = chosen
+        forget()
 
 
 def on_device(x: np.ndarray, layout: str = "contiguous") -> Any:
