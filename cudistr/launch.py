@@ -34,6 +34,7 @@ from cudistr.plan import (
     plan,
     prepare,
     prepare_kernel,
+    project_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
 from cudistr.tensormap import MAP_BYTES, Layout, encode
@@ -66,6 +67,19 @@ _ATTENTION = _parameters(
     ),
     ("scale softcap score_scale", "f4"),
 )
+_RANKED = _parameters(
+    ("q k v out lse permutation qhat khat ranks", "u8"),
+    (
+        "qhat_batch qhat_head qhat_row khat_batch khat_head khat_row q_batch q_head q_row k_batch k_head k_row "
+        "v_batch v_head v_row out_batch out_head out_row band_low band_high",
+        "i8",
+    ),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks group_blocks tiles_per_block key_columns out_aligned",
+        "i4",
+    ),
+    ("scale softcap score_scale", "f4"),
+)
 _HOPPER = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("out lse counter", "u8"),
@@ -73,6 +87,20 @@ _HOPPER = _parameters(
     ("heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
     multiple=64,
+)
+_HOPPER_RANKED = _parameters(
+    ("q k v qhat khat", f"V{MAP_BYTES}"),
+    ("ranks out lse counter", "u8"),
+    ("out_batch out_head out_row band_low band_high", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section out_aligned", "i4"),
+    ("scale softcap score_scale", "f4"),
+    multiple=64,
+)
+_PROJECT = _parameters(
+    ("q k qhat khat q_factors k_factors bias mean widths shift", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row", "i8"),
+    ("q_tiles q_blocks k_blocks heads heads_per_kv seqlen_q seqlen_k columns unit_batch", "i4"),
+    ("scale", "f4"),
 )
 _PREPARE = _parameters(
     ("q projections permutation k transposed", "u8"),
@@ -144,7 +172,29 @@ class _Recipe(NamedTuple):
     projections: Any
     transposed_bytes: int
     scratch_bytes: int  # the transposed K, and the column orders behind it; for the Hopper kernel, a counter
-    maps: tuple[Layout, Layout, Layout] | None = None  # of q, k and v, for the Hopper kernel
+    maps: tuple[Layout, ...] | None = (
+        None  # of q, k and v, and of Qhat and Khat if there are, for the Hopper kernel
+    )
+
+
+class Reduced(NamedTuple):
+    """Qhat and Khat beside q and k, and how many of their columns each head uses."""
+
+    queries: Any  # (batch, heads, seqlen_q, columns)
+    keys: Any  # (batch, heads_kv, seqlen_k, columns)
+    ranks: Any  # int32 (batch, heads): multiples of 16; head_dim stands for q and k themselves
+
+
+class Factors(NamedTuple):
+    """What makes Qhat and Khat, on a device. A unit is a KV head, of every batch entry or of all together."""
+
+    queries: (
+        Any  # A transposed, (units, parts, columns, head_dim); 16-bit dtypes have two parts, whose sum it is
+    )
+    keys: Any  # B transposed, the same
+    bias: Any  # mean B, float32 (units, columns)
+    mean: Any  # of K, float32 (units, head_dim)
+    widths: Any  # int32 (units,): columns to make
 
 
 @functools.cache
@@ -228,9 +278,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
     if chosen.attention.specific:
         return _hopper_recipe(problem, chosen, device, values)
     if reduction is None:
-        attention_launch = _launch(
-            chosen.attention, chosen.blocks, device, problem.device, _ATTENTION, values
-        )
+        layout = _ATTENTION
+        if problem.ranked is not None:
+            layout = _RANKED
+            for name, strides in (("qhat", problem.ranked.q_strides), ("khat", problem.ranked.k_strides)):
+                values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
+        attention_launch = _launch(chosen.attention, chosen.blocks, device, problem.device, layout, values)
         return _Recipe(attention_launch, None, None, 0, 0)
 
     assert chosen.prepare_kernel is not None and chosen.prepare is not None
@@ -270,17 +323,23 @@ def _hopper_recipe(problem: Problem, chosen: Plan, device: Device, values: dict[
     tiles = chosen.row_blocks * problem.batch * problem.heads
     own = {name: x for name, x in values.items() if name in (_HOPPER.names or ())}
     own |= {"tiles": tiles, "section": chosen.section}
-    parts = (
-        (problem.heads, problem.seqlen_q, problem.head_dim, problem.q_strides, tile.block_m),
-        (problem.heads_kv, problem.seqlen_k, problem.head_dim, problem.k_strides, tile.tile_k),
-        (problem.heads_kv, problem.seqlen_k, problem.head_dim_v, problem.v_strides, tile.tile_k),
+    q, k = (problem.heads, problem.seqlen_q, tile.block_m), (problem.heads_kv, problem.seqlen_k, tile.tile_k)
+    panel, panel_v = panel_columns(problem.head_dim), panel_columns(problem.head_dim_v)
+    parts = [
+        (*q, problem.head_dim, problem.q_strides, panel),
+        (*k, problem.head_dim, problem.k_strides, panel),
+        (*k, problem.head_dim_v, problem.v_strides, panel_v),
+    ]
+    if problem.ranked is not None:
+        columns, *strides = problem.ranked
+        parts += [(*q, columns, strides[0], panel), (*k, columns, strides[1], panel)]
+    maps = tuple(
+        Layout(problem.dtype, (problem.batch, heads, seqlen, columns), strides, rows, box)
+        for heads, seqlen, rows, columns, strides, box in parts
     )
-    q, k, v = (
-        Layout(problem.dtype, (problem.batch, heads, seqlen, columns), strides, rows, panel_columns(columns))
-        for heads, seqlen, columns, strides, rows in parts
-    )
-    launch = _launch(chosen.attention, chosen.blocks, device, problem.device, _HOPPER, own)
-    return _Recipe(launch, None, None, 0, 4 if chosen.dynamic else 0, (q, k, v))
+    layout = _HOPPER if problem.ranked is None else _HOPPER_RANKED
+    launch = _launch(chosen.attention, chosen.blocks, device, problem.device, layout, own)
+    return _Recipe(launch, None, None, 0, 4 if chosen.dynamic else 0, maps)
 
 
 def _prepare_launch(
@@ -341,9 +400,20 @@ def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any
 
 
 def attention(
-    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any, projection: Any = None
+    problem: Problem,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    stream: Any,
+    projection: Any = None,
+    reduced: Reduced | None = None,
 ) -> tuple[Any, Any]:
-    """Run a checked problem. Returns (out, lse); lse is None unless asked for. The projection is for the host."""
+    """Run a checked problem. Returns (out, lse); lse is None unless asked for.
+
+    The projection is for the host, ``reduced`` for a problem that is ranked.
+    """
     if problem.device is None:
         result, lse = reference.solve(q, k, v, problem, projection)
         if out is None:
@@ -352,7 +422,7 @@ def attention(
             out[...] = result
         return out, lse.astype(np.float32) if return_lse else None
     with placed(problem.device, stream):
-        return _attention(problem, q, k, v, out, return_lse)
+        return _attention(problem, q, k, v, out, return_lse, reduced)
 
 
 _of_graphs: list[Any] = []
@@ -377,7 +447,9 @@ def hold(*memory: Any) -> None:
         _of_graphs.extend(memory)
 
 
-def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+def _attention(
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, reduced: Reduced | None
+) -> tuple[Any, Any]:
     import cupy
 
     _, heads, seqlen_q, head_dim_v = problem.out_shape
@@ -399,17 +471,23 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
     if recipe.maps is not None:
-        maps = map(encode, recipe.maps, (q.data.ptr, k.data.ptr, v.data.ptr))
+        pointers = [x.data.ptr for x in (q, k, v)]
+        ranks = []
+        if reduced is not None:
+            pointers += [x.data.ptr for x in (reduced.queries, reduced.keys)]
+            ranks = [reduced.ranks.data.ptr]
+        maps = map(encode, recipe.maps, pointers)
         address = 0
         if recipe.scratch_bytes:
             counter = cupy.cuda.alloc(recipe.scratch_bytes)
             counter.memset_async(0, recipe.scratch_bytes)
             hold(counter)
             address = counter.ptr
-        recipe.attention(*maps, out.data.ptr, lse_address, address)
+        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, address)
         return out, lse
     if recipe.prepare is None:
-        recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0)
+        more = [] if reduced is None else [x.data.ptr for x in reduced]
+        recipe.attention(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_address, 0, *more)
         return out, lse
     scratch = cupy.cuda.alloc(recipe.scratch_bytes)
     hold(scratch)
@@ -418,6 +496,55 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
     recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, transposed)
     recipe.attention(q.data.ptr, transposed, v.data.ptr, out.data.ptr, lse_address, permutation)
     return out, lse
+
+
+@functools.lru_cache(maxsize=256)
+def _project_recipe(problem: Problem, columns: int, unit_batch: int) -> _Launch:
+    """Compile and prepare what makes Qhat and Khat of a problem."""
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    check_device(device, problem.device)
+    kernel = project_kernel(problem)
+    rows = dict(kernel.constants)["BLOCK_M"]
+    q_blocks, k_blocks = -(-problem.seqlen_q // rows), -(-problem.seqlen_k // rows)
+    q_tiles = problem.batch * problem.heads * q_blocks
+    values = {
+        **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
+        **dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True)),
+        "q_tiles": q_tiles,
+        "q_blocks": q_blocks,
+        "k_blocks": k_blocks,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "columns": columns,
+        "unit_batch": unit_batch,
+        "scale": problem.scale,
+    }
+    blocks = check_blocks(q_tiles + problem.batch * problem.heads_kv * k_blocks)
+    return _launch(kernel, blocks, device, problem.device, _PROJECT, values)
+
+
+def project(problem: Problem, q: Any, k: Any, factors: Factors, shifted: bool) -> tuple[Any, Any, Any]:
+    """Qhat, Khat, and what taking the mean off the keys takes off each row's scores (None unless ``shifted``).
+
+    On the current device and stream, for a problem that is not empty; the results are held if this is captured.
+    """
+    import cupy
+
+    units, _, columns, _ = factors.queries.shape
+    qhat = cupy.ndarray((*q.shape[:3], columns), q.dtype)
+    khat = cupy.ndarray((*k.shape[:3], columns), k.dtype)
+    shift = cupy.ndarray(q.shape[:3], np.float32) if shifted else None
+    hold(*(x for x in (qhat, khat, shift) if x is not None))
+    per_entry = problem.heads_kv if units == problem.batch * problem.heads_kv else 0
+    launch = _project_recipe(problem, columns, per_entry)
+    launch(
+        q.data.ptr, k.data.ptr, qhat.data.ptr, khat.data.ptr, *(x.data.ptr for x in factors),
+        0 if shift is None else shift.data.ptr,
+    )  # fmt: skip
+    return qhat, khat, shift
 
 
 def group(q: Any, reduction: LSH, stream: Any) -> Any:

@@ -22,6 +22,7 @@ from cudistr.reductions import LSH, LowRank, Reduction
 __all__ = [
     "Adopted",
     "Problem",
+    "Ranked",
     "adopt",
     "check_group",
     "check_merge",
@@ -44,6 +45,17 @@ _DTYPES = {
 }
 _DTYPES_REFERENCE = {**_DTYPES, np.dtype(np.float64): "float64"}
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
+
+
+class Ranked(NamedTuple):
+    """Qhat and Khat beside q and k, of which every head uses the first columns, as many as an array says.
+
+    A head that uses head_dim columns has those of q and k themselves. Strides are in elements.
+    """
+
+    columns: int  # of Qhat and Khat
+    q_strides: tuple[int, int, int]
+    k_strides: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Problem:
         ``sinks``. They have left ``reduction``, whose own are 0.
     rank : int or None
         Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
+    ranked : Ranked or None
+        If heads differ in the columns of Q and K that count: where those of fewer than head_dim columns have theirs.
     """
 
     batch: int
@@ -95,6 +109,7 @@ class Problem:
     near: int = 0
     sinks: int = 0
     rank: int | None = None
+    ranked: Ranked | None = None
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -468,7 +483,8 @@ def _problem(
             near, sinks = outline.near, outline.sinks
     elif outline is not None:
         _check_projection(outline, (heads, heads_kv, head_dim), softcap)
-        rank, near, sinks = outline.rank, outline.near, outline.sinks
+        if outline.rank < head_dim or outline.mixed:
+            rank, near, sinks = outline.rank, outline.near, outline.sinks
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0

@@ -22,6 +22,7 @@ __all__ = [
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "project_kernel",
 ]
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
@@ -203,7 +204,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     """
     columns = problem.head_dim_v
     square = problem.head_dim == columns
-    plain = problem.aligned and problem.softcap is None and problem.scale > 0
+    plain = problem.aligned and problem.softcap is None and problem.scale > 0 and problem.ranked is None
     # From sm_100 on ptxas keeps more beside them; grouped kernels suffer from it on sm_100 and its kin only.
     crowded = device.capability >= 100 and not (group and device.capability >= 120)
     if columns <= 64:
@@ -276,6 +277,7 @@ def portable_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
         "ROW_TILES": tile.row_tiles,
         "ALIGNED": int(problem.aligned),
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "RANKED": int(problem.ranked is not None),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
         "SHARED_BYTES": smem,
     }
@@ -335,7 +337,9 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
 
 def _hopper_covers(problem: Problem, device: Device) -> bool:
     """Whether the Hopper kernel can, and may, compute a problem."""
-    strides = (*problem.q_strides, *problem.k_strides, *problem.v_strides)
+    strides = [*problem.q_strides, *problem.k_strides, *problem.v_strides]
+    if problem.ranked is not None:
+        strides += [*problem.ranked.q_strides, *problem.ranked.k_strides]
     return (
         device.capability == HOPPER_CAPABILITY
         and problem.family != "portable"
@@ -363,6 +367,7 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "RANKED": int(problem.ranked is not None),
         "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v),
     }
     kernel = Kernel(
@@ -417,6 +422,26 @@ def prepare(
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
     """The kernel that merges shards of the keys."""
     return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
+
+
+def project_kernel(problem: Problem) -> Kernel:
+    """The kernel that makes Qhat and Khat."""
+    itemsize = ITEMSIZE[problem.dtype]
+    row = _round_up(problem.head_dim, 16) * itemsize + 16
+    block_m = 128 if problem.head_dim * itemsize <= 256 else 64
+    parts = 2 if itemsize == 2 else 1  # of a factor: the rounded number and the rest
+    # Two stages of the factors. Fewer columns leave room for another thread block on the multiprocessor.
+    columns = 32 if 64 * parts * row <= 1 << 16 else 16
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_M": block_m,
+        "COLUMNS": columns,
+        "ALIGNED": int(problem.aligned),
+        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARED_BYTES": (block_m + 2 * parts * columns) * row,
+    }
+    return Kernel("smxx_project", tuple(constants.items()), block_m * 2, constants["SHARED_BYTES"])
 
 
 def check_device(device: Device, index: int) -> None:

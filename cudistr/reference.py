@@ -122,6 +122,8 @@ def _scores(q: Float, k: Float, problem: Problem) -> Float:
 
 def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:
     """Scores of Qhat and Khat, and what taking the mean off the keys has taken off each row."""
+    if projection.ranks[head] == problem.head_dim:
+        return _scores(q, k, problem)
     mean = projection.mean[head].astype(np.float64)
     qhat, khat = q @ projection.queries[head], (k - mean) @ projection.keys[head]
     scores: Float = problem.scale * (qhat @ khat.T + (q @ mean)[:, None])

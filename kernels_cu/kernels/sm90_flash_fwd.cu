@@ -11,6 +11,7 @@
 //   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V; multiples of 16
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
+//   RANKED      1: heads differ in the columns of Q and K that count, see HopperParams
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
 #include "tile/mask.cuh"
@@ -22,6 +23,10 @@ typedef ElementOf<DTYPE>::type T;
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
     TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile, ValueTile
+#if RANKED
+    TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
+    const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+#endif
     T* out;
     float* lse;    // (batch, heads, seqlen_q), contiguous; null if not wanted
     i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
@@ -78,6 +83,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
 
+// Columns of Q and K that count for a head.
+DEVICE int columns_of(const HopperParams& params, int batch_head) {
+#if RANKED
+    return params.ranks[batch_head];
+#else
+    return HEAD_DIM;
+#endif
+}
+
 // A tile of queries, and the tiles of keys that its rows see.
 struct Place {
     int batch_head, batch, head, first_row;
@@ -105,6 +119,29 @@ struct Place {
     }
 };
 
+// The columns that count of a tile, from where a head has them. A branch rather than a pointer: the producer has few
+// registers.
+DEVICE void load_queries(const HopperParams& params, QueryTile& to, u32 barrier, const Place& place, u64 policy,
+                         int columns) {
+#if RANKED
+    if (columns < HEAD_DIM) {
+        to.load(&params.qhat, barrier, place.first_row, place.head, place.batch, policy, columns);
+        return;
+    }
+#endif
+    to.load(&params.q, barrier, place.first_row, place.head, place.batch, policy);
+}
+DEVICE void load_keys(const HopperParams& params, KeyTile& to, u32 barrier, int tile, int head_kv, int batch, u64 policy,
+                      int columns) {
+#if RANKED
+    if (columns < HEAD_DIM) {
+        to.load(&params.khat, barrier, tile * TILE_K, head_kv, batch, policy, columns);
+        return;
+    }
+#endif
+    to.load(&params.k, barrier, tile * TILE_K, head_kv, batch, policy);
+}
+
 // One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
 // a tile comes after K of the next.
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
@@ -119,17 +156,18 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
         const Place place(params, work);
         if (place.last_tile >= place.first_tile) {
+            const int columns = columns_of(params, place.batch_head);
             const int head_kv = place.head / params.heads_per_kv;
-            u32 barrier = shared.k_barriers.open(step, KeyTile::kBytes);
-            shared.k[step % kStages].load(&params.k, barrier, place.last_tile * TILE_K, head_kv, place.batch, again);
-            barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
-            shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
+            u32 barrier = shared.k_barriers.open(step, KeyTile::bytes(columns));
+            load_keys(params, shared.k[step % kStages], barrier, place.last_tile, head_kv, place.batch, again, columns);
+            barrier = shared.q_barriers.open(place_number, QueryTile::bytes(columns));
+            load_queries(params, shared.q, barrier, place, once, columns);
             ++place_number;
             for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
                 if (tile > place.first_tile) {
-                    barrier = shared.k_barriers.open(step + 1, KeyTile::kBytes);
-                    shared.k[(step + 1) % kStages].load(&params.k, barrier, (tile - 1) * TILE_K, head_kv, place.batch,
-                                                        again);
+                    barrier = shared.k_barriers.open(step + 1, KeyTile::bytes(columns));
+                    load_keys(params, shared.k[(step + 1) % kStages], barrier, tile - 1, head_kv, place.batch, again,
+                              columns);
                 }
                 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
                 shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, head_kv, place.batch, again);
@@ -230,6 +268,20 @@ struct Consumer {
         return keys;
     }
 
+    // Steps of 16 columns that the scores of a head take. Broadcast, so that the compiler knows it to be the same for all.
+    DEVICE int steps_of(int batch_head) const {
+        if constexpr (!RANKED) return HEAD_DIM / 16;
+        return __shfl_sync(kFullWarp, columns_of(params, batch_head) / 16, 0);
+    }
+
+    DEVICE static void start(float (&scores)[kKeyTiles][4], u32 queries, u32 keys, int steps) {
+        if constexpr (RANKED) {
+            start_some_scores<T, QueryTile, KeyTile>(scores, queries, keys, steps);
+        } else {
+            start_scores<T, QueryTile, KeyTile>(scores, queries, keys);
+        }
+    }
+
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
                       const Visible& keys, int key) {
@@ -249,6 +301,7 @@ struct Consumer {
         for (u32 work = block_index(); work < params.tiles; work = next_work(work_number++)) {
             const Place place(params, work);
             const Visible visible_keys = visible(place.first_row);
+            const int score_steps = steps_of(place.batch_head);
             float output[1][kOutTiles][4] = {};
             WarpgroupSoftmax softmax;
             softmax.clear();
@@ -259,9 +312,7 @@ struct Consumer {
                 int tile = place.last_tile;
                 shared.q_barriers.wait(place_number);
                 shared.k_barriers.wait(step);
-                wgmma_fence();
-                start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
-                wgmma_commit();
+                start(scores[0], queries, keys + step % kStages * kKeyStage, score_steps);
                 wgmma_wait<0>();
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
@@ -274,9 +325,7 @@ struct Consumer {
                 for (--tile; tile >= place.first_tile; --tile) {
                     ++step;
                     wait_for_turn();
-                    wgmma_fence();
-                    start_scores<T, QueryTile, KeyTile>(scores[0], queries, keys + step % kStages * kKeyStage);
-                    wgmma_commit();
+                    start(scores[0], queries, keys + step % kStages * kKeyStage, score_steps);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -325,6 +374,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
+#if RANKED
+        prefetch_tensor_map(&params.qhat);
+        prefetch_tensor_map(&params.khat);
+#endif
         shared.q_barriers.init(4 * kConsumers);
         shared.k_barriers.init(4 * kConsumers);
         shared.v_barriers.init(4 * kConsumers);
