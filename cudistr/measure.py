@@ -279,6 +279,8 @@ def _expanded(queries: Any, orders: Any, positions: Any, problem: Problem, xp: A
 
 
 def _projected(queries: Any, keys: Any, projection: Projection, group: int, problem: Problem, xp: Any) -> Any:
+    if projection.ranks[group] == problem.head_dim:
+        return _scores(queries, keys, problem, xp)
     a, b, mean = (
         xp.asarray(x[group]).astype(np.float64)
         for x in (projection.queries, projection.keys, projection.mean)

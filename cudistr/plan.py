@@ -309,6 +309,9 @@ HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is ma
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
 
+PANEL_COLUMNS = 64  # of the widest
+
+
 def panel_columns(columns: int) -> int:
     """Columns of a panel of a tile in shared memory: 128, 64 or 32 bytes, the widest that divides a row."""
     return next(width for width in (64, 32, 16) if columns % width == 0)

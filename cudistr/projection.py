@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cudistr import launch, normalize
 from cudistr.launch import Factors
+from cudistr.plan import PANEL_COLUMNS
 from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
 
 __all__ = ["Projection", "wide"]
@@ -259,7 +260,10 @@ class Projection(Reduction):
             import cupy
 
             columns = self.columns
-            widths = [0 if r > columns else r if self.mixed else columns for r in self.ranks]
+            # A Hopper kernel copies whole panels, so these are made whole.
+            widths = [
+                0 if r > columns else min(columns, -(-r // PANEL_COLUMNS) * PANEL_COLUMNS) for r in self.ranks
+            ]
             bias = (self.mean[:, None].astype(np.float64) @ self.keys)[:, 0, :columns]
             host = (
                 *(in_parts(x.swapaxes(1, 2)[:, :columns], dtype) for x in (self.queries, self.keys)),
@@ -269,7 +273,8 @@ class Projection(Reduction):
             )
             self._copies[key] = Factors(*(cupy.asarray(np.ascontiguousarray(x)) for x in host))
             cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
-        return self._copies[key]
+        copy: Factors = self._copies[key]
+        return copy
 
     def head_ranks(self, batch: int, index: int) -> Any:
         """Columns that each head of each batch entry uses, int32 (batch, heads) on the current device; copied once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,46 @@ def test_heads_of_different_ranks():
     projection = cudistr.Projection.fit(q, k, tolerance=0.01)
     assert projection.ranks[0] == 16 < projection.ranks[1]
     check_kernel(q, k, v, reduction=projection)
+
+
+def of_ranks(q, k, *ranks):
+    """Heads of the given ranks."""
+    projection = fitted(q, k, max(ranks))
+    own = np.arange(max(ranks)) < np.array(ranks)[:, None, None]
+    return dataclasses.replace(
+        projection, ranks=ranks, queries=projection.queries * own, keys=projection.keys * own
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("family", ["portable", "hopper"])
+@pytest.mark.parametrize(
+    ("head_dim", "ranks", "options"),
+    [
+        (64, (16, 32, 64, 48), {}),  # one head is exact, on q and k themselves
+        (128, (16, 96), {"causal": True}),
+        (96, (96, 16), {"window": (120, 90), "scale": -0.2}),
+    ],
+    ids=str,
+)
+def test_ranks_of_heads(dtype, family, head_dim, ranks, options, monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    heads_kv = len(ranks)
+    q, k, v = shifted(
+        *inputs(
+            61, dtype, batch=2, heads=2 * heads_kv, heads_kv=heads_kv, lengths=(200, 230), head_dim=head_dim
+        )
+    )
+    check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks), **options)
+    check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(40, sinks=9), **options)
+
+
+def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():
+    q, k, v = inputs(62, np.float16, heads=4, heads_kv=2, lengths=(200, 230))
+    projection = of_ranks(q, k, 16, 64)
+    q, k, v = map(on_device, (q, k, v))
+    found = cudistr.attention(q, k, v, causal=True, reduction=projection)
+    same_bits(found[:, 2:], cudistr.attention(q, k, v, causal=True)[:, 2:])
 
 
 def test_measured_error_is_that_of_the_host():
