@@ -257,26 +257,26 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     const Place place(params);
     const int first_row = place.first_row;
     const int rows = place.rows;
+#if RANKED
+    const int head_kv = place.head / params.heads_per_kv;
+    const int columns = params.ranks[place.batch_head];
+    const bool reduced = columns < HEAD_DIM;
+    const i64 q_row = reduced ? params.qhat_row : params.q_row;
+    const i64 k_row = reduced ? params.khat_row : params.k_row;
+    const T* q = (reduced ? params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head
+                          : params.q + place.batch * params.q_batch + place.head * params.q_head) +
+                 first_row * q_row;
+    const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
+                         : params.k + place.batch * params.k_batch + head_kv * params.k_head;
+#else
     const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
     const int head_kv = place.head / params.heads_per_kv;
     const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
-    const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
-    // The columns that count, and where a head has them.
-#if RANKED
-    i64 q_row = params.q_row;
-    i64 k_row = params.k_row;
-    const int columns = params.ranks[place.batch_head];
-    if (columns < HEAD_DIM) {
-        q_row = params.qhat_row;
-        k_row = params.khat_row;
-        q = params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head + first_row * q_row;
-        k = params.khat + place.batch * params.khat_batch + head_kv * params.khat_head;
-    }
-#else
     const i64& q_row = params.q_row;
     const i64& k_row = params.k_row;
     constexpr int columns = kDepth;
 #endif
+    const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
 
     // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
     const Band band = {params.band_low, params.band_high, params.seqlen_k};

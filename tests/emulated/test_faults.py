@@ -27,6 +27,7 @@ HOPPER = "kernels/sm90_flash_fwd.cu"
 PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
+PROJECT = "kernels/smxx_project.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
@@ -222,6 +223,27 @@ FAULTS = {
     ),
 }  # fmt: skip
 
+# Heads of different ranks, 16 and 64 of 64 columns, whose K has a mean.
+RANKED = {"ranks": (16, 48)}
+FAULTS |= {
+    "the columns of another head": Fault(
+        FLASH, "params.ranks[place.batch_head]", "params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}", RANKED
+    ),
+    "a step of a head too few": Fault(FLASH, "columns / kStepColumns);", "columns / kStepColumns - 1);", WRONG, RANKED),
+    "a chunk of a head too few": Fault(
+        "tile/shared.cuh", "column0 + offset < columns);", "column0 + offset + kElements < columns);", f"{RACE}|{WRONG}", RANKED
+    ),
+    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "", f"ldmatrix {RACE}", RANKED),
+    "factors of the stage before": Fault(PROJECT, "shared.factors[step % 2][part]", "shared.factors[(step + 1) % 2][part]", RACE, RANKED),
+    "only the rounded factors": Fault(PROJECT, "int part = kParts - 1; part >= 0", "int part = 0; part >= 0", WRONG, RANKED),
+    "the mean left in the keys": Fault(PROJECT, "if (!place.of_queries) {", "if (false) {", WRONG, RANKED),
+    "the factors of another head": Fault(
+        PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
+    ),
+    "a row of Qhat beyond the last": Fault(PROJECT, "if (row >= place.rows) continue;", "", "outside|wrote too", RANKED),
+    "a shift without the scale": Fault(PROJECT, "shift[row] = sum * params.scale;", "shift[row] = sum;", WRONG, RANKED),
+}  # fmt: skip
+
 # Hopper: what works beside the threads, and what orders it.
 ON_HOPPER = {
     # Barriers
@@ -254,7 +276,8 @@ ON_HOPPER = {
         PANELS, "parity(n) ^ 1); }", "parity(n)); }", "no thread of block .* can go on: thread .* waits for parity"
     ),
     "too few bytes announced": Fault(
-        HOPPER, "shared.k_barriers.open(step + 1, KeyTile::kBytes)", "shared.k_barriers.open(step + 1, KeyTile::kBytes / 2)",
+        HOPPER, "shared.k_barriers.open(step + 1, KeyTile::bytes(columns))",
+        "shared.k_barriers.open(step + 1, KeyTile::bytes(columns) / 2)",
         f"no thread of block .* can go on|{RACE}"
     ),
     "an arrival too few in a phase": Fault(
@@ -277,7 +300,7 @@ ON_HOPPER = {
     ),
     # Products
     "no fence before a product": Fault(
-        HOPPER, "wait_for_turn();\n                    wgmma_fence();", "wait_for_turn();", "wgmma without a wgmma.fence"
+        "tile/warpgroup.cuh", "shapes\");\n    wgmma_fence();", "shapes\");", "wgmma without a wgmma.fence"
     ),
     "no wait for the scores": Fault(
         HOPPER, "                    wgmma_wait<1>();\n", "", f"{RACE}|{WRONG}|accumulator was written"
@@ -310,13 +333,13 @@ ON_HOPPER = {
         PANELS, "return kUpper | (lower + step * kWidth);", "return kUpper | (lower + step * kWidth / 2);", WRONG
     ),
     "a copy of the row below": Fault(
-        HOPPER, "load(&params.k, barrier, (tile - 1) * TILE_K,", "load(&params.k, barrier, (tile - 1) * TILE_K + 1,", WRONG
+        HOPPER, "load(&params.k, barrier, tile * TILE_K,", "load(&params.k, barrier, tile * TILE_K + 1,", WRONG
     ),
     "the wrong key head in a copy": Fault(
         HOPPER, "place.head / params.heads_per_kv", "place.head % params.heads_per_kv", WRONG
     ),
     "a tile beyond shared memory": Fault(
-        HOPPER, "shared.k[(step + 1) % kStages].load", "shared.k[(step + 1) % kStages + 4].load",
+        HOPPER, "shared.k[(step + 1) % kStages], barrier", "shared.k[(step + 1) % kStages + 4], barrier",
         "an index outside its array"
     ),
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
@@ -345,6 +368,16 @@ ON_HOPPER = {
     "an output that is not rescaled": Fault(
         "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG
     ),
+    "too many bytes announced for a rank": Fault(
+        PANELS, "if (x[0] < columns) tma", "if (x[0] + kPanelColumns < columns) tma", "no thread of block .* can go on",
+        {"ranks": (16, 96)}
+    ),
+    "a step of a head too few": Fault(
+        "tile/warpgroup.cuh", "if (steps < kMost) return", "if (steps <= kMost) return", f"{WRONG}|no matching|not", {"ranks": (16, 96)}
+    ),
+    "q and k for a head that is reduced": Fault(
+        HOPPER, "to.load(&params.khat, barrier, tile", "to.load(&params.k, barrier, tile", WRONG, {"ranks": (16, 96)}
+    ),
     "a tile taken twice": Fault(
         HOPPER, "gridDim.x + (params", "gridDim.x - 1 + (params", "wrote too", {"causal": True}
     ),
@@ -366,10 +399,16 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         q = near_ties(0, 128, 64, reduction)[None, None]
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
+    options = dict(fault.options)
+    ranks = options.pop("ranks", None)
     q, k, v = util.inputs(
-        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v
-    )
-    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
+        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
+        head_dim=128 if ranks and max(ranks) > 64 else 64,
+    )  # fmt: skip
+    if ranks:
+        k += k.dtype.type(0.5)
+        options["reduction"] = util.of_ranks(q, k, *ranks)
+    util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)
 
 
 def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:

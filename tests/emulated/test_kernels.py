@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler, launch, reference
+from cudistr import compiler, launch, normalize, reference
 from cudistr import plan as planner
 from cudistr.normalize import Problem
 from cudistr.plan import Device, Kernel
@@ -44,6 +44,7 @@ def other_variants(kind: str) -> dict[str, Kernel]:
 ATTENTION = attention_variants()
 PREPARE = other_variants("smxx_lsh_prepare")
 MERGE = other_variants("smxx_merge")
+PROJECT = other_variants("smxx_project")
 
 
 def use(device: Device) -> None:
@@ -51,7 +52,7 @@ def use(device: Device) -> None:
 
 
 def test_the_suite_is_the_grid() -> None:
-    kernels = {*ATTENTION, *PREPARE.values(), *MERGE.values()}
+    kernels = {*ATTENTION, *PREPARE.values(), *MERGE.values(), *PROJECT.values()}
     for capability in grid.DEVICES:
         assert set(grid.kernels(capability).values()) <= kernels
 
@@ -73,7 +74,7 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
         grid.DTYPES[problem.dtype],
         batch=1,
         heads=2,
-        heads_kv=1,
+        heads_kv=1 if problem.ranked is None else 2,
         lengths=(seqlen_q, seqlen_k),
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
@@ -83,6 +84,8 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     if kernel.specific:  # whose tile depends on whether there is a mask
         masks = MASKS[2:] if problem.right is None else MASKS[:2]
     options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
+    if problem.ranked is not None:
+        options["reduction"] = util.of_ranks(q, k, problem.ranked.columns, problem.head_dim)
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
         util.check_tf32(q, k, v, layout, **options)
@@ -119,6 +122,29 @@ def test_prepare(kernel: Kernel) -> None:
     expected = np.zeros(transposed.shape, dtype)
     expected[..., :77] = k.swapaxes(2, 3)
     util.same_bits(transposed, expected)
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", PROJECT.values(), ids=PROJECT)
+def test_project(kernel: Kernel) -> None:
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    layout = "transposed" if constants["ALIGNED"] else "ragged"
+    q, k, _ = util.inputs(5, dtype, batch=2, heads=2, lengths=(65, 131), head_dim=constants["HEAD_DIM"])
+    k += dtype.type(0.5)
+    projection = util.of_ranks(q, k, 16, 48)
+    queries, keys = (util.on_device(x, layout) for x in (q, k))
+    problem = normalize.problem(queries, keys, keys)
+    made = launch.project(problem, queries, keys, projection.factors(dtype, 0), True)
+    wide, mean = q.astype(np.float64), projection.mean[:, None].astype(np.float64)
+    expected = (
+        wide @ projection.queries,
+        (k.astype(np.float64) - mean) @ projection.keys,
+        problem.scale * (wide @ mean.swapaxes(1, 2))[..., 0],
+    )
+    for found, like, roundoff in zip(made, expected, (*[util.ROUNDOFF[dtype]] * 2, 2.0**-20), strict=True):
+        error = np.abs(util.cp.asnumpy(found).astype(np.float64) - like)
+        assert error.max() <= 2 * roundoff * np.abs(like).max()
     assert (kernel, 0) in compiler._functions
 
 
