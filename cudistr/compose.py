@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from cudistr import launch
+from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
@@ -82,9 +82,13 @@ def attention(
     out: Any,
     return_lse: bool,
     stream: Any,
+    tolerance: float | None = None,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
     projection = reduction if isinstance(reduction, Projection) else None
+    if tolerance is not None and problem.rank is not None and not problem.empty:
+        assert projection is not None
+        return within(problem, projection, q, k, v, out, return_lse, stream, tolerance)[:2]
     exact_keys = problem.near or problem.sinks
     if problem.device is None or problem.empty or not (exact_keys or projection):
         return launch.attention(problem, q, k, v, out, return_lse, stream, projection)
@@ -100,6 +104,44 @@ def attention(
             return merged, lse
         out[...] = merged
         return out, lse
+
+
+def within(
+    problem: Problem,
+    projection: Projection,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    stream: Any,
+    tolerance: float,
+) -> tuple[Any, Any, Any, Any]:
+    """Run a projected problem in which every head keeps to the tolerance, or is exact.
+
+    Returns out, lse, and what :func:`cudistr.reference.decide` returns.
+    """
+    if problem.device is None:
+        ranks, errors = reference.decide(q, k, v, problem, projection, tolerance)
+        reduced = launch.Reduced(None, None, ranks)
+        result, lse = launch.attention(problem, q, k, v, out, return_lse, None, projection, reduced)
+        return result, lse, ranks, errors
+    with launch.placed(problem.device, stream):
+        projected = launch.project(
+            problem, q, k, projection.factors(q.dtype, problem.device), return_lse, sketched=True
+        )
+        wanted = projection.head_ranks(problem.batch, problem.device)
+        ranks, errors = launch.decide(problem, q, k, v, projected, wanted, tolerance, reference.SPREAD)
+        reduced = launch.Reduced(projected.queries, projected.keys, ranks)
+        own = _of_rank(problem, q, k, v, reduced)
+        result, lse = launch.attention(own, q, k, v, out, return_lse, None, None, reduced)
+        if lse is not None:
+            shift = projected.shift
+            some = (ranks < problem.head_dim)[:, :, None]
+            launch.hold(some)
+            shift *= some
+            lse += shift
+        return result, lse, ranks, errors
 
 
 def _run(
@@ -123,12 +165,12 @@ def _run(
                 whole = dataclasses.replace(problem, seqlen_k=k.shape[2])
                 factors = projection.factors(q.dtype, problem.device)
                 projected = launch.project(whole, q, k, factors, return_lse)
-            qhat, khat, shift = projected
+            qhat, khat, shift, _ = projected
             if projection.mixed:
                 khat = khat[:, :, part.first : part.last]
                 reduced = launch.Reduced(qhat, khat, projection.head_ranks(problem.batch, problem.device))
             if not projection.mixed or projection.rank < projection.head_dim:
-                queries, keys = qhat, projected[1]
+                queries, keys = qhat, projected.keys
             problem = _of_rank(problem, queries, keys, v, reduced)
         keys, values = (x[:, :, part.first : part.last] for x in (keys, v))
         result, lse = launch.attention(problem, queries, keys, values, out, return_lse, None, None, reduced)

@@ -23,17 +23,21 @@ from cudistr.plan import (
     DTYPE_NUMBER,
     ITEMSIZE,
     MERGE_ROWS,
+    PROBE_ROWS,
     Device,
     Kernel,
     Plan,
     Prepare,
     check_blocks,
     check_device,
+    decide_kernel,
     merge_kernel,
     panel_columns,
     plan,
     prepare,
     prepare_kernel,
+    probe_kernel,
+    probe_splits,
     project_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
@@ -97,10 +101,21 @@ _HOPPER_RANKED = _parameters(
     multiple=64,
 )
 _PROJECT = _parameters(
-    ("q k qhat khat q_factors k_factors bias mean widths shift", "u8"),
+    ("q k qhat khat q_factors k_factors bias mean widths sketch residual shift", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row", "i8"),
     ("q_tiles q_blocks k_blocks heads heads_per_kv seqlen_q seqlen_k columns unit_batch", "i4"),
     ("scale", "f4"),
+)
+_PROBE = _parameters(
+    ("q k v qhat khat residual ranks factors outputs sums", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row band_low band_high", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
+    ("scale", "f4"),
+)
+_DECIDE = _parameters(
+    ("factors outputs sums wanted ranks errors", "u8"),
+    ("splits", "i4"),
+    ("limit spread", "f4"),
 )
 _PREPARE = _parameters(
     ("q projections permutation k transposed", "u8"),
@@ -195,6 +210,7 @@ class Factors(NamedTuple):
     bias: Any  # mean B, float32 (units, columns)
     mean: Any  # of K, float32 (units, head_dim)
     widths: Any  # int32 (units,): columns to make
+    sketch: Any  # (units, parts, 16, head_dim): random vectors less what A and B keep of them
 
 
 @functools.cache
@@ -412,10 +428,12 @@ def attention(
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for.
 
-    The projection is for the host, ``reduced`` for a problem that is ranked.
+    The projection is for the host, ``reduced`` for a problem that is ranked; the host needs its ranks alone.
     """
     if problem.device is None:
-        result, lse = reference.solve(q, k, v, problem, projection)
+        result, lse = reference.solve(
+            q, k, v, problem, projection, None if reduced is None else reduced.ranks
+        )
         if out is None:
             out = np.empty(problem.out_shape, q.dtype)
         with np.errstate(over="ignore"):
@@ -526,8 +544,21 @@ def _project_recipe(problem: Problem, columns: int, unit_batch: int) -> _Launch:
     return _launch(kernel, blocks, device, problem.device, _PROJECT, values)
 
 
-def project(problem: Problem, q: Any, k: Any, factors: Factors, shifted: bool) -> tuple[Any, Any, Any]:
-    """Qhat, Khat, and what taking the mean off the keys takes off each row's scores (None unless ``shifted``).
+class Projected(NamedTuple):
+    """What :func:`project` makes; None is what was not asked for."""
+
+    queries: Any  # Qhat, (batch, heads, seqlen_q, columns)
+    keys: Any  # Khat, (batch, heads_kv, seqlen_k, columns)
+    shift: (
+        Any  # float32 (batch, heads, seqlen_q): what taking the mean off the keys takes off each row's scores
+    )
+    residual: Any  # float32 (batch, heads, seqlen_q): the energy of each query that Qhat misses, as sketched
+
+
+def project(
+    problem: Problem, q: Any, k: Any, factors: Factors, shifted: bool, sketched: bool = False
+) -> Projected:
+    """Make Qhat and Khat.
 
     On the current device and stream, for a problem that is not empty; the results are held if this is captured.
     """
@@ -536,15 +567,80 @@ def project(problem: Problem, q: Any, k: Any, factors: Factors, shifted: bool) -
     units, _, columns, _ = factors.queries.shape
     qhat = cupy.ndarray((*q.shape[:3], columns), q.dtype)
     khat = cupy.ndarray((*k.shape[:3], columns), k.dtype)
-    shift = cupy.ndarray(q.shape[:3], np.float32) if shifted else None
-    hold(*(x for x in (qhat, khat, shift) if x is not None))
+    shift, residual = (
+        cupy.ndarray(q.shape[:3], np.float32) if wanted else None for wanted in (shifted, sketched)
+    )
+    hold(*(x for x in (qhat, khat, shift, residual) if x is not None))
     per_entry = problem.heads_kv if units == problem.batch * problem.heads_kv else 0
     launch = _project_recipe(problem, columns, per_entry)
     launch(
         q.data.ptr, k.data.ptr, qhat.data.ptr, khat.data.ptr, *(x.data.ptr for x in factors),
-        0 if shift is None else shift.data.ptr,
+        *(0 if x is None else x.data.ptr for x in (residual, shift)),
     )  # fmt: skip
-    return qhat, khat, shift
+    return Projected(qhat, khat, shift, residual)
+
+
+@functools.lru_cache(maxsize=256)
+def _decide_recipe(
+    problem: Problem, columns: int, limit: float, spread: float
+) -> tuple[_Launch, _Launch, int]:
+    """Compile and prepare what decides on the ranks of a problem; and the splits of its keys."""
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    splits = probe_splits(problem, device)
+    offset = problem.seqlen_k - problem.seqlen_q
+    values: dict[str, Any] = {
+        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
+        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "columns": columns,
+        "splits": splits,
+        "scale": problem.scale,
+    }
+    for name, strides in (("q", problem.q_strides), ("k", problem.k_strides), ("v", problem.v_strides)):
+        values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
+    units = problem.batch * problem.heads
+    probe = _launch(
+        probe_kernel(problem), check_blocks(2 * splits * units), device, problem.device, _PROBE, values
+    )
+    choice = {"splits": splits, "limit": limit, "spread": spread}
+    kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
+    return probe, _launch(kernel, units, device, problem.device, _DECIDE, choice), splits
+
+
+def decide(
+    problem: Problem,
+    q: Any,
+    k: Any,
+    v: Any,
+    projected: Projected,
+    wanted: Any,
+    tolerance: float,
+    spread: float,
+) -> tuple[Any, Any]:
+    """Which heads may use the ranks ``wanted``, int32 (batch, heads): the others are given head_dim.
+
+    Returns the ranks, and the relative output error of each head as estimated from sampled rows, with its upper bound,
+    float32 (batch, heads, 2). On the current device and stream; held if this is captured.
+    """
+    import cupy
+
+    probe, choose, splits = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
+    parts = (problem.batch, problem.heads, 2, splits, PROBE_ROWS)
+    factors = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.float32)
+    outputs = cupy.ndarray((*parts, problem.head_dim_v), np.float32)
+    sums = cupy.ndarray((*parts, 2), np.float32)
+    ranks = cupy.ndarray(wanted.shape, np.int32)
+    errors = cupy.ndarray((*wanted.shape, 2), np.float32)
+    hold(factors, outputs, sums, ranks, errors)
+    rows = [x.data.ptr for x in (factors, outputs, sums)]
+    given = (q, k, v, projected.queries, projected.keys, projected.residual, wanted)
+    probe(*(x.data.ptr for x in given), *rows)
+    choose(*rows, *(x.data.ptr for x in (wanted, ranks, errors)))
+    return ranks, errors
 
 
 def group(q: Any, reduction: LSH, stream: Any) -> Any:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cudistr.errors import CudaUnavailableError
-from cudistr.reductions import LSH, LowRank, Reduction
+from cudistr.reductions import LSH, RANK_MULTIPLE, LowRank, Reduction
 
 __all__ = [
     "Adopted",
@@ -28,6 +28,7 @@ __all__ = [
     "check_merge",
     "check_out",
     "check_sample",
+    "check_tolerance",
     "problem",
 ]
 
@@ -728,6 +729,41 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             raise ValueError(
                 f"lses[{i}] must have shape (batch, heads, seqlen_q) = {first.shape[:3]}, got {lse.shape}."
             )
+
+
+def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
+    """``tolerance`` of :func:`cudistr.attention` as a float.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    number = _real(
+        "tolerance", tolerance, "the largest relative error of the output of a head, 0.02 for example"
+    )
+    if not 0 < number < 1:
+        raise ValueError(
+            f"tolerance must be between 0 and 1, got {number}. It is the largest relative error of the output of a "
+            "head: pass 0.02, for example, or None."
+        )
+    outline = None if reduction is None else reduction.outline
+    if not isinstance(outline, LowRank):
+        came = "None" if reduction is None else _kind(reduction)
+        raise TypeError(
+            f"tolerance is for a reduction that is a cudistr.Projection, got reduction {came}. Pass "
+            "cudistr.Projection.fit(q, k, rank=...), or leave tolerance away."
+        )
+    if outline.near or outline.sinks:
+        raise ValueError(
+            f"tolerance cannot be used with exact keys, got near={outline.near} and sinks={outline.sinks}. Pass "
+            "reduction.with_near(0)."
+        )
+    if problem.head_dim % RANK_MULTIPLE:
+        raise ValueError(
+            f"tolerance needs a head_dim that is a multiple of {RANK_MULTIPLE}, got {problem.head_dim}. "
+            "Pad q and k with zeros (and pass the scale you mean)."
+        )
+    return number
 
 
 def check_sample(rows: Any, seed: Any) -> tuple[int, int]:

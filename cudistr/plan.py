@@ -16,12 +16,15 @@ __all__ = [
     "Prepare",
     "Tile",
     "attention_kernel",
+    "decide_kernel",
     "hopper_kernel",
     "merge_kernel",
     "plan",
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "probe_kernel",
+    "probe_splits",
     "project_kernel",
 ]
 
@@ -445,6 +448,44 @@ def project_kernel(problem: Problem) -> Kernel:
         "SHARED_BYTES": (block_m + 2 * parts * columns) * row,
     }
     return Kernel("smxx_project", tuple(constants.items()), block_m * 2, constants["SHARED_BYTES"])
+
+
+PROBE_ROWS = 64  # sampled rows of each head
+PROBE_BLOCKS = 4  # thread blocks of smxx_probe.cu that a multiprocessor should get
+
+
+def probe_kernel(problem: Problem) -> Kernel:
+    """The kernel that computes sampled rows, exact and reduced."""
+    itemsize = ITEMSIZE[problem.dtype]
+    pad = 16 // itemsize
+    columns_v = _round_up(problem.head_dim_v, 16)
+    wide = max(problem.head_dim, columns_v)
+    tile_k = (64 if wide <= 128 else 32) if itemsize == 2 else (32 if wide < 128 else 16)
+    queries = PROBE_ROWS * (problem.head_dim + pad)
+    tiles = tile_k * (problem.head_dim + columns_v + 2 * pad)
+    sample = 4 * (3 * PROBE_ROWS * 2 + 1 + PROBE_ROWS)
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "TILE_K": tile_k,
+        "ALIGNED": int(problem.aligned),
+        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARED_BYTES": _round_up((queries + tiles) * itemsize + sample, 16),
+    }
+    return Kernel("smxx_probe", tuple(constants.items()), PROBE_ROWS * 2, constants["SHARED_BYTES"])
+
+
+def probe_splits(problem: Problem, device: Device) -> int:
+    """Into how many parts the keys are split, so that the GPU is busy."""
+    tiles = -(-problem.seqlen_k // dict(probe_kernel(problem).constants)["TILE_K"])
+    wanted = -(-PROBE_BLOCKS * device.multiprocessors // (2 * problem.batch * problem.heads))
+    return max(1, min(wanted, tiles, 16))
+
+
+def decide_kernel(head_dim: int, head_dim_v: int) -> Kernel:
+    """The kernel that compares them."""
+    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), 256)
 
 
 def check_device(device: Device, index: int) -> None:

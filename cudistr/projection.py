@@ -22,6 +22,7 @@ __all__ = ["Projection", "wide"]
 FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
+SKETCH = 16  # random vectors; columns of one matrix instruction
 
 
 def wide(array: Any, xp: Any) -> Any:
@@ -270,11 +271,22 @@ class Projection(Reduction):
                 bias.astype(np.float32),
                 self.mean,
                 np.array(widths, np.int32),
+                in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype),
             )
             self._copies[key] = Factors(*(cupy.asarray(np.ascontiguousarray(x)) for x in host))
             cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
         copy: Factors = self._copies[key]
         return copy
+
+    def sketch(self) -> NDArray[np.float64]:
+        """Random vectors less what the factors keep of them, (heads_kv, head_dim, 16).
+
+        A score is ``q k``, its reduction ``q A B^T k``: with ``k`` drawn at random, ``|q (1 - A B^T) k|`` says how much
+        of a query is missed.
+        """
+        vectors = np.random.RandomState(0).standard_normal((self.head_dim, SKETCH))
+        a, b = (x.astype(np.float64) for x in (self.queries, self.keys))
+        return vectors - a @ (b.swapaxes(1, 2) @ vectors)
 
     def head_ranks(self, batch: int, index: int) -> Any:
         """Columns that each head of each batch entry uses, int32 (batch, heads) on the current device; copied once."""

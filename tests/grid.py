@@ -120,6 +120,8 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 suffix = "" if aligned else " unaligned"
                 problem = _replace(_problem(dtype, d, d), aligned=aligned)
                 found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem)
+                found[f"smxx_probe {dtype} {d}{suffix}"] = planner.probe_kernel(problem)
+            found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
     return found
 

@@ -257,7 +257,14 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     const Place place(params);
     const int first_row = place.first_row;
     const int rows = place.rows;
-#if RANKED
+#if !RANKED
+    const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
+    const int head_kv = place.head / params.heads_per_kv;
+    const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
+    const i64& q_row = params.q_row;
+    const i64& k_row = params.k_row;
+    constexpr int columns = kDepth;
+#else
     const int head_kv = place.head / params.heads_per_kv;
     const int columns = params.ranks[place.batch_head];
     const bool reduced = columns < HEAD_DIM;
@@ -268,13 +275,6 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                  first_row * q_row;
     const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
                          : params.k + place.batch * params.k_batch + head_kv * params.k_head;
-#else
-    const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
-    const int head_kv = place.head / params.heads_per_kv;
-    const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
-    const i64& q_row = params.q_row;
-    const i64& k_row = params.k_row;
-    constexpr int columns = kDepth;
 #endif
     const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
 

@@ -27,6 +27,8 @@ struct ProjectParams {
     const float* bias;   // (kv_units, columns): mean B
     const float* mean;   // (kv_units, HEAD_DIM)
     const i32* widths;   // (kv_units): columns to make, at most columns; the others are not written
+    const T* sketch;     // (kv_units, kParts, kSketch, HEAD_DIM): random vectors less what the factors keep of them
+    float* residual;     // (batch, heads, seqlen_q), contiguous: |q sketch|**2, if there are columns; null if not wanted
     float* shift;        // (batch, heads, seqlen_q), contiguous: scale * q mean, 0 without columns; null if not wanted
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
@@ -46,6 +48,7 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kSteps = kDepth / Traits<T>::kMmaDepth;
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
 constexpr bool kSplit = SPLIT;
+constexpr int kSketch = 16;  // SKETCH in projection.py
 static_assert(BLOCK_M % 16 == 0 && COLUMNS % 16 == 0, "tiles are made of 16-row matrix instructions");
 
 typedef SharedTile<T, BLOCK_M, kDepth> RowTile;
@@ -84,14 +87,43 @@ struct Place {
     }
 };
 
-// The columns of the factors from `first` on, into a stage.
-DEVICE void copy_factors(const ProjectParams& params, const Place& place, FactorTile (&stage)[kParts], int first) {
+// The columns of a factor from `first` on, into a stage.
+DEVICE void copy_factors(const T* factors, int unit, int columns, FactorTile (&stage)[kParts], int first) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-        const i64 row = (static_cast<i64>(place.unit) * kParts + part) * params.columns + first;
+        const i64 row = (static_cast<i64>(unit) * kParts + part) * columns + first;
         Factors copy;
-        copy.open((place.of_queries ? params.q_factors : params.k_factors) + row * HEAD_DIM, HEAD_DIM);
-        copy.run(stage[part], HEAD_DIM, params.columns - first);
+        copy.open(factors + row * HEAD_DIM, HEAD_DIM);
+        copy.run(stage[part], HEAD_DIM, columns - first);
+    }
+}
+
+// Rows times the factors of a stage. The smaller part first.
+DEVICE void multiply_factors(float (&product)[1][COLUMNS / 8][4], u32 left, const FactorTile (&stage)[kParts], int lane) {
+#pragma unroll
+    for (int part = kParts - 1; part >= 0; --part) {
+        multiply_queries_keys<T, kSplit, kSteps, 0, RowTile::kPitch>(product, left, stage[part], lane);
+    }
+}
+
+// |q sketch|**2 for the rows of this warp. The sketch has landed in a stage.
+DEVICE void store_residual(const ProjectParams& params, const Place& place, u32 left, const FactorTile (&stage)[kParts],
+                           int warp, int lane) {
+    float product[1][COLUMNS / 8][4] = {};
+    multiply_factors(product, left, stage, lane);
+    float* residual = params.residual + static_cast<i64>(place.batch_head) * params.seqlen_q + place.first_row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float sum = 0.f;
+#pragma unroll
+        for (int nt = 0; nt < COLUMNS / 8; ++nt) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) sum = fmaf(product[0][nt][half * 2 + i], product[0][nt][half * 2 + i], sum);
+        }
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        const int row = warp * 16 + lane / 4 + half * 8;
+        if (lane % 4 == 0 && row < place.rows) residual[row] = sum;
     }
 }
 
@@ -115,7 +147,7 @@ DEVICE void store_shift(const ProjectParams& params, const Place& place, const R
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) smxx_project(const ProjectParams params) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_project(const ProjectParams params) {
     extern __shared__ __align__(16) unsigned char storage[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
     const int lane = thread_index() % kWarpSize;
@@ -135,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_project(const Projec
                   place.first_row * row_stride,
               row_stride);
     rows.run(shared.rows, row_stride, place.rows);
-    copy_factors(params, place, shared.factors[0], 0);
+    const T* factors = place.of_queries ? params.q_factors : params.k_factors;
+    copy_factors(factors, place.unit, params.columns, shared.factors[0], 0);
     cp_async_commit();
 
     const u32 left = left_address<T>(shared.rows, warp * 16, lane);
@@ -146,13 +179,15 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_project(const Projec
     for (int first = 0, step = 0; first < width; first += COLUMNS, ++step) {
         cp_async_wait<0>();
         __syncthreads();  // the factors have landed, and every warp is done with those of the last step
-        if (first + COLUMNS < width) copy_factors(params, place, shared.factors[(step + 1) % 2], first + COLUMNS);
+        FactorTile(&next)[kParts] = shared.factors[(step + 1) % 2];
+        if (first + COLUMNS < width) {
+            copy_factors(factors, place.unit, params.columns, next, first + COLUMNS);
+        } else if (place.of_queries && params.residual) {
+            copy_factors(params.sketch, place.unit, kSketch, next, 0);
+        }
         cp_async_commit();
         float product[1][COLUMNS / 8][4] = {};
-#pragma unroll
-        for (int part = kParts - 1; part >= 0; --part) {  // the smaller numbers first
-            multiply_queries_keys<T, kSplit, kSteps, 0, RowTile::kPitch>(product, left, shared.factors[step % 2][part], lane);
-        }
+        multiply_factors(product, left, shared.factors[step % 2], lane);
 #pragma unroll
         for (int nt = 0; nt < COLUMNS / 8; ++nt) {
             const int column = first + nt * 8 + lane % 4 * 2;
@@ -172,6 +207,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_project(const Projec
             }
         }
     }
-    if (shifted) store_shift(params, place, shared.rows, width, warp, lane);
     cp_async_wait<0>();
+    if (shifted) store_shift(params, place, shared.rows, width, warp, lane);
+    if (place.of_queries && params.residual) {
+        __syncthreads();  // the sketch has landed
+        store_residual(params, place, left, shared.factors[(width + COLUMNS - 1) / COLUMNS % 2], warp, lane);
+    }
 }

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler
+from cudistr import compiler, compose, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
 from tests.strategies import near_ties, random
@@ -28,6 +28,8 @@ PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
 PROJECT = "kernels/smxx_project.cu"
+PROBE = "kernels/smxx_probe.cu"
+DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
@@ -225,6 +227,7 @@ FAULTS = {
 
 # Heads of different ranks, 16 and 64 of 64 columns, whose K has a mean.
 RANKED = {"ranks": (16, 48)}
+WITHIN = {"ranks": (16, 48), "tolerance": 0.9}
 FAULTS |= {
     "the columns of another head": Fault(
         FLASH, "params.ranks[place.batch_head]", "params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}", RANKED
@@ -233,15 +236,28 @@ FAULTS |= {
     "a chunk of a head too few": Fault(
         "tile/shared.cuh", "column0 + offset < columns);", "column0 + offset + kElements < columns);", f"{RACE}|{WRONG}", RANKED
     ),
-    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "", f"ldmatrix {RACE}", RANKED),
+    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "// the factors have landed", f"ldmatrix {RACE}", RANKED),
     "factors of the stage before": Fault(PROJECT, "shared.factors[step % 2][part]", "shared.factors[(step + 1) % 2][part]", RACE, RANKED),
-    "only the rounded factors": Fault(PROJECT, "int part = kParts - 1; part >= 0", "int part = 0; part >= 0", WRONG, RANKED),
     "the mean left in the keys": Fault(PROJECT, "if (!place.of_queries) {", "if (false) {", WRONG, RANKED),
     "the factors of another head": Fault(
         PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
     ),
     "a row of Qhat beyond the last": Fault(PROJECT, "if (row >= place.rows) continue;", "", "outside|wrote too", RANKED),
     "a shift without the scale": Fault(PROJECT, "shift[row] = sum * params.scale;", "shift[row] = sum;", WRONG, RANKED),
+    "rows drawn before all chances are known": Fault(
+        PROBE, "    __syncthreads();\n    const float total", "    const float total", f"read {RACE}", WITHIN
+    ),
+    "no barrier before sampled keys are overwritten": Fault(
+        PROBE, f"{BARRIER}  // every warp is done with the keys and values", "", RACE, WITHIN
+    ),
+    "no wait for sampled keys": Fault(PROBE, "cp_async_wait<0>();", "", "has not landed", WITHIN),
+    "a sample with another's chances": Fault(
+        PROBE, "factors[point] = total / chance", "factors[point] = total", "Not equal", WITHIN
+    ),
+    "parts of the keys that are not merged": Fault(
+        DECIDE, "for (int s = 0; s < splits; ++s) {", "for (int s = 0; s < 1; ++s) {", "Not equal", WITHIN
+    ),
+    "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
@@ -376,7 +392,7 @@ ON_HOPPER = {
         "tile/warpgroup.cuh", "if (steps < kMost) return", "if (steps <= kMost) return", f"{WRONG}|no matching|not", {"ranks": (16, 96)}
     ),
     "q and k for a head that is reduced": Fault(
-        HOPPER, "to.load(&params.khat, barrier, tile", "to.load(&params.k, barrier, tile", WRONG, {"ranks": (16, 96)}
+        HOPPER, "to.load(&params.khat, barrier, tile", "to.load(&params.k, barrier, tile", WRONG, {"ranks": (16, 128)}
     ),
     "a tile taken twice": Fault(
         HOPPER, "gridDim.x + (params", "gridDim.x - 1 + (params", "wrote too", {"causal": True}
@@ -407,7 +423,17 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     if ranks:
         k += k.dtype.type(0.5)
-        options["reduction"] = util.of_ranks(q, k, *ranks)
+        options["reduction"] = projection = util.of_ranks(q, k, *ranks)
+    if "tolerance" in options:
+        arrays = [util.on_device(x) for x in (q, k, v)]
+        problem = normalize.problem(*arrays, reduction=projection)
+        *_, chosen, errors = compose.within(
+            problem, projection, *arrays, None, False, None, options["tolerance"]
+        )
+        expected, like = cudistr.reference.decide(q, k, v, problem, projection, options["tolerance"])
+        np.testing.assert_array_equal(util.cp.asnumpy(chosen), expected)
+        np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+        return
     util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler, launch, normalize, reference
+from cudistr import compiler, compose, launch, normalize, reference
 from cudistr import plan as planner
 from cudistr.normalize import Problem
 from cudistr.plan import Device, Kernel
@@ -45,6 +45,8 @@ ATTENTION = attention_variants()
 PREPARE = other_variants("smxx_lsh_prepare")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
+PROBE = other_variants("smxx_probe")
+DECIDE = other_variants("smxx_decide")
 
 
 def use(device: Device) -> None:
@@ -52,7 +54,14 @@ def use(device: Device) -> None:
 
 
 def test_the_suite_is_the_grid() -> None:
-    kernels = {*ATTENTION, *PREPARE.values(), *MERGE.values(), *PROJECT.values()}
+    kernels = {
+        *ATTENTION,
+        *PREPARE.values(),
+        *MERGE.values(),
+        *PROJECT.values(),
+        *PROBE.values(),
+        *DECIDE.values(),
+    }
     for capability in grid.DEVICES:
         assert set(grid.kernels(capability).values()) <= kernels
 
@@ -146,6 +155,24 @@ def test_project(kernel: Kernel) -> None:
         error = np.abs(util.cp.asnumpy(found).astype(np.float64) - like)
         assert error.max() <= 2 * roundoff * np.abs(like).max()
     assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", PROBE.values(), ids=PROBE)
+def test_probe(kernel: Kernel) -> None:
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    layout = "transposed" if constants["ALIGNED"] else "ragged"
+    q, k, v = util.inputs(6, dtype, batch=1, heads=2, lengths=(90, 100), head_dim=constants["HEAD_DIM"])
+    v = np.concatenate([v] * (constants["HEAD_DIM_V"] // v.shape[3]), axis=3)
+    projection = util.of_ranks(q, k, 16, 32)
+    arrays = [util.on_device(x, layout) for x in (q, k, v)]
+    problem = normalize.problem(*arrays, reduction=projection, causal=True)
+    *_, ranks, errors = compose.within(problem, projection, *arrays, None, False, None, 0.02)
+    expected, like = reference.decide(q, k, v, problem, projection, 0.02)
+    np.testing.assert_array_equal(util.cp.asnumpy(ranks), expected)
+    np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+    assert (kernel, 0) in compiler._functions
+    assert any(used in compiler._functions for used in ((kernel, 0) for kernel in DECIDE.values()))
 
 
 @pytest.mark.parametrize("kernel", MERGE.values(), ids=MERGE)
