@@ -60,14 +60,21 @@ typedef SharedTile<T, TILE_K, kOutColumns> ValueTile;
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, KeyTile> KeyCopy;
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, ValueTile> ValueCopy;
 
+// While rows are drawn: sums over the rows of each thread, and of chances before them.
+struct Sums {
+    float parts[kThreads];
+    float ends[kThreads + 1];  // before that, a second kind of sums
+};
 struct SharedStorage {
     QueryTile q;
-    KeyTile k;
+    union {
+        KeyTile k;
+        Sums sums;
+    };
     ValueTile v;
-    float parts[2][kThreads];  // sums over the rows of each thread
-    float ends[kThreads + 1];  // sums of chances before the rows of each thread
     i32 rows[kRows];
 };
+static_assert(sizeof(Sums) <= sizeof(KeyTile), "the plan counts the tile");
 static_assert((sizeof(SharedStorage) + 15) / 16 * 16 == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
 // What a row's chance is made of.
@@ -106,14 +113,14 @@ DEVICE void draw(SharedStorage& shared, Chances chances, int seqlen_q, float* fa
         keys += chances.keys(row);
         missed += chances.missed(row);
     }
-    shared.parts[0][thread] = keys;
-    shared.parts[1][thread] = missed;
+    shared.sums.parts[thread] = keys;
+    shared.sums.ends[thread] = missed;
     __syncthreads();
     keys = 0.f;
     missed = 0.f;
     for (int i = 0; i < kThreads; ++i) {
-        keys += shared.parts[0][i];
-        missed += shared.parts[1][i];
+        keys += shared.sums.parts[i];
+        missed += shared.sums.ends[i];
     }
     chances.uniform = 0.25f / static_cast<float>(seqlen_q);
     chances.by_keys = keys > 0.f ? 0.25f / keys : 0.f;
@@ -121,21 +128,21 @@ DEVICE void draw(SharedStorage& shared, Chances chances, int seqlen_q, float* fa
     __syncthreads();
     float sum = 0.f;
     for (int row = first; row < last; ++row) sum += chances.of(row);
-    shared.parts[0][thread] = sum;
+    shared.sums.parts[thread] = sum;
     __syncthreads();
     if (thread == 0) {
         float before = 0.f;
         for (int i = 0; i < kThreads; ++i) {
-            shared.ends[i] = before;
-            before += shared.parts[0][i];
+            shared.sums.ends[i] = before;
+            before += shared.sums.parts[i];
         }
-        shared.ends[kThreads] = before;
+        shared.sums.ends[kThreads] = before;
     }
     __syncthreads();
-    const float total = shared.ends[kThreads];
+    const float total = shared.sums.ends[kThreads];
     // The last thread with rows takes what rounding has left at the end.
-    const int end = last == seqlen_q && first < last ? kRows : points_before(shared.ends[thread + 1], total);
-    float place = shared.ends[thread];
+    const int end = last == seqlen_q && first < last ? kRows : points_before(shared.sums.ends[thread + 1], total);
+    float place = shared.sums.ends[thread];
     int point = first < last ? points_before(place, total) : end;
     for (int row = first; row < last; ++row) {
         const float chance = chances.of(row);
