@@ -22,6 +22,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    tolerance: float | None = None,
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -56,6 +57,10 @@ def attention(
         Factor on the scores, ``1 / sqrt(head_dim)`` unless given.
     softcap : float, optional
         If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
+    tolerance : float, optional
+        With a ``cudistr.Projection``: the largest relative error ``||O - Ohat|| / ||O||`` that the output of a head of
+        a batch entry may have, between 0 and 1. In every call 64 query rows of each head are computed exactly too, and
+        a head whose error may be larger than this is exact: see the notes.
     return_lse : bool, default False
         Whether to return ``lse`` too.
     out : array (batch, heads, seqlen_q, head_dim_v), optional
@@ -99,6 +104,13 @@ def attention(
     0 times NaN is NaN; keep padding finite. In float16, a fused column of K (a sum of group_size numbers) can
     overflow where its members do not.
 
+    With ``tolerance``, rows of a head are drawn uniformly, by one over the number of keys that they see, and by how
+    much of the query the projection misses. The squared error is estimated from them by the ratio of weighted sums, and
+    three standard errors of its logarithm are added before it is held against the tolerance. The decision is made on
+    the device, without synchronisation, and can be captured. It is a statement about a sample: an error that sits in a
+    few rows out of thousands, which no rule favours, can escape it. :func:`attention_error` with the same arguments
+    says what was chosen, and measures it with other rows.
+
     References
     ----------
     Exact: Dao et al., *FlashAttention-2*, arXiv 2307.08691. Reduced: Jin et al., *DistrAttention*,
@@ -122,7 +134,11 @@ def attention(
     if out is not None:
         target = adopted.arrays[3]
         normalize.check_out(target, problem, inputs)
-    result, lse = compose.attention(problem, reduction, q_in, k_in, v_in, target, return_lse, adopted.stream)
+    if tolerance is not None:
+        tolerance = normalize.check_tolerance(tolerance, problem, reduction)
+    result, lse = compose.attention(
+        problem, reduction, q_in, k_in, v_in, target, return_lse, adopted.stream, tolerance
+    )
     if adopted.restore is not None:
         result = adopted.restore(result) if out is None else out
         lse = None if lse is None else adopted.restore(lse)
@@ -139,6 +155,7 @@ def attention_error(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    tolerance: float | None = None,
     rows: int = 64,
     seed: int = 0,
 ) -> ErrorReport:
@@ -149,7 +166,7 @@ def attention_error(
 
     Parameters
     ----------
-    q, k, v, reduction, causal, window, scale, softcap
+    q, k, v, reduction, causal, window, scale, softcap, tolerance
         As for :func:`attention`.
     rows : int, default 64
         Query rows of each head to compare, drawn from all batch entries with replacement. As many as there are, or
@@ -165,7 +182,8 @@ def attention_error(
         - ``output``: ``||O - Ohat|| / ||O||``, Frobenius norms, over all heads and batch entries;
         - ``scores``: ``||S - Shat|| / ||S||`` over the visible keys, after ``softcap``, each row of S and Shat less
           its mean over these keys, because softmax does not see a constant added to a row;
-        - ``output_heads``, ``scores_heads``: tuples with the same for each head.
+        - ``output_heads``, ``scores_heads``: tuples with the same for each head;
+        - ``ranks``, only with ``tolerance``: columns that each head of each batch entry uses, head_dim if it is exact.
 
         Each is an ``Estimate`` with ``value`` and the ends ``low`` and ``high`` of a 95% interval.
 
@@ -207,8 +225,10 @@ def attention_error(
     problem = normalize.problem(
         *adopted.arrays, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
     )
+    if tolerance is not None:
+        tolerance = normalize.check_tolerance(tolerance, problem, reduction)
     q_in, k_in, v_in = adopted.arrays
-    return measure(problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream)
+    return measure(problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream, tolerance)
 
 
 def group(q: Any, reduction: LSH) -> Any:

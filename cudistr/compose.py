@@ -7,10 +7,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from cudistr import launch
-from cudistr.normalize import Problem, row_strides, rows_aligned
+from cudistr import launch, reference
+from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 
@@ -84,9 +82,13 @@ def attention(
     out: Any,
     return_lse: bool,
     stream: Any,
+    tolerance: float | None = None,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
     projection = reduction if isinstance(reduction, Projection) else None
+    if tolerance is not None and problem.rank is not None and not problem.empty:
+        assert projection is not None
+        return within(problem, projection, q, k, v, out, return_lse, stream, tolerance)[:2]
     exact_keys = problem.near or problem.sinks
     if problem.device is None or problem.empty or not (exact_keys or projection):
         return launch.attention(problem, q, k, v, out, return_lse, stream, projection)
@@ -104,6 +106,44 @@ def attention(
         return out, lse
 
 
+def within(
+    problem: Problem,
+    projection: Projection,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    stream: Any,
+    tolerance: float,
+) -> tuple[Any, Any, Any, Any]:
+    """Run a projected problem in which every head keeps to the tolerance, or is exact.
+
+    Returns out, lse, and what :func:`cudistr.reference.decide` returns.
+    """
+    if problem.device is None:
+        ranks, errors = reference.decide(q, k, v, problem, projection, tolerance)
+        reduced = launch.Reduced(None, None, ranks)
+        result, lse = launch.attention(problem, q, k, v, out, return_lse, None, projection, reduced)
+        return result, lse, ranks, errors
+    with launch.placed(problem.device, stream):
+        projected = launch.project(
+            problem, q, k, projection.factors(q.dtype, problem.device), return_lse, sketched=True
+        )
+        wanted = projection.head_ranks(problem.batch, problem.device)
+        ranks, errors = launch.decide(problem, q, k, v, projected, wanted, tolerance, reference.SPREAD)
+        reduced = launch.Reduced(projected.queries, projected.keys, ranks)
+        own = _of_rank(problem, q, k, v, reduced)
+        result, lse = launch.attention(own, q, k, v, out, return_lse, None, None, reduced)
+        if lse is not None:
+            shift = projected.shift
+            some = (ranks < problem.head_dim)[:, :, None]
+            launch.hold(some)
+            shift *= some
+            lse += shift
+        return result, lse, ranks, errors
+
+
 def _run(
     chosen: tuple[Part, ...],
     projection: Projection | None,
@@ -117,49 +157,40 @@ def _run(
     projected = None
     results = []
     for part in chosen:
-        problem, queries, keys, shift = part.problem, q, k, None
+        problem, queries, keys, shift, reduced = part.problem, q, k, None, None
         if problem.rank is not None:
             assert projection is not None
+            assert problem.device is not None
             if projected is None:
-                projected = _project(projection, problem, q, k, return_lse)
-            queries, keys, shift = projected
-            problem = _of_rank(problem, queries, keys, v)
+                whole = dataclasses.replace(problem, seqlen_k=k.shape[2])
+                factors = projection.factors(q.dtype, problem.device)
+                projected = launch.project(whole, q, k, factors, return_lse)
+            qhat, khat, shift, _ = projected
+            if projection.mixed:
+                khat = khat[:, :, part.first : part.last]
+                reduced = launch.Reduced(qhat, khat, projection.head_ranks(problem.batch, problem.device))
+            if not projection.mixed or projection.rank < projection.head_dim:
+                queries, keys = qhat, projected.keys
+            problem = _of_rank(problem, queries, keys, v, reduced)
         keys, values = (x[:, :, part.first : part.last] for x in (keys, v))
-        result, lse = launch.attention(problem, queries, keys, values, out, return_lse, None)
+        result, lse = launch.attention(problem, queries, keys, values, out, return_lse, None, None, reduced)
         if lse is not None and shift is not None:
             lse += shift
         results.append((result, lse))
     return results
 
 
-def _project(projection: Projection, problem: Problem, q: Any, k: Any, shifted: bool) -> tuple[Any, Any, Any]:
-    """Qhat, Khat, and what taking the mean off the keys takes off each row's scores (None unless ``shifted``)."""
-    import cupy as xp
+def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.Reduced | None) -> Problem:
+    """The exact problem of queries and keys, which are Qhat and Khat unless some heads have q and k themselves.
 
-    if launch.capturing():
-        raise ValueError(
-            "reduction: a call with a cudistr.Projection cannot be captured into a CUDA graph, because what it makes "
-            "of q and k on the way is not kept. Call it outside of the capture, or capture exact attention or "
-            "cudistr.LSH."
-        )
-    a, b, mean = projection.factors(xp, problem.device)
-    queries, keys = (x.astype(np.float32) for x in (q, k))
-    qhat = xp.matmul(queries, a).astype(q.dtype)
-    khat = xp.matmul(keys - mean[:, None], b).astype(k.dtype)
-    shift = None
-    if shifted:
-        means = xp.repeat(mean, problem.heads // problem.heads_kv, axis=0)
-        shift = np.float32(problem.scale) * xp.matmul(queries, means[:, :, None])[..., 0]
-    return qhat, khat, shift
-
-
-def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any) -> Problem:
-    """The exact problem of Qhat and Khat; ``keys`` are all, of which the problem may see a slice."""
+    ``keys`` are all, of which the problem may see a slice.
+    """
     q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in (queries, keys))
     return dataclasses.replace(
         problem,
         head_dim=queries.shape[3],
         rank=None,
+        ranked=None if reduced is None else _ranked(reduced),
         q_strides=q_strides,
         k_strides=k_strides,
         aligned=all(
@@ -167,3 +198,8 @@ def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any) -> Problem:
             for x, strides in ((queries, q_strides), (keys, k_strides), (v, problem.v_strides))
         ),
     )
+
+
+def _ranked(reduced: launch.Reduced) -> Ranked:
+    strides = [row_strides(x.shape, x.strides, x.itemsize) for x in reduced[:2]]
+    return Ranked(reduced.queries.shape[3], *strides)

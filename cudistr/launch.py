@@ -24,6 +24,7 @@ from cudistr.plan import (
     DTYPE_NUMBER,
     ITEMSIZE,
     MERGE_ROWS,
+    PROBE_ROWS,
     Device,
     Kernel,
     Plan,
@@ -33,11 +34,15 @@ from cudistr.plan import (
     TileKey,
     check_blocks,
     check_device,
+    decide_kernel,
     merge_kernel,
     panel_columns,
     plan,
     prepare,
     prepare_kernel,
+    probe_kernel,
+    probe_splits,
+    project_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
 from cudistr.tensormap import MAP_BYTES, Layout, encode
@@ -68,6 +73,15 @@ _ATTENTION = _parameters(
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
+_RANKED = _parameters(
+    ("q k v out lse partial permutation qhat khat ranks", "u8"),
+    ("qhat_batch qhat_head qhat_row khat_batch khat_head khat_row", "i8"),
+    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
+    ("band_low band_high split_rows", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
+    ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
+    ("scale softcap score_scale", "f4"),
+)
 _HOPPER = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("out lse permutation counter", "u8"),
@@ -78,6 +92,34 @@ _HOPPER = _parameters(
     ),
     ("scale softcap score_scale", "f4"),
     multiple=64,
+)
+_HOPPER_RANKED = _parameters(
+    ("q k v qhat khat", f"V{MAP_BYTES}"),
+    ("ranks out lse permutation counter", "u8"),
+    ("out_batch out_head out_row band_low band_high", "i8"),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
+        "i4",
+    ),
+    ("scale softcap score_scale", "f4"),
+    multiple=64,
+)
+_PROJECT = _parameters(
+    ("q k qhat khat q_factors k_factors bias mean widths sketch residual shift", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row", "i8"),
+    ("q_tiles q_blocks k_blocks heads heads_per_kv seqlen_q seqlen_k columns unit_batch", "i4"),
+    ("scale", "f4"),
+)
+_PROBE = _parameters(
+    ("q k v qhat khat residual ranks factors outputs sums", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row band_low band_high", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
+    ("scale", "f4"),
+)
+_DECIDE = _parameters(
+    ("factors outputs sums wanted ranks errors", "u8"),
+    ("splits", "i4"),
+    ("limit spread", "f4"),
 )
 _PREPARE = _parameters(
     ("q projections permutation k transposed", "u8"),
@@ -157,10 +199,31 @@ class _Recipe(NamedTuple):
     counter_bytes: (
         int  # what the Hopper kernel counts tiles with; behind the transposed K and the column orders
     )
-    maps: tuple[Layout, Layout, Layout] | None  # of q, k and v, for the Hopper kernel
+    maps: tuple[Layout, ...] | None  # of q, k and v, and of Qhat and Khat, for the Hopper kernel
     merge: _Launch | None  # of what splits find
     partial_bytes: int  # of the outputs of all splits; their lses follow
     split_bytes: int  # of both
+
+
+class Reduced(NamedTuple):
+    """Qhat and Khat beside q and k, and how many of their columns each head uses."""
+
+    queries: Any  # (batch, heads, seqlen_q, columns)
+    keys: Any  # (batch, heads_kv, seqlen_k, columns)
+    ranks: Any  # int32 (batch, heads): multiples of 16; head_dim stands for q and k themselves
+
+
+class Factors(NamedTuple):
+    """What makes Qhat and Khat, on a device. A unit is a KV head, of every batch entry or of all together."""
+
+    queries: (
+        Any  # A transposed, (units, parts, columns, head_dim); 16-bit dtypes have two parts, whose sum it is
+    )
+    keys: Any  # B transposed, the same
+    bias: Any  # mean B, float32 (units, columns)
+    mean: Any  # of K, float32 (units, head_dim)
+    widths: Any  # int32 (units,): columns to make
+    sketch: Any  # (units, parts, 16, head_dim): random vectors less what A and B keep of them
 
 
 @functools.cache
@@ -309,9 +372,13 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             problem.device,
             {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k},
         )
-    parameters, maps = _ATTENTION, None
+    ranked = problem.ranked
+    if ranked is not None:
+        for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
+            values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
+    parameters, maps = _ATTENTION if ranked is None else _RANKED, None
     if chosen.attention.specific:
-        parameters, maps = _HOPPER, _maps(problem, chosen)
+        parameters, maps = _HOPPER if ranked is None else _HOPPER_RANKED, _maps(problem, chosen)
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
@@ -344,15 +411,20 @@ def _merge_splits_launch(
     return _launch(chosen.kernel, chosen.merge_blocks, device, problem.device, _MERGE_SPLITS, values)
 
 
-def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, Layout, Layout]:
-    """How the Hopper kernel copies q, k (transposed for a reduction) and v."""
+def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, ...]:
+    """How the Hopper kernel copies q, k (transposed for a reduction) and v, and Qhat and Khat if there are."""
     tile, batch, heads_kv = chosen.tile, problem.batch, problem.heads_kv
+    panel, panel_v = panel_columns(problem.head_dim), panel_columns(problem.head_dim_v)
 
-    def rows(heads: int, seqlen: int, columns: int, strides: tuple[int, int, int], taken: int) -> Layout:
-        return Layout(problem.dtype, (batch, heads, seqlen, columns), strides, taken, panel_columns(columns))
+    def queries(columns: int, strides: tuple[int, int, int]) -> Layout:
+        lengths = (batch, problem.heads, problem.seqlen_q, columns)
+        return Layout(problem.dtype, lengths, strides, tile.block_m, panel)
+
+    def keys(columns: int, strides: tuple[int, int, int], box: int) -> Layout:
+        return Layout(problem.dtype, (batch, heads_kv, problem.seqlen_k, columns), strides, tile.tile_k, box)
 
     if chosen.prepare is None:
-        k = rows(heads_kv, problem.seqlen_k, problem.head_dim, problem.k_strides, tile.tile_k)
+        k = keys(problem.head_dim, problem.k_strides, panel)
     else:
         columns = chosen.prepare.key_columns
         per_head = problem.head_dim * columns
@@ -363,11 +435,15 @@ def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, Layout, Layout]:
             problem.head_dim,
             panel_columns(tile.tile_k),
         )
-    return (
-        rows(problem.heads, problem.seqlen_q, problem.head_dim, problem.q_strides, tile.block_m),
+    maps = (
+        queries(problem.head_dim, problem.q_strides),
         k,
-        rows(heads_kv, problem.seqlen_k, problem.head_dim_v, problem.v_strides, tile.tile_k),
+        keys(problem.head_dim_v, problem.v_strides, panel_v),
     )
+    if problem.ranked is None:
+        return maps
+    columns, q_strides, k_strides = problem.ranked
+    return (*maps, queries(columns, q_strides), keys(columns, k_strides, panel))
 
 
 def _prepare_launch(
@@ -428,18 +504,31 @@ def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any
 
 
 def attention(
-    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any, projection: Any = None
+    problem: Problem,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    stream: Any,
+    projection: Any = None,
+    reduced: Reduced | None = None,
 ) -> tuple[Any, Any]:
-    """Run a checked problem. Returns (out, lse); lse is None unless asked for. The projection is for the host."""
+    """Run a checked problem. Returns (out, lse); lse is None unless asked for.
+
+    The projection is for the host, ``reduced`` for a problem that is ranked; the host needs its ranks alone.
+    """
     if problem.device is None:
-        result, lse = reference.solve(q, k, v, problem, projection)
+        result, lse = reference.solve(
+            q, k, v, problem, projection, None if reduced is None else reduced.ranks
+        )
         if out is None:
             out = np.empty(problem.out_shape, q.dtype)
         with np.errstate(over="ignore"):
             out[...] = result
         return out, lse.astype(np.float32) if return_lse else None
     with placed(problem.device, stream):
-        return _attention(problem, q, k, v, out, return_lse)
+        return _attention(problem, q, k, v, out, return_lse, reduced)
 
 
 _of_graphs: list[Any] = []
@@ -464,7 +553,9 @@ def hold(*memory: Any) -> None:
         _of_graphs.extend(memory)
 
 
-def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+def _attention(
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, reduced: Reduced | None
+) -> tuple[Any, Any]:
     import cupy
 
     _, heads, seqlen_q, head_dim_v = problem.out_shape
@@ -499,18 +590,150 @@ def _attention(problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: b
             counter = place.ptr
     addresses = (q.data.ptr, keys, v.data.ptr)
     if recipe.maps is not None:
-        recipe.attention(
-            *map(encode, recipe.maps, addresses), out.data.ptr, lse_address, permutation, counter
-        )
-    elif recipe.merge is None:
-        recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation)
-    else:
-        found = cupy.cuda.alloc(recipe.split_bytes)
-        hold(found)
-        lses = found.ptr + recipe.partial_bytes
-        recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation)
-        recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
+        pointers, ranks = list(addresses), []
+        if reduced is not None:
+            pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
+            ranks = [reduced.ranks.data.ptr]
+        maps = map(encode, recipe.maps, pointers)
+        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
+        return out, lse
+    more = [] if reduced is None else [x.data.ptr for x in reduced]
+    if recipe.merge is None:
+        recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
+        return out, lse
+    found = cupy.cuda.alloc(recipe.split_bytes)
+    hold(found)
+    lses = found.ptr + recipe.partial_bytes
+    recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation, *more)
+    recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
     return out, lse
+
+
+@functools.lru_cache(maxsize=256)
+def _project_recipe(problem: Problem, columns: int, unit_batch: int) -> _Launch:
+    """Compile and prepare what makes Qhat and Khat of a problem."""
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    check_device(device, problem.device)
+    kernel = project_kernel(problem)
+    rows = dict(kernel.constants)["BLOCK_M"]
+    q_blocks, k_blocks = -(-problem.seqlen_q // rows), -(-problem.seqlen_k // rows)
+    q_tiles = problem.batch * problem.heads * q_blocks
+    values = {
+        **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
+        **dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True)),
+        "q_tiles": q_tiles,
+        "q_blocks": q_blocks,
+        "k_blocks": k_blocks,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "columns": columns,
+        "unit_batch": unit_batch,
+        "scale": problem.scale,
+    }
+    blocks = check_blocks(q_tiles + problem.batch * problem.heads_kv * k_blocks)
+    return _launch(kernel, blocks, device, problem.device, _PROJECT, values)
+
+
+class Projected(NamedTuple):
+    """What :func:`project` makes; None is what was not asked for."""
+
+    queries: Any  # Qhat, (batch, heads, seqlen_q, columns)
+    keys: Any  # Khat, (batch, heads_kv, seqlen_k, columns)
+    shift: (
+        Any  # float32 (batch, heads, seqlen_q): what taking the mean off the keys takes off each row's scores
+    )
+    residual: Any  # float32 (batch, heads, seqlen_q): the energy of each query that Qhat misses, as sketched
+
+
+def project(
+    problem: Problem, q: Any, k: Any, factors: Factors, shifted: bool, sketched: bool = False
+) -> Projected:
+    """Make Qhat and Khat.
+
+    On the current device and stream, for a problem that is not empty; the results are held if this is captured.
+    """
+    import cupy
+
+    units, _, columns, _ = factors.queries.shape
+    qhat = cupy.ndarray((*q.shape[:3], columns), q.dtype)
+    khat = cupy.ndarray((*k.shape[:3], columns), k.dtype)
+    shift, residual = (
+        cupy.ndarray(q.shape[:3], np.float32) if wanted else None for wanted in (shifted, sketched)
+    )
+    hold(*(x for x in (qhat, khat, shift, residual) if x is not None))
+    per_entry = problem.heads_kv if units == problem.batch * problem.heads_kv else 0
+    launch = _project_recipe(problem, columns, per_entry)
+    launch(
+        q.data.ptr, k.data.ptr, qhat.data.ptr, khat.data.ptr, *(x.data.ptr for x in factors),
+        *(0 if x is None else x.data.ptr for x in (residual, shift)),
+    )  # fmt: skip
+    return Projected(qhat, khat, shift, residual)
+
+
+@functools.lru_cache(maxsize=256)
+def _decide_recipe(
+    problem: Problem, columns: int, limit: float, spread: float
+) -> tuple[_Launch, _Launch, int]:
+    """Compile and prepare what decides on the ranks of a problem; and the splits of its keys."""
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    splits = probe_splits(problem, device)
+    offset = problem.seqlen_k - problem.seqlen_q
+    values: dict[str, Any] = {
+        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
+        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "columns": columns,
+        "splits": splits,
+        "scale": problem.scale,
+    }
+    for name, strides in (("q", problem.q_strides), ("k", problem.k_strides), ("v", problem.v_strides)):
+        values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
+    units = problem.batch * problem.heads
+    probe = _launch(
+        probe_kernel(problem), check_blocks(2 * splits * units), device, problem.device, _PROBE, values
+    )
+    choice = {"splits": splits, "limit": limit, "spread": spread}
+    kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
+    return probe, _launch(kernel, units, device, problem.device, _DECIDE, choice), splits
+
+
+def decide(
+    problem: Problem,
+    q: Any,
+    k: Any,
+    v: Any,
+    projected: Projected,
+    wanted: Any,
+    tolerance: float,
+    spread: float,
+) -> tuple[Any, Any]:
+    """Which heads may use the ranks ``wanted``, int32 (batch, heads): the others are given head_dim.
+
+    Returns the ranks, and the relative output error of each head as estimated from sampled rows, with its upper bound,
+    float32 (batch, heads, 2). On the current device and stream; held if this is captured.
+    """
+    import cupy
+
+    probe, choose, splits = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
+    parts = (problem.batch, problem.heads, 2, splits, PROBE_ROWS)
+    factors = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.float32)
+    outputs = cupy.ndarray((*parts, problem.head_dim_v), np.float32)
+    sums = cupy.ndarray((*parts, 2), np.float32)
+    ranks = cupy.ndarray(wanted.shape, np.int32)
+    errors = cupy.ndarray((*wanted.shape, 2), np.float32)
+    hold(factors, outputs, sums, ranks, errors)
+    rows = [x.data.ptr for x in (factors, outputs, sums)]
+    given = (q, k, v, projected.queries, projected.keys, projected.residual, wanted)
+    probe(*(x.data.ptr for x in given), *rows)
+    choose(*rows, *(x.data.ptr for x in (wanted, ranks, errors)))
+    return ranks, errors
 
 
 def group(q: Any, reduction: LSH, stream: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ class ErrorReport:
         The same of the scores as the softmax sees them: over visible keys, each row less its mean.
     output_heads, scores_heads : tuple of Estimate
         The same for each head.
+    ranks : tuple of tuple of int, or None
+        Only with a tolerance: columns that each head of each batch entry uses; head_dim is exact.
     """
 
     rows: int
@@ -68,6 +70,7 @@ class ErrorReport:
     scores: Estimate
     output_heads: tuple[Estimate, ...]
     scores_heads: tuple[Estimate, ...]
+    ranks: tuple[tuple[int, ...], ...] | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -77,6 +80,8 @@ class ErrorReport:
         ]
         heads = zip(self.output_heads, self.scores_heads, strict=True)
         lines += [f"{f'head {h}':<8}{output!s:<34}{scores}" for h, (output, scores) in enumerate(heads)]
+        if self.ranks is not None:
+            lines += [f"ranks of the heads: {', '.join(map(str, ranks))}" for ranks in self.ranks]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -177,16 +182,27 @@ def measure(
     rows: int,
     seed: int,
     stream: Any,
+    tolerance: float | None = None,
 ) -> ErrorReport:
     """Compare sampled rows of a checked problem with the exact ones. Waits for the device."""
     every = problem.batch * problem.seqlen_q
     rows = min(rows, every)
     if problem.empty:
         nothing = Estimate(0.0, 0.0, 0.0)
-        return ErrorReport(rows, nothing, nothing, *[(nothing,) * problem.heads] * 2)
+        return ErrorReport(rows, nothing, nothing, (nothing,) * problem.heads, (nothing,) * problem.heads)
     xp = np if problem.device is None else importlib.import_module("cupy")
     with launch.placed(problem.device, stream):
-        energies, factors = _energies(problem, reduction, q, k, v, rows, seed, stream, xp)
+        ranks: NDArray[np.int32] | None = None
+        if tolerance is not None and isinstance(reduction, Projection):
+            ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
+            if problem.rank is not None:
+                out, _, chosen, _ = compose.within(
+                    problem, reduction, q, k, v, None, False, stream, tolerance
+                )
+                ranks = _host(chosen).astype(np.int32)
+        if ranks is None or problem.rank is None:
+            out, _ = compose.attention(problem, reduction, q, k, v, None, False, stream)
+        energies, factors = _energies(problem, reduction, q, k, v, out, ranks, rows, seed, stream, xp)
     output, scores = (
         (energies[..., i] * factors, energies[..., i + 1] * factors) for i in (0, 2)
     )  # each (heads, rows)
@@ -195,8 +211,14 @@ def measure(
         rows,
         found(*output),
         found(*scores),
-        *(tuple(found(e[None], s[None]) for e, s in zip(*pair, strict=True)) for pair in (output, scores)),
+        _of_heads(found, output),
+        _of_heads(found, scores),
+        None if ranks is None else tuple(tuple(int(r) for r in entry) for entry in ranks),
     )
+
+
+def _of_heads(found: Callable[[Float, Float], Estimate], pair: tuple[Float, Float]) -> tuple[Estimate, ...]:
+    return tuple(found(errors[None], sizes[None]) for errors, sizes in zip(*pair, strict=True))
 
 
 def _exactly(errors: Float, sizes: Float) -> Estimate:
@@ -212,13 +234,14 @@ def _energies(
     q: Any,
     k: Any,
     v: Any,
+    out: Any,
+    ranks: NDArray[np.int32] | None,
     rows: int,
     seed: int,
     stream: Any,
     xp: Any,
 ) -> tuple[Float, Float]:
     """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
-    out, _ = compose.attention(problem, reduction, q, k, v, None, False, stream)
     norms = np.stack([_host((wide(x, xp) ** 2).sum(axis=2)) for x in out])
     samples = list(_samples(norms, problem, rows, seed))
     orders = launch.group(q, problem.reduction, stream) if problem.reduction is not None else None
@@ -235,7 +258,7 @@ def _energies(
                 positions = xp.asarray(samples[h].positions[some])
                 queries = wide(q[b, h][positions], xp)
                 scores = reduced = _scores(queries, keys, problem, xp)
-                if projection is not None:
+                if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     reduced = _projected(queries, keys, projection, group, problem, xp)
                 elif orders is not None:
                     copied = _expanded(queries, orders[b, h], positions, problem, xp)
@@ -279,6 +302,8 @@ def _expanded(queries: Any, orders: Any, positions: Any, problem: Problem, xp: A
 
 
 def _projected(queries: Any, keys: Any, projection: Projection, group: int, problem: Problem, xp: Any) -> Any:
+    if projection.ranks[group] == problem.head_dim:
+        return _scores(queries, keys, problem, xp)
     a, b, mean = (
         xp.asarray(x[group]).astype(np.float64)
         for x in (projection.queries, projection.keys, projection.mean)

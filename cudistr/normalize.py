@@ -17,16 +17,18 @@ import ml_dtypes
 import numpy as np
 
 from cudistr.errors import CudaUnavailableError
-from cudistr.reductions import LSH, LowRank, Reduction
+from cudistr.reductions import LSH, RANK_MULTIPLE, LowRank, Reduction
 
 __all__ = [
     "Adopted",
     "Problem",
+    "Ranked",
     "adopt",
     "check_group",
     "check_merge",
     "check_out",
     "check_sample",
+    "check_tolerance",
     "problem",
 ]
 
@@ -44,6 +46,17 @@ _DTYPES = {
 }
 _DTYPES_REFERENCE = {**_DTYPES, np.dtype(np.float64): "float64"}
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
+
+
+class Ranked(NamedTuple):
+    """Qhat and Khat beside q and k, of which every head uses the first columns, as many as an array says.
+
+    A head that uses head_dim columns has those of q and k themselves. Strides are in elements.
+    """
+
+    columns: int  # of Qhat and Khat
+    q_strides: tuple[int, int, int]
+    k_strides: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Problem:
         ``sinks``. They have left ``reduction``, whose own are 0.
     rank : int or None
         Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
+    ranked : Ranked or None
+        If heads differ in the columns of Q and K that count: where those of fewer than head_dim columns have theirs.
     """
 
     batch: int
@@ -95,6 +110,7 @@ class Problem:
     near: int = 0
     sinks: int = 0
     rank: int | None = None
+    ranked: Ranked | None = None
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -468,7 +484,8 @@ def _problem(
             near, sinks = outline.near, outline.sinks
     elif outline is not None:
         _check_projection(outline, (heads, heads_kv, head_dim), softcap)
-        rank, near, sinks = outline.rank, outline.near, outline.sinks
+        if outline.rank < head_dim or outline.mixed:
+            rank, near, sinks = outline.rank, outline.near, outline.sinks
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0
@@ -712,6 +729,41 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             raise ValueError(
                 f"lses[{i}] must have shape (batch, heads, seqlen_q) = {first.shape[:3]}, got {lse.shape}."
             )
+
+
+def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
+    """``tolerance`` of :func:`cudistr.attention` as a float.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    number = _real(
+        "tolerance", tolerance, "the largest relative error of the output of a head, 0.02 for example"
+    )
+    if not 0 < number < 1:
+        raise ValueError(
+            f"tolerance must be between 0 and 1, got {number}. It is the largest relative error of the output of a "
+            "head: pass 0.02, for example, or None."
+        )
+    outline = None if reduction is None else reduction.outline
+    if not isinstance(outline, LowRank):
+        came = "None" if reduction is None else _kind(reduction)
+        raise TypeError(
+            f"tolerance is for a reduction that is a cudistr.Projection, got reduction {came}. Pass "
+            "cudistr.Projection.fit(q, k, rank=...), or leave tolerance away."
+        )
+    if outline.near or outline.sinks:
+        raise ValueError(
+            f"tolerance cannot be used with exact keys, got near={outline.near} and sinks={outline.sinks}. Pass "
+            "reduction.with_near(0)."
+        )
+    if problem.head_dim % RANK_MULTIPLE:
+        raise ValueError(
+            f"tolerance needs a head_dim that is a multiple of {RANK_MULTIPLE}, got {problem.head_dim}. "
+            "Pad q and k with zeros (and pass the scale you mean)."
+        )
+    return number
 
 
 def check_sample(rows: Any, seed: Any) -> tuple[int, int]:

@@ -20,6 +20,7 @@ __all__ = [
     "TileKey",
     "attention_kernel",
     "candidate_tiles",
+    "decide_kernel",
     "hopper_kernel",
     "merge_kernel",
     "merge_splits_kernel",
@@ -27,6 +28,9 @@ __all__ = [
     "portable_kernel",
     "prepare",
     "prepare_kernel",
+    "probe_kernel",
+    "probe_splits",
+    "project_kernel",
     "step_clocks",
     "tile_clocks",
     "tile_kernel",
@@ -259,7 +263,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     """
     columns = problem.head_dim_v
     square = problem.head_dim == columns
-    plain = problem.aligned and problem.softcap is None and problem.scale > 0
+    plain = problem.aligned and problem.softcap is None and problem.scale > 0 and problem.ranked is None
     # From sm_100 on ptxas keeps more beside them; grouped kernels suffer from it on sm_100 and its kin only.
     crowded = device.capability >= 100 and not (group and device.capability >= 120)
     if columns <= 64:
@@ -450,6 +454,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "ROW_TILES": tile.row_tiles,
         "ALIGNED": int(problem.aligned),
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "RANKED": int(problem.ranked is not None),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
@@ -481,6 +486,9 @@ HOPPER_KEYS = (
 HOPPER_GROUPED_ACCUMULATORS = 180  # of a consumer's 208 registers, for scores, weights, output and queries
 HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
+
+
+PANEL_COLUMNS = 64  # of the widest
 
 
 def panel_columns(columns: int) -> int:
@@ -534,7 +542,9 @@ def _hopper_groups(problem: Problem) -> bool:
 
 def _hopper_covers(problem: Problem, device: Device) -> bool:
     """Whether the Hopper kernel can, and may, compute a problem."""
-    strides = (*problem.q_strides, *problem.k_strides, *problem.v_strides)
+    strides = [*problem.q_strides, *problem.k_strides, *problem.v_strides]
+    if problem.ranked is not None:
+        strides += [*problem.ranked.q_strides, *problem.ranked.k_strides]
     return (
         device.capability == HOPPER_CAPABILITY
         and problem.family != "portable"
@@ -566,6 +576,7 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
+        "RANKED": int(problem.ranked is not None),
         "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group),
     }
     kernel = Kernel(
@@ -622,6 +633,66 @@ def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
     return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
 
 
+def project_kernel(problem: Problem) -> Kernel:
+    """The kernel that makes Qhat and Khat."""
+    itemsize = ITEMSIZE[problem.dtype]
+    row = _round_up(problem.head_dim, 16) * itemsize + 16
+    block_m = 128 if problem.head_dim * itemsize <= 256 else 64
+    parts = 2 if itemsize == 2 else 1  # of a factor: the rounded number and the rest
+    # Two stages of the factors. Fewer columns leave room for another thread block on the multiprocessor.
+    columns = 32 if 64 * parts * row <= 1 << 16 else 16
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_M": block_m,
+        "COLUMNS": columns,
+        "ALIGNED": int(problem.aligned),
+        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARED_BYTES": (block_m + 2 * parts * columns) * row,
+    }
+    return Kernel("smxx_project", tuple(constants.items()), block_m * 2, constants["SHARED_BYTES"])
+
+
+PROBE_ROWS = 64  # sampled rows of each head
+PROBE_BLOCKS = 4  # thread blocks of smxx_probe.cu that a multiprocessor should get
+
+
+def probe_kernel(problem: Problem) -> Kernel:
+    """The kernel that computes sampled rows, exact and reduced."""
+    itemsize = ITEMSIZE[problem.dtype]
+    pad = 16 // itemsize
+    columns_v = _round_up(problem.head_dim_v, 16)
+    wide = max(problem.head_dim, columns_v)
+    tile_k = (64 if wide <= 128 else 32) if itemsize == 2 else (32 if wide < 128 else 16)
+    queries = PROBE_ROWS * (problem.head_dim + pad)
+    tiles = tile_k * (problem.head_dim + columns_v + 2 * pad)
+    sample = 4 * PROBE_ROWS
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "TILE_K": tile_k,
+        "ALIGNED": int(problem.aligned),
+        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SHARED_BYTES": _round_up((queries + tiles) * itemsize + sample, 16),
+    }
+    # As for the portable kernel: at its own level, ptxas hoists so many loads of float32 that it spills.
+    options = ("-Xptxas=-O1",) if problem.dtype == "float32" else ()
+    return Kernel("smxx_probe", tuple(constants.items()), PROBE_ROWS * 2, constants["SHARED_BYTES"], options)
+
+
+def probe_splits(problem: Problem, device: Device) -> int:
+    """Into how many parts the keys are split, so that the GPU is busy."""
+    tiles = -(-problem.seqlen_k // dict(probe_kernel(problem).constants)["TILE_K"])
+    wanted = -(-PROBE_BLOCKS * device.multiprocessors // (2 * problem.batch * problem.heads))
+    return max(1, min(wanted, tiles, 16))
+
+
+def decide_kernel(head_dim: int, head_dim_v: int) -> Kernel:
+    """The kernel that compares them."""
+    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), 256)
+
+
 def check_device(device: Device, index: int) -> None:
     """Refuse a GPU that the kernels do not run on.
 
@@ -661,10 +732,11 @@ def packed_heads(problem: Problem) -> int:
     """Query heads whose rows share tiles of the portable kernel, so that their keys are read once: all that have one.
 
     Where a head has few rows, at least two heads fit a tile, and the rows of all heads lie a constant apart.
-    Permutations are a head's own, so grouped products are not packed.
+    Permutations and ranks are a head's own, so neither grouped products nor reduced ones are packed.
     """
     apart = problem.seqlen_q == 1 or problem.q_strides[1] == problem.seqlen_q * problem.q_strides[2]
-    if problem.reduction is not None or 2 * problem.seqlen_q > SMALL_SEQLEN_Q or not apart:
+    own = problem.reduction is not None or problem.ranked is not None
+    if own or 2 * problem.seqlen_q > SMALL_SEQLEN_Q or not apart:
         return 1
     return problem.heads // problem.heads_kv
 

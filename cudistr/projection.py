@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cudistr import launch, normalize
+from cudistr.launch import Factors
+from cudistr.plan import PANEL_COLUMNS
 from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
 
 __all__ = ["Projection", "wide"]
@@ -20,6 +22,7 @@ __all__ = ["Projection", "wide"]
 FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
+SKETCH = 16  # random vectors; columns of one matrix instruction
 
 
 def wide(array: Any, xp: Any) -> Any:
@@ -44,7 +47,7 @@ class Projection(Reduction):
     ranks : tuple of int
         Columns that each KV head uses.
     rank : int
-        The largest of them. Heads that use fewer are padded with zero columns, so a call costs what ``rank`` costs.
+        The largest of them.
     near, sinks : int
         Keys that stay exact, see :meth:`with_near`.
     score_error : float64 array (heads_kv,)
@@ -62,7 +65,8 @@ class Projection(Reduction):
     its squared Frobenius error is the sum of the squared singular values that were cut off. Under grouped-query
     attention the queries of all heads that share a KV head count together.
 
-    On a GPU, Qhat and Khat are made by CuPy's products, which a CUDA graph cannot capture.
+    On a GPU one kernel makes Qhat and Khat, and the attention kernel takes from them as many columns as a head uses. A
+    head whose rank is head_dim is exact: it multiplies q and k themselves.
 
     Examples
     --------
@@ -85,10 +89,18 @@ class Projection(Reduction):
     keys: NDArray[np.float32] = field(repr=False, kw_only=True)  # B, (heads_kv, head_dim, rank)
     mean: NDArray[np.float32] = field(repr=False, kw_only=True)  # of K, (heads_kv, head_dim)
     singular_values: NDArray[np.float64] = field(repr=False, kw_only=True)
-    _copies: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict, repr=False, kw_only=True)
+    _copies: dict[tuple[int, Any], Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        outline = LowRank(self.heads, self.heads_kv, self.head_dim, self.rank, self.near, self.sinks)
+        outline = LowRank(
+            self.heads,
+            self.heads_kv,
+            self.head_dim,
+            self.rank,
+            self.near,
+            self.sinks,
+            len(set(self.ranks)) > 1,
+        )
         object.__setattr__(self, "_outline", outline)
         for array in (self.queries, self.keys, self.mean, self.singular_values):
             array.setflags(write=False)
@@ -232,18 +244,68 @@ class Projection(Reduction):
         arrays = {name: content[name] for name in ("queries", "keys", "mean", "singular_values")}
         return cls(heads, heads_kv, head_dim, ranks, near, sinks, **arrays)
 
-    def factors(self, xp: Any, index: int | None) -> tuple[Any, Any, Any]:
-        """A of every query head (heads, head_dim, rank), B, and the mean, on a device (None: the host).
+    @property
+    def mixed(self) -> bool:
+        """Whether a kernel has to be told how many columns each head uses."""
+        return self.head_dim % RANK_MULTIPLE == 0 and len(set(self.ranks)) > 1
 
-        Copies are made once per device, by which time the current device must be it.
+    @property
+    def columns(self) -> int:
+        """Columns of Qhat and Khat. Heads that use head_dim columns use those of q and k themselves."""
+        return max((r for r in self.ranks if r < self.head_dim or not self.mixed), default=RANK_MULTIPLE)
+
+    def factors(self, dtype: Any, index: int) -> Factors:
+        """The factors on a device, which must be the current one; copied once."""
+        key = index, np.dtype(dtype).name
+        if key not in self._copies:
+            import cupy
+
+            columns = self.columns
+            # A Hopper kernel copies whole panels, so these are made whole.
+            widths = [
+                0 if r > columns else min(columns, -(-r // PANEL_COLUMNS) * PANEL_COLUMNS) for r in self.ranks
+            ]
+            bias = (self.mean[:, None].astype(np.float64) @ self.keys)[:, 0, :columns]
+            host = (
+                *(in_parts(x.swapaxes(1, 2)[:, :columns], dtype) for x in (self.queries, self.keys)),
+                bias.astype(np.float32),
+                self.mean,
+                np.array(widths, np.int32),
+                in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype),
+            )
+            self._copies[key] = Factors(*(cupy.asarray(np.ascontiguousarray(x)) for x in host))
+            cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
+        copy: Factors = self._copies[key]
+        return copy
+
+    def sketch(self) -> NDArray[np.float64]:
+        """Random vectors less what the factors keep of them, (heads_kv, head_dim, 16).
+
+        A score is ``q k``, its reduction ``q A B^T k``: with ``k`` drawn at random, ``|q (1 - A B^T) k|`` says how much
+        of a query is missed.
         """
-        if index is None:
-            return np.repeat(self.queries, self.heads // self.heads_kv, axis=0), self.keys, self.mean
-        if index not in self._copies:
-            on_host = self.factors(np, None)
-            self._copies[index] = tuple(xp.asarray(x) for x in on_host)
-            xp.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
-        return self._copies[index]
+        vectors = np.random.RandomState(0).standard_normal((self.head_dim, SKETCH))
+        a, b = (x.astype(np.float64) for x in (self.queries, self.keys))
+        return vectors - a @ (b.swapaxes(1, 2) @ vectors)
+
+    def head_ranks(self, batch: int, index: int) -> Any:
+        """Columns that each head of each batch entry uses, int32 (batch, heads) on the current device; copied once."""
+        key = index, batch
+        if key not in self._copies:
+            import cupy
+
+            ranks = np.repeat(np.array(self.ranks, np.int32), self.heads // self.heads_kv)
+            self._copies[key] = cupy.asarray(np.tile(ranks, (batch, 1)))
+            cupy.cuda.get_current_stream().synchronize()
+        return self._copies[key]
+
+
+def in_parts(factor: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """A factor (units, columns, head_dim) as smxx_project.cu takes it, (units, parts, columns, head_dim)."""
+    rounded = factor.astype(dtype)
+    if rounded.dtype.itemsize == 4:
+        return rounded[:, None]
+    return np.stack([rounded, (factor - rounded.astype(np.float32)).astype(dtype)], axis=1)
 
 
 def _not_ours(path: Any) -> ValueError:

@@ -75,6 +75,7 @@ class LowRank:
     rank: int
     near: int
     sinks: int
+    mixed: bool = False  # whether some heads use fewer columns than rank
 
 
 @dataclass(frozen=True)

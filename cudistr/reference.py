@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cudistr import normalize
 from cudistr.normalize import Problem
+from cudistr.plan import PROBE_ROWS
 from cudistr.reductions import LSH, Reduction, projections
 
 if TYPE_CHECKING:  # it stands above the launch room, which computes NumPy arrays by this module
@@ -22,6 +23,10 @@ if TYPE_CHECKING:  # it stands above the launch room, which computes NumPy array
 __all__ = ["attention", "fuse", "group", "hash_codes", "merge", "order", "rank", "sample"]
 
 Float = NDArray[np.float64]
+
+# Standard errors of the logarithm of a squared error that are added to it before it is held against a tolerance. Errors
+# are skewed: what a sample misses makes the true one larger.
+SPREAD = 3.0
 
 
 def hash_codes(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.uint32]:
@@ -122,6 +127,8 @@ def _scores(q: Float, k: Float, problem: Problem) -> Float:
 
 def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:
     """Scores of Qhat and Khat, and what taking the mean off the keys has taken off each row."""
+    if projection.ranks[head] == problem.head_dim:
+        return _scores(q, k, problem)
     mean = projection.mean[head].astype(np.float64)
     qhat, khat = q @ projection.queries[head], (k - mean) @ projection.keys[head]
     scores: Float = problem.scale * (qhat @ khat.T + (q @ mean)[:, None])
@@ -141,10 +148,88 @@ def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Fl
     return out, np.where(empty, -np.inf, top + np.log(np.where(empty, 1.0, total)))
 
 
+def draw(residual: Float, problem: Problem) -> tuple[NDArray[np.intp], Float]:
+    """Query rows of a head that stand for all, and one over the chance of each.
+
+    A row's chance is a quarter each of: uniform, and by one over the number of keys that it sees; and half by its
+    residual, the energy that the reduction misses. Points a constant apart are laid along the sum of all chances, so
+    that a row which takes more than its share is drawn for certain.
+    """
+    count = visible_count(problem)
+    keys = np.where(count > 0, 1.0 / np.maximum(count, 1), 0.0)
+    missed = np.where(np.isfinite(residual) & (residual > 0), residual, 0.0)
+    chances = np.full(len(residual), 0.25 / len(residual))
+    for share, weights in ((0.25, keys), (0.5, missed)):
+        if weights.sum() > 0:
+            chances += share * weights / weights.sum()
+    ends = np.cumsum(chances)
+    points = (np.arange(PROBE_ROWS) + 0.5) / PROBE_ROWS * ends[-1]
+    rows = np.minimum(np.searchsorted(ends, points), len(residual) - 1)
+    return rows, ends[-1] / chances[rows]
+
+
+def error_bound(errors: Float, sizes: Float) -> tuple[float, float]:
+    """Relative error from draws of squared errors and sizes, each times one over its chance; and its upper bound.
+
+    The ratio of both sums, and SPREAD standard errors of its logarithm by linearisation. Not a number is no bound.
+    """
+    if not errors.any():
+        return 0.0, 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = errors.sum() / sizes.sum()
+        influence = errors / errors.sum() - sizes / sizes.sum()
+        deviation = np.sqrt((influence**2).sum() * len(errors) / (len(errors) - 1))
+        return float(np.sqrt(ratio)), float(np.sqrt(ratio * np.exp(SPREAD * deviation)))
+
+
+def decide(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    problem: Problem,
+    projection: Projection,
+    tolerance: float,
+) -> tuple[NDArray[np.int32], Float]:
+    """Columns that each head uses: those of the projection where the output error keeps to the tolerance, or head_dim.
+
+    Returns ranks (batch, heads), and (batch, heads, 2): the relative error as estimated from sampled rows, and its
+    upper bound, which decides. Heads that are exact anyway have 0.
+    """
+    shared = problem.heads // problem.heads_kv
+    sketch = projection.sketch()
+    ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
+    found = np.zeros((problem.batch, problem.heads, 2))
+    for b, h in np.ndindex(*ranks.shape):
+        group = h // shared
+        if projection.ranks[group] == problem.head_dim:
+            continue
+        queries, keys, values = (x.astype(np.float64) for x in (q[b, h], k[b, group], v[b, group]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            rows, factors = draw(((queries @ sketch[group]) ** 2).sum(axis=1), problem)
+            seen = visible(rows, problem)
+            exact, _ = _attend(_scores(queries[rows], keys, problem), values, seen)
+            reduced, _ = _attend(
+                _projected_scores(queries[rows], keys, projection, group, problem), values, seen
+            )
+            squares = [((x**2).sum(axis=1)) * factors for x in (reduced - exact, exact)]
+        found[b, h] = error_bound(squares[0], squares[1])
+        if found[b, h, 1] <= tolerance:
+            ranks[b, h] = projection.ranks[group]
+    return ranks, found
+
+
 def solve(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], problem: Problem, projection: Projection | None = None
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    problem: Problem,
+    projection: Projection | None = None,
+    ranks: NDArray[np.int32] | None = None,
 ) -> tuple[Float, Float]:
-    """Attention for checked arguments: out (batch, heads, seqlen_q, head_dim_v), lse (batch, heads, seqlen_q)."""
+    """Attention for checked arguments: out (batch, heads, seqlen_q, head_dim_v), lse (batch, heads, seqlen_q).
+
+    Where ``ranks`` (batch, heads) is head_dim, the projection is not used.
+    """
     out = np.zeros((problem.batch, problem.heads, problem.seqlen_q, problem.head_dim_v))
     lse = np.full((problem.batch, problem.heads, problem.seqlen_q), -np.inf)
     if out.shape[0] == 0 or out.shape[1] == 0 or problem.seqlen_k == 0:
@@ -159,7 +244,7 @@ def solve(
                 rows = np.arange(start, min(start + block_q, problem.seqlen_q))
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
                 scores = exact = _scores(q_block, keys, problem)
-                if projection is not None:
+                if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     scores = _projected_scores(q_block, keys, projection, h // shared, problem)
                 elif reduction is not None:
                     permutation = order(q[b, h, rows], reduction)
@@ -207,6 +292,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    tolerance: float | None = None,
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -214,7 +300,12 @@ def attention(
     options = dict(reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap)
     problem = normalize.problem(q, k, v, reference=True, **options)  # type: ignore[arg-type]
     projection: Any = reduction if problem.rank is not None else None
-    result, lse = solve(q, k, v, problem, projection)
+    ranks = None
+    if tolerance is not None:
+        tolerance = normalize.check_tolerance(tolerance, problem, reduction)
+        if projection is not None and not problem.empty:
+            ranks, _ = decide(q, k, v, problem, projection, tolerance)
+    result, lse = solve(q, k, v, problem, projection, ranks)
     if out is not None:
         normalize.check_out(out, problem, (q, k, v), dtype="float64")
         out[...] = result

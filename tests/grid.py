@@ -46,6 +46,8 @@ GROUPS = (
     (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
     (256, (2, 4, 8, 32)),
 )  # fmt: skip
+# Heads of different ranks: Qhat and Khat of 32 columns. Their strides are no constants of a kernel.
+RANKED = normalize.Ranked(32, (32 * 256,) * 2 + (32,), (32 * 256,) * 2 + (32,))
 EDGE_HEAD_DIMS = (64, 128, 256)  # where the other constants are varied
 
 
@@ -78,6 +80,7 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
         for d in EDGE_HEAD_DIMS:
             yield f"{dtype} {d} small", _problem(dtype, d, d, seqlen_q=17)
             yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
+            yield f"{dtype} {d} ranked", _replace(_problem(dtype, d, d), ranked=RANKED)
             yield f"{dtype} {d} unaligned", _replace(_problem(dtype, d, d), aligned=False)
             yield f"{dtype} {d} lsh2 block64", _problem(dtype, d, d, reduction=LSH(2, block_q=64))
             yield f"{dtype} {d} lsh2 mean", _problem(dtype, d, d, reduction=LSH(2, representative="mean"))
@@ -111,6 +114,8 @@ def hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
         for d in EDGE_HEAD_DIMS:
             yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
             yield f"{dtype} {d} softcap causal", _problem(dtype, d, d, softcap=30.0, causal=True)
+            for mask, options in (("", {}), (" causal", {"causal": True})):
+                yield f"{dtype} {d} ranked{mask}", _replace(_problem(dtype, d, d, **options), ranked=RANKED)
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
     mean = LSH(2, representative="mean")
@@ -138,6 +143,13 @@ def kernels(capability: int) -> dict[str, Kernel]:
             for aligned in (True, False):
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
+        for d in EDGE_HEAD_DIMS:
+            for aligned in (True, False):
+                suffix = "" if aligned else " unaligned"
+                problem = _replace(_problem(dtype, d, d), aligned=aligned)
+                found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem)
+                found[f"smxx_probe {dtype} {d}{suffix}"] = planner.probe_kernel(problem)
+            found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
         for d in (40, 256):
             found[f"smxx_merge_splits {dtype} {d}"] = planner.merge_splits_kernel(dtype, d)

@@ -13,6 +13,7 @@
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
+//   RANKED      1: heads differ in the columns of Q and K that count, see AttentionParams; exact attention alone
 //   SPLIT       1: float32 by three TF32 products; 0: one
 //   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
@@ -32,6 +33,13 @@ struct AttentionParams {
     float* lse;             // (splits, batch, heads, seqlen_q), contiguous; null if not wanted
     float* partial;         // (splits, batch, heads, seqlen_q, HEAD_DIM_V), contiguous: takes the place of out
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
+#if RANKED
+    const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
+    const T* khat;
+    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+    i64 qhat_batch, qhat_head, qhat_row;
+    i64 khat_batch, khat_head, khat_row;
+#endif
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
@@ -63,7 +71,8 @@ constexpr int kDepth = (kGroups + 15) / 16 * 16;      // the same, padded with z
 constexpr int kOutColumns = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int kWarps = BLOCK_M / (16 * ROW_TILES);
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kSteps = kDepth / Traits<T>::kMmaDepth;
+constexpr int kStepColumns = Traits<T>::kMmaDepth;
+constexpr int kSteps = kDepth / kStepColumns;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr bool kSplit = SPLIT;
@@ -75,6 +84,7 @@ enum Fusion { kExact, kOnTheWay, kInShared };
 constexpr Fusion kFusion = !kGroup ? kExact : FUSE_IN_SHARED ? kInShared : kOnTheWay;
 static_assert(kFusion != kOnTheWay || sizeof(T) == 2, "float32 is fused in shared memory");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
+static_assert(!RANKED || (!kGroup && HEAD_DIM % 16 == 0), "ranks are for exact attention of whole steps");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
 typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
@@ -293,9 +303,25 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     const Place place(params);
     const int first_row = place.first_row;
     const int rows = place.rows;
+#if !RANKED
     const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
     const int head_kv = place.head / params.heads_per_kv;
     const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
+    const i64& q_row = params.q_row;
+    const i64& k_row = params.k_row;
+    constexpr int columns = kDepth;
+#else
+    const int head_kv = place.head / params.heads_per_kv;
+    const int columns = params.ranks[place.batch_head];
+    const bool reduced = columns < HEAD_DIM;
+    const i64 q_row = reduced ? params.qhat_row : params.q_row;
+    const i64 k_row = reduced ? params.khat_row : params.k_row;
+    const T* q = (reduced ? params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head
+                          : params.q + place.batch * params.q_batch + place.head * params.q_head) +
+                 first_row * q_row;
+    const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
+                         : params.k + place.batch * params.k_batch + head_kv * params.k_head;
+#endif
     const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
 
     // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
@@ -320,7 +346,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     if constexpr (kGrouped) {
         const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
         permutation = params.permutation + block * HEAD_DIM;
-        find_key_rows(shared, k, params.k_row, permutation, thread);
+        find_key_rows(shared, k, k_row, permutation, thread);
         __syncthreads();
     }
     // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
@@ -329,13 +355,13 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     ValueCopy value_copy;
     if constexpr (kGrouped) {
         if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
-        gather_queries(shared, q, params.q_row, rows, permutation, thread);
+        gather_queries(shared, q, q_row, rows, permutation, thread);
     } else {
-        key_copy.open(k + tile * (TILE_K * params.k_row), params.k_row);
-        if (tile >= first_tile) key_copy.run(shared.k, params.k_row, keys_left);
+        key_copy.open(k + tile * (TILE_K * k_row), k_row);
+        if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
         QueryCopy query_copy;
-        query_copy.open(q, params.q_row);
-        query_copy.run(shared.q, params.q_row, rows);
+        query_copy.open(q, q_row);
+        query_copy.run(shared.q, q_row, rows, columns);
     }
     value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
     cp_async_commit();
@@ -367,15 +393,18 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
             cp_async_wait<1>();
             __syncthreads();  // the values have landed, and every warp is done with Khat
         } else {
-            if (!idle) multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane);
+            if (!idle) {
+                multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
+                                                                                    columns / kStepColumns);
+            }
             cp_async_wait<0>();
             __syncthreads();  // the values have landed, and every warp is done with the keys
             if (tile > first_tile) {
                 if constexpr (kGrouped) {
                     copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
                 } else {
-                    key_copy.move(-TILE_K * params.k_row);
-                    key_copy.run(shared.k, params.k_row, keys_left);
+                    key_copy.move(-TILE_K * k_row);
+                    key_copy.run(shared.k, k_row, keys_left, columns);
                 }
             }
             cp_async_commit();

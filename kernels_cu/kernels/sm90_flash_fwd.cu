@@ -15,6 +15,7 @@
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
+//   RANKED      1: heads differ in the columns of Q and K that count, see HopperParams
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
 #include "tile/fuse.cuh"
@@ -27,6 +28,10 @@ typedef ElementOf<DTYPE>::type T;
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
     TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile or RawTile, ValueTile
+#if RANKED
+    TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
+    const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+#endif
     T* out;
     float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; null if exact
@@ -105,6 +110,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
 
+// Columns of Q and K that count for a head.
+DEVICE int columns_of(const HopperParams& params, int batch_head) {
+#if RANKED
+    return params.ranks[batch_head];
+#else
+    return HEAD_DIM;
+#endif
+}
+
 // A tile of queries, and the tiles of keys that its rows see.
 struct Place {
     int batch_head, batch, head, first_row;
@@ -132,16 +146,37 @@ struct Place {
     }
 };
 
-// Starts the copy of a tile of keys.
+// Starts the copy of a tile of queries, of the columns that count, from where a head has them. A branch rather than a
+// pointer: the producer has few registers.
+DEVICE void load_queries(const HopperParams& params, SharedStorage& shared, u32 place_number, const Place& place, u64 policy,
+                         int columns) {
+    const u32 barrier = shared.q_barriers.open(place_number, QueryTile::bytes(columns));
+#if RANKED
+    if (columns < HEAD_DIM) {
+        shared.q.load(&params.qhat, barrier, place.first_row, place.head, place.batch, policy, columns);
+        return;
+    }
+#endif
+    shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, policy);
+}
+
+// The same for a tile of keys.
 DEVICE void load_keys(const HopperParams& params, KeyStorage<false>& keys, RingBarriers<kStages>& barriers, u32 step,
-                      const Place& place, int tile, u64 policy) {
-    const u32 barrier = barriers.open(step, KeyTile::kBytes);
-    keys.k[step % kStages].load(&params.k, barrier, tile * TILE_K, place.head / params.heads_per_kv, place.batch, policy);
+                      const Place& place, int tile, u64 policy, int columns) {
+    const u32 barrier = barriers.open(step, KeyTile::bytes(columns));
+    const int head_kv = place.head / params.heads_per_kv;
+#if RANKED
+    if (columns < HEAD_DIM) {
+        keys.k[step % kStages].load(&params.khat, barrier, tile * TILE_K, head_kv, place.batch, policy, columns);
+        return;
+    }
+#endif
+    keys.k[step % kStages].load(&params.k, barrier, tile * TILE_K, head_kv, place.batch, policy);
 }
 
 // Grouped: of the transposed K, whose panels are keys side by side, and whose rows are all columns.
 DEVICE void load_keys(const HopperParams& params, KeyStorage<true>& keys, RingBarriers<kStages>&, u32 step,
-                      const Place& place, int tile, u64 policy) {
+                      const Place& place, int tile, u64 policy, int) {
     const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
     const u32 to = shared_address(keys.raw[step % kStages].data);
 #pragma unroll
@@ -166,15 +201,15 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
         const Place place(params, work);
         if (place.last_tile >= place.first_tile) {
-            load_keys(params, shared.keys, shared.k_barriers, step, place, place.last_tile, again);
-            u32 barrier = shared.q_barriers.open(place_number, QueryTile::kBytes);
-            shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, once);
+            const int columns = columns_of(params, place.batch_head);
+            load_keys(params, shared.keys, shared.k_barriers, step, place, place.last_tile, again, columns);
+            load_queries(params, shared, place_number, place, once, columns);
             ++place_number;
             for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
                 if (tile > place.first_tile) {
-                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, tile - 1, again);
+                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, tile - 1, again, columns);
                 }
-                barrier = shared.v_barriers.open(step, ValueTile::kBytes);
+                const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
                 shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, place.head / params.heads_per_kv,
                                               place.batch, again);
             }
@@ -288,9 +323,14 @@ struct Operands {
         : queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
           keys(KeyTile::lower(shared_address(shared.keys.k[0].data))) {}
 
-    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step) const {
-        constexpr u32 kStage = sizeof(KeyTile) / 16;
-        start_scores<T, QueryTile, KeyTile>(scores, queries, keys + step % kStages * kStage);
+    // steps: of 16 columns, those that count.
+    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int steps) const {
+        const u32 stage = keys + step % kStages * u32(sizeof(KeyTile) / 16);
+        if constexpr (RANKED) {
+            start_some_scores<T, QueryTile, KeyTile>(scores, queries, stage, steps);
+        } else {
+            start_scores<T, QueryTile, KeyTile>(scores, queries, stage);
+        }
     }
 };
 
@@ -302,9 +342,8 @@ struct Operands<true> {
 
     DEVICE Operands(SharedStorage& shared, int) : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))) {}
 
-    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step) const {
-        constexpr u32 kStage = sizeof(FusedTile) / 16;
-        start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * kStage);
+    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int) const {
+        start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * u32(sizeof(FusedTile) / 16));
     }
 
     static DEVICE T value(const QueryTile& q, int row, const u8* columns) {
@@ -418,6 +457,12 @@ struct Consumer {
         release(shared.q_barriers, place_number);
     }
 
+    // Steps of 16 columns that the scores of a head take. Broadcast, so that the compiler knows it to be the same for all.
+    DEVICE int steps_of(int batch_head) const {
+        if constexpr (!RANKED) return HEAD_DIM / 16;
+        return __shfl_sync(kFullWarp, columns_of(params, batch_head) / 16, 0);
+    }
+
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
                       const Visible& keys, int key) {
@@ -436,6 +481,7 @@ struct Consumer {
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
             const Visible visible_keys = visible(place.first_row);
+            const int score_steps = steps_of(place.batch_head);
             float output[1][kOutTiles][4] = {};
             WarpgroupSoftmax softmax;
             softmax.clear();
@@ -447,9 +493,7 @@ struct Consumer {
                 shared.q_barriers.wait(place_number);
                 if constexpr (kGrouped) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
-                wgmma_fence();
-                operands.start(scores[0], step);
-                wgmma_commit();
+                operands.start(scores[0], step, score_steps);
                 wgmma_wait<0>();
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
@@ -463,9 +507,7 @@ struct Consumer {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     wait_for_turn();
-                    wgmma_fence();
-                    operands.start(scores[0], step);
-                    wgmma_commit();
+                    operands.start(scores[0], step, score_steps);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -525,6 +567,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.q);
         prefetch_tensor_map(&params.k);
         prefetch_tensor_map(&params.v);
+#if RANKED
+        prefetch_tensor_map(&params.qhat);
+        prefetch_tensor_map(&params.khat);
+#endif
         // Readers give back warp by warp, and so do the warps that write what no copy does.
         constexpr int kReaders = 4 * kConsumers;
         constexpr int kBuilders = kGrouped ? kBuilderThreads / kWarpSize : 0;

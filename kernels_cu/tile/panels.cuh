@@ -27,13 +27,17 @@ struct PanelTile {
         return data[column / kPanelColumns * (kRows * kPanelColumns) + row * kPanelColumns + chunk * 8 + column % 8];
     }
 
-    // Copies the rows that start at row x[1] of head x[2] of batch x[3]; kBytes will arrive at the barrier. One thread.
-    DEVICE void load(const TensorMap* map, u32 barrier, int row, int head, int batch, u64 policy) {
+    // Bytes of the panels that hold the first columns of a row.
+    static DEVICE u32 bytes(int columns) { return u32((columns + kPanelColumns - 1) / kPanelColumns * kPanelBytes); }
+
+    // Copies the rows that start at row x[1] of head x[2] of batch x[3], those panels of them that hold the first
+    // columns; bytes(columns) will arrive at the barrier. One thread.
+    DEVICE void load(const TensorMap* map, u32 barrier, int row, int head, int batch, u64 policy, int columns = kColumns) {
         const u32 to = shared_address(data);
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
             const int x[4] = {panel * kPanelColumns, row, head, batch};
-            tma_load_4d(to + panel * kPanelBytes, map, barrier, x, policy);
+            if (x[0] < columns) tma_load_4d(to + panel * kPanelBytes, map, barrier, x, policy);
         }
     }
 

@@ -117,13 +117,14 @@ DEVICE void load_sum(u32 (&sum)[4], u32 address) {
     }
 }
 
-// scores += Q K^T for one key tile; queries is the warp's left_address. kMembers 0: K lies (keys, sum). Otherwise it
+// scores += Q K^T for one key tile, over the first steps of the sum; queries is the warp's left_address. kMembers 0: K lies (keys, sum). Otherwise it
 // lies transposed, (members x sum, keys), and the members of a group are summed on the way to the product: the sums are
 // made by every warp anew, which costs an addition where each of them saves a product.
 // Queries are read anew for every tile: kept in registers they were worth 2% at 64 columns, less than a longer tile,
 // and beyond that there are no registers.
 template <class T, bool kSplit, int kSteps, int kMembers, int kQueryPitch, int kRowTiles, int kKeyTiles, class Tile>
-DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 queries, const Tile& keys, int lane) {
+DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 queries, const Tile& keys, int lane,
+                                  int steps = kSteps) {
     typedef Multiply<T, kSplit> Mma;
     constexpr int kBytes = int(sizeof(T));
     constexpr int kDepth = Traits<T>::kMmaDepth;
@@ -137,6 +138,7 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
     // the kernels with Khat in shared memory spill.
 #pragma unroll(kBytes == 4 ? 4 : kMembers == 1 ? 1 : kSteps)
     for (int step = 0; step < kSteps; ++step) {
+        if (step >= steps) break;
         typename Mma::A a[kRowTiles];
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {

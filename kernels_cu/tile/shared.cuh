@@ -74,8 +74,9 @@ struct RowCopy {
     // source: the first row of the first tile.
     DEVICE void open(const T* source, i64 row_stride) { from = source + first_row() * row_stride + column(); }
 
-    // Copies the rows below the given number of rows of the current tile.
-    DEVICE void run(Tile& tile, i64 row_stride, int rows) const {
+    // Copies the rows below the given number of rows of the current tile, and of them the chunks that hold the first
+    // columns; the rest of the tile is left as it is.
+    DEVICE void run(Tile& tile, i64 row_stride, int rows, int columns = Tile::kColumns) const {
         const T* source = from;
         const int row0 = first_row();
         const int column0 = column();
@@ -86,7 +87,8 @@ struct RowCopy {
             const bool row_inside = Tile::kRows % Shape::kRowsPerPass == 0 || row0 + row < Tile::kRows;
 #pragma unroll
             for (int offset = 0; offset < Shape::kPassesAcross * kAcross; offset += kAcross) {
-                const bool column_inside = Tile::kColumns % kAcross == 0 || column0 + offset < Tile::kColumns;
+                const bool column_inside = (Tile::kColumns % kAcross == 0 || column0 + offset < Tile::kColumns) &&
+                                           (columns == Tile::kColumns || column0 + offset < columns);
                 const bool valid = row0 + row < rows && (kWidth == Tile::kColumns || column0 + offset < kWidth);
                 if (row_inside && column_inside) {
                     copy_chunk<kVector>(to, to_address, row * Tile::kPitch + offset, source + offset, valid);

@@ -1,5 +1,5 @@
 // The two products of attention for a warpgroup of 64 queries: scores = Q K^T, output += P V. Both are asynchronous:
-// the caller fences before, commits and waits after.
+// the caller waits, and for the second fences before and commits after.
 #pragma once
 #include "ptx/wgmma.cuh"
 #include "tile/dtype.cuh"
@@ -30,27 +30,42 @@ struct WarpgroupMultiply<bf16> {
     }
 };
 
-// scores = Q K^T. Queries of the warpgroup and keys as lower words of descriptors.
-template <class T, class QueryTile, class KeyTile, int kKeyTiles>
+// Starts scores = Q K^T over the first 16 * kSteps columns, as a group of its own. Queries of the warpgroup and keys as
+// lower words of descriptors.
+template <class T, class QueryTile, class KeyTile, int kSteps = KeyTile::kColumns / 16, int kKeyTiles>
 DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
     static_assert(KeyTile::kRows == kKeyTiles * 8 && KeyTile::kColumns == QueryTile::kColumns, "start_scores: shapes");
+    wgmma_fence();
     WarpgroupMultiply<T>::template run<false>(scores, QueryTile::along_columns(queries, 0), KeyTile::along_columns(keys, 0));
 #pragma unroll
-    for (int step = 1; step < KeyTile::kColumns / 16; ++step) {
+    for (int step = 1; step < kSteps; ++step) {
         WarpgroupMultiply<T>::template run<true>(scores, QueryTile::along_columns(queries, step),
                                                  KeyTile::along_columns(keys, step));
     }
+    wgmma_commit();
+}
+
+// The same with steps from 1 to kMost, the same for all threads of the warpgroup. Every number has a chain of products of
+// its own, fence included: products on either side of a branch would make ptxas put a fence into each.
+template <class T, class QueryTile, class KeyTile, int kMost = KeyTile::kColumns / 16, int kKeyTiles>
+DEVICE void start_some_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys, int steps) {
+    if constexpr (kMost > 1) {
+        if (steps < kMost) return start_some_scores<T, QueryTile, KeyTile, kMost - 1>(scores, queries, keys, steps);
+    }
+    start_scores<T, QueryTile, KeyTile, kMost>(scores, queries, keys);
 }
 
 // The same with queries in registers, as the left operand of 16 terms a step, and keys with the terms down the rows.
 template <class T, class KeyTile, int kSteps, int kKeyTiles>
 DEVICE void start_scores_of_values(float (&scores)[kKeyTiles][4], const u32 (&queries)[kSteps][4], u32 keys) {
     static_assert(KeyTile::kColumns == kKeyTiles * 8 && KeyTile::kRows == kSteps * 16, "start_scores_of_values: shapes");
+    wgmma_fence();
     WarpgroupMultiply<T>::template run_values<false>(scores, queries[0], KeyTile::along_rows(keys, 0));
 #pragma unroll
     for (int step = 1; step < kSteps; ++step) {
         WarpgroupMultiply<T>::template run_values<true>(scores, queries[step], KeyTile::along_rows(keys, step));
     }
+    wgmma_commit();
 }
 
 // output += P V. Values as the lower word of a descriptor.

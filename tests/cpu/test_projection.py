@@ -169,7 +169,10 @@ def test_reference_is_one_softmax_over_exact_and_projected_scores(case, near, si
     options = {name: value for name, value in case.options.items() if name not in ("softcap", "reduction")}
     projection = Projection.fit(case.q, case.k, rank=rank).with_near(near, sinks=sinks)
     scale = options.get("scale", case.q.shape[3] ** -0.5)
-    reduced = scale * projected_scores(case.q, case.k, projection)
+    exact = rank == case.q.shape[3]
+    reduced = (
+        naive_scores(case.q, case.k, scale) if exact else scale * projected_scores(case.q, case.k, projection)
+    )
     seqlens = case.q.shape[2], case.k.shape[2]
     scores = np.where(kept_pairs(*seqlens, near, sinks), naive_scores(case.q, case.k, scale), reduced)
     seen = seen_pairs(*seqlens, options.get("causal", False), options.get("window"))

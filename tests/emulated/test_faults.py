@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler
+from cudistr import compiler, compose, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
 from tests.strategies import near_ties, random
@@ -29,6 +29,9 @@ PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 MERGE = "kernels/smxx_merge.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
+PROJECT = "kernels/smxx_project.cu"
+PROBE = "kernels/smxx_probe.cu"
+DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
@@ -280,6 +283,40 @@ SHARED = {
     ),
 }  # fmt: skip
 FAULTS |= {f"shared keys: {name}": fault for name, fault in SHARED.items()}
+# Heads of different ranks, 16 and 64 of 64 columns, whose K has a mean.
+RANKED = {"ranks": (16, 48)}
+WITHIN = {"ranks": (16, 48), "tolerance": 0.9}
+FAULTS |= {
+    "the columns of another head": Fault(
+        FLASH, "params.ranks[place.batch_head]", "params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}", RANKED
+    ),
+    "a step of a head too few": Fault(FLASH, "columns / kStepColumns);", "columns / kStepColumns - 1);", WRONG, RANKED),
+    "a chunk of a head too few": Fault(
+        "tile/shared.cuh", "column0 + offset < columns);", "column0 + offset + kElements < columns);", f"{RACE}|{WRONG}", RANKED
+    ),
+    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "// the factors have landed", f"ldmatrix {RACE}", RANKED),
+    "factors of the stage before": Fault(PROJECT, "shared.factors[step % 2][part]", "shared.factors[(step + 1) % 2][part]", RACE, RANKED),
+    "the mean left in the keys": Fault(PROJECT, "if (!place.of_queries) {", "if (false) {", WRONG, RANKED),
+    "the factors of another head": Fault(
+        PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
+    ),
+    "a row of Qhat beyond the last": Fault(PROJECT, "if (row >= place.rows) continue;", "", "outside|wrote too", RANKED),
+    "a shift without the scale": Fault(PROJECT, "shift[row] = sum * params.scale;", "shift[row] = sum;", WRONG, RANKED),
+    "rows drawn before all chances are known": Fault(
+        PROBE, "    __syncthreads();\n    const float total", "    const float total", f"read {RACE}", WITHIN
+    ),
+    "no barrier before sampled keys are overwritten": Fault(
+        PROBE, f"{BARRIER}  // every warp is done with the keys and values", "", RACE, WITHIN
+    ),
+    "no wait for sampled keys": Fault(PROBE, "cp_async_wait<0>();", "", "has not landed", WITHIN),
+    "a sample with another's chances": Fault(
+        PROBE, "factors[point] = total / chance", "factors[point] = total", "Not equal", WITHIN
+    ),
+    "parts of the keys that are not merged": Fault(
+        DECIDE, "for (int s = 0; s < splits; ++s) {", "for (int s = 0; s < 1; ++s) {", "Not equal", WITHIN
+    ),
+    "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
+}  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
 ON_HOPPER = {
@@ -313,7 +350,7 @@ ON_HOPPER = {
         PANELS, "parity(n) ^ 1); }", "parity(n)); }", "no thread of block .* can go on: thread .* waits for parity"
     ),
     "too few bytes announced": Fault(
-        HOPPER, "barriers.open(step, KeyTile::kBytes)", "barriers.open(step, KeyTile::kBytes / 2)",
+        HOPPER, "barriers.open(step, KeyTile::bytes(columns))", "barriers.open(step, KeyTile::bytes(columns) / 2)",
         f"no thread of block .* can go on|{RACE}"
     ),
     "an arrival too few in a phase": Fault(
@@ -336,7 +373,7 @@ ON_HOPPER = {
     ),
     # Products
     "no fence before a product": Fault(
-        HOPPER, "wait_for_turn();\n                    wgmma_fence();", "wait_for_turn();", "wgmma without a wgmma.fence"
+        "tile/warpgroup.cuh", "shapes\");\n    wgmma_fence();", "shapes\");", "wgmma without a wgmma.fence"
     ),
     "no wait for the scores": Fault(
         HOPPER, "                    wgmma_wait<1>();\n", "", f"{RACE}|{WRONG}|accumulator was written"
@@ -375,7 +412,7 @@ ON_HOPPER = {
         HOPPER, "place.head / params.heads_per_kv", "place.head % params.heads_per_kv", WRONG
     ),
     "a tile beyond shared memory": Fault(
-        HOPPER, "keys.k[step % kStages].load", "keys.k[step % kStages + 4].load",
+        HOPPER, "keys.k[step % kStages].load(&params.k,", "keys.k[step % kStages + 4].load(&params.k,",
         "outside shared memory"
     ),
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
@@ -403,6 +440,16 @@ ON_HOPPER = {
     "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0 * group", WRONG),
     "an output that is not rescaled": Fault(
         "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}
+    ),
+    "too many bytes announced for a rank": Fault(
+        PANELS, "if (x[0] < columns) tma", "if (x[0] + kPanelColumns < columns) tma", "no thread of block .* can go on",
+        {"ranks": (16, 96)}
+    ),
+    "a step of a head too few": Fault(
+        "tile/warpgroup.cuh", "if (steps < kMost) return", "if (steps <= kMost) return", f"{WRONG}|no matching|not", {"ranks": (16, 96)}
+    ),
+    "q and k for a head that is reduced": Fault(
+        HOPPER, ".load(&params.khat, barrier, tile", ".load(&params.k, barrier, tile", WRONG, {"ranks": (16, 128)}
     ),
     "a tile taken twice": Fault(
         HOPPER, "gridDim.x + (params", "gridDim.x - 1 + (params", "wrote too", {"causal": True}
@@ -458,11 +505,28 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         q = near_ties(0, 128, 64, reduction)[None, None]
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
+    options = dict(fault.options)
+    ranks = options.pop("ranks", None)
     q, k, v = util.inputs(
-        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v
-    )
+        1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
+        head_dim=128 if ranks and max(ranks) > 64 else 64,
+    )  # fmt: skip
+    if ranks:
+        k += k.dtype.type(0.5)
+        options["reduction"] = projection = util.of_ranks(q, k, *ranks)
+    if "tolerance" in options:
+        monkeypatch.setattr(Settings, "multiprocessors", 6)  # keys are split between several thread blocks
+        arrays = [util.on_device(x) for x in (q, k, v)]
+        problem = normalize.problem(*arrays, reduction=projection)
+        *_, chosen, errors = compose.within(
+            problem, projection, *arrays, None, False, None, options["tolerance"]
+        )
+        expected, like = cudistr.reference.decide(q, k, v, problem, projection, options["tolerance"])
+        np.testing.assert_array_equal(util.cp.asnumpy(chosen), expected)
+        np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+        return
     with util.splits(fault.splits) if fault.splits > 1 else nullcontext():
-        util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **fault.options)
+        util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)
 
 
 def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler, launch, reference
+from cudistr import compiler, compose, launch, normalize, reference
 from cudistr import plan as planner
 from cudistr.normalize import Problem
 from cudistr.plan import Device, Kernel
@@ -44,6 +44,9 @@ def other_variants(kind: str) -> dict[str, Kernel]:
 ATTENTION = attention_variants()
 PREPARE = other_variants("smxx_lsh_prepare")
 MERGE = other_variants("smxx_merge")
+PROJECT = other_variants("smxx_project")
+PROBE = other_variants("smxx_probe")
+DECIDE = other_variants("smxx_decide")
 MERGE_SPLITS = other_variants("smxx_merge_splits")
 
 
@@ -66,7 +69,16 @@ def use(device: Device) -> None:
 
 
 def test_the_suite_is_the_grid() -> None:
-    kernels = {*ATTENTION, *SPLIT, *PREPARE.values(), *MERGE.values(), *MERGE_SPLITS.values()}
+    kernels = {
+        *ATTENTION,
+        *SPLIT,
+        *PREPARE.values(),
+        *MERGE.values(),
+        *MERGE_SPLITS.values(),
+        *PROJECT.values(),
+        *PROBE.values(),
+        *DECIDE.values(),
+    }
     for capability in grid.DEVICES:
         assert set(grid.kernels(capability).values()) <= kernels
 
@@ -88,7 +100,7 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
         grid.DTYPES[problem.dtype],
         batch=1,
         heads=2,
-        heads_kv=1,
+        heads_kv=1 if problem.ranked is None else 2,
         lengths=(seqlen_q, seqlen_k),
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
@@ -98,6 +110,8 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     if kernel.specific:  # whose tile depends on whether there is a mask
         masks = MASKS[2:] if problem.right is None else MASKS[:2]
     options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
+    if problem.ranked is not None:
+        options["reduction"] = util.of_ranks(q, k, problem.ranked.columns, problem.head_dim)
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
         util.check_tf32(q, k, v, layout, **options)
@@ -163,6 +177,47 @@ def test_prepare(kernel: Kernel) -> None:
     expected[..., :77] = k.swapaxes(2, 3)
     util.same_bits(transposed, expected)
     assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", PROJECT.values(), ids=PROJECT)
+def test_project(kernel: Kernel) -> None:
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    layout = "transposed" if constants["ALIGNED"] else "ragged"
+    q, k, _ = util.inputs(5, dtype, batch=2, heads=2, lengths=(65, 131), head_dim=constants["HEAD_DIM"])
+    k += dtype.type(0.5)
+    projection = util.of_ranks(q, k, 16, 48)
+    queries, keys = (util.on_device(x, layout) for x in (q, k))
+    problem = normalize.problem(queries, keys, keys)
+    made = launch.project(problem, queries, keys, projection.factors(dtype, 0), True)
+    wide, mean = q.astype(np.float64), projection.mean[:, None].astype(np.float64)
+    expected = (
+        wide @ projection.queries,
+        (k.astype(np.float64) - mean) @ projection.keys,
+        problem.scale * (wide @ mean.swapaxes(1, 2))[..., 0],
+    )
+    for found, like, roundoff in zip(made, expected, (*[util.ROUNDOFF[dtype]] * 2, 2.0**-20), strict=True):
+        error = np.abs(util.cp.asnumpy(found).astype(np.float64) - like)
+        assert error.max() <= 2 * roundoff * np.abs(like).max()
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", PROBE.values(), ids=PROBE)
+def test_probe(kernel: Kernel) -> None:
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    layout = "transposed" if constants["ALIGNED"] else "ragged"
+    q, k, v = util.inputs(6, dtype, batch=1, heads=2, lengths=(90, 100), head_dim=constants["HEAD_DIM"])
+    v = np.concatenate([v] * (constants["HEAD_DIM_V"] // v.shape[3]), axis=3)
+    projection = util.of_ranks(q, k, 16, 32)
+    arrays = [util.on_device(x, layout) for x in (q, k, v)]
+    problem = normalize.problem(*arrays, reduction=projection, causal=True)
+    *_, ranks, errors = compose.within(problem, projection, *arrays, None, False, None, 0.02)
+    expected, like = reference.decide(q, k, v, problem, projection, 0.02)
+    np.testing.assert_array_equal(util.cp.asnumpy(ranks), expected)
+    np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+    assert (kernel, 0) in compiler._functions
+    assert any(used in compiler._functions for used in ((kernel, 0) for kernel in DECIDE.values()))
 
 
 @pytest.mark.parametrize("kernel", MERGE.values(), ids=MERGE)

@@ -102,6 +102,7 @@ float fabsf(float) noexcept;
 float logf(float) noexcept;
 float expf(float) noexcept;
 float tanhf(float) noexcept;
+float sqrtf(float) noexcept;
 double exp2(double) noexcept;
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from tests.gpu.util import check_kernel, cp, inputs, on_device, same_bits
+from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, same_bits
 from tests.strategies import DTYPES, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +67,43 @@ def test_heads_of_different_ranks():
     check_kernel(q, k, v, reduction=projection)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "family", "head_dim", "ranks", "near", "options"),
+    [
+        ("float16", "portable", 64, (16, 48, 64, 32), 0, {}),  # one head is exact, on q and k themselves
+        ("bfloat16", "portable", 128, (16, 96), 40, {"causal": True}),
+        ("float32", "portable", 96, (96, 16), 0, {"window": (120, 90), "scale": -0.2}),
+        ("float16", "hopper", 64, (16, 48, 64, 32), 0, {}),
+        ("bfloat16", "hopper", 128, (96, 16), 40, {"causal": True}),
+        ("float16", "hopper", 96, (96, 16), 0, {"window": (120, 90), "scale": -0.2}),
+    ],
+    ids=str,
+)
+def test_ranks_of_heads(dtype, family, head_dim, ranks, near, options, monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    heads_kv = len(ranks)
+    q, k, v = shifted(
+        *inputs(
+            61,
+            DTYPES[dtype],
+            batch=1,
+            heads=2 * heads_kv,
+            heads_kv=heads_kv,
+            lengths=(130, 230),
+            head_dim=head_dim,
+        )
+    )
+    check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near), **options)
+
+
+def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():
+    q, k, v = inputs(62, np.float16, heads=4, heads_kv=2, lengths=(200, 230))
+    projection = of_ranks(q, k, 16, 64)
+    q, k, v = map(on_device, (q, k, v))
+    found = cudistr.attention(q, k, v, causal=True, reduction=projection)
+    same_bits(found[:, 2:], cudistr.attention(q, k, v, causal=True)[:, 2:])
+
+
 def test_measured_error_is_that_of_the_host():
     arrays = shifted(*inputs(55, np.float32, heads_kv=2, lengths=(150, 170)))
     projection = fitted(*arrays[:2]).with_near(30, sinks=4)
@@ -106,14 +143,20 @@ def test_small():
 
 
 @pytest.mark.hardware
-def test_a_capture_is_refused():
+def test_a_captured_call():
     q, k, v = (on_device(x) for x in inputs(59, np.float16, lengths=(130, 130)))
-    projection = fitted(q, k)
+    projection = of_ranks(*(cp.asnumpy(x) for x in (q, k)), 16, 64, 32, 64).with_near(40, sinks=8)
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
-        expected = cudistr.attention(q, k, v, reduction=projection)
+        expected = cudistr.attention(q, k, v, causal=True, reduction=projection, return_lse=True)
         stream.begin_capture()
-        with pytest.raises(ValueError, match="a call with a cudistr.Projection cannot be captured"):
-            cudistr.attention(q, k, v, reduction=projection)
-        stream.end_capture()
-        same_bits(cudistr.attention(q, k, v, reduction=projection), expected)
+        found = cudistr.attention(q, k, v, causal=True, reduction=projection, return_lse=True)
+        graph = stream.end_capture()
+        other = [
+            cp.full((1 << 20,), 7, np.float16) for _ in range(8)
+        ]  # takes what the captured call gave back
+        graph.launch()
+        stream.synchronize()
+        assert all(bool((x == 7).all()) for x in other)
+        for one, like in zip(found, expected, strict=True):
+            same_bits(one, like)

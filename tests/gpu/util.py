@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -287,3 +288,12 @@ def inputs(
     k = random.standard_normal((*kv, head_dim))
     v = random.standard_normal((*kv, head_dim if head_dim_v is None else head_dim_v))
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+def of_ranks(q: np.ndarray, k: np.ndarray, *ranks: int) -> cudistr.Projection:
+    """A projection whose KV heads have these ranks."""
+    projection = cudistr.Projection.fit(q, k, rank=max(ranks))
+    own = np.arange(max(ranks)) < np.array(ranks)[:, None, None]
+    return dataclasses.replace(
+        projection, ranks=ranks, queries=projection.queries * own, keys=projection.keys * own
+    )

@@ -1,0 +1,102 @@
+"""A tolerance on the error of a projected call: every head keeps to it, or is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cudistr
+from cudistr import Projection, reference
+from tests.strategies import random
+
+
+def errors(found, exact):
+    """Relative error of each head of each batch entry."""
+    return np.linalg.norm(found - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+
+
+def low_rank(seed, rank, noise, *, seqlen=300, heads=3, head_dim=32):
+    """q and k of the given rank with some noise, and v."""
+    basis = random(seed, heads, rank, head_dim)
+    q, k = (random(seed + i, 1, heads, seqlen, rank) @ basis / rank**0.5 for i in (1, 2))
+    q, k = (x + noise * random(seed + i, *x.shape) for i, x in ((3, q), (4, k)))
+    return q, k, random(seed + 5, 1, heads, seqlen, head_dim)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 2**16),
+    st.integers(1, 24),
+    st.sampled_from([0.0, 0.003, 0.03, 0.1, 1.0]),
+    st.sampled_from([0.005, 0.02, 0.2]),
+    st.booleans(),
+    st.sampled_from(["plain", "sink", "query", "key"]),
+)
+def test_every_head_keeps_to_it(seed, rank, noise, tolerance, causal, kind):
+    q, k, v = low_rank(seed, rank, noise)
+    projection = Projection.fit(q, k, rank=16)  # on what comes before something unusual happens
+    if kind == "sink":
+        k[:, :, :2] += 4 * random(seed + 6, 1, 3, 1, 32)
+    elif kind == "query":
+        q[:, :, 170] = 8 * random(seed + 6, 1, 3, 32)
+    elif kind == "key":
+        k[:, :, 20] = 8 * random(seed + 6, 1, 3, 32)
+    exact = reference.attention(q, k, v, causal=causal)
+    found = reference.attention(q, k, v, causal=causal, reduction=projection, tolerance=tolerance)
+    assert errors(found, exact).max() <= tolerance
+
+
+def test_ranks_go_down_where_data_is_low_rank():
+    q, k, v = low_rank(1, 12, 0.001)
+    q[:, 1], k[:, 1] = random(7, 300, 32), random(8, 300, 32)  # as good as nothing is left of it
+    projection = Projection.fit(q, k, rank=16)
+    report = cudistr.attention_error(q, k, v, causal=True, reduction=projection, tolerance=0.02, rows=300)
+    assert report.ranks == ((16, 32, 16),)
+    assert 0 < report.output_heads[0].value <= 0.02 and report.output_heads[1].value < 1e-6
+    assert "ranks of the heads: 16, 32, 16" in str(report)
+    exact = cudistr.attention(q, k, v, causal=True)
+    found = cudistr.attention(q, k, v, causal=True, reduction=projection, tolerance=0.02)
+    np.testing.assert_array_equal(found[:, 1], exact[:, 1])
+
+
+def test_nan_is_exact():
+    q, k, v = low_rank(2, 8, 0.0)
+    projection = Projection.fit(q, k, rank=16)
+    k[0, 0, 5] = np.nan
+    found = cudistr.attention(q, k, v, reduction=projection, tolerance=0.5)
+    np.testing.assert_array_equal(found, cudistr.attention(q, k, v, reduction=projection, tolerance=0.5))
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(cudistr.attention(q, k, v)))
+
+
+def test_rows_are_drawn_where_the_error_is():
+    q, k, v = low_rank(3, 8, 0.0)
+    projection = Projection.fit(q, k, rank=16)
+    q[:, :, 170] = random(9, 1, 3, 32)
+    problem = cudistr.normalize.problem(q, k, v, reduction=projection)
+    missed = ((q[0, 0] @ projection.sketch()[0]) ** 2).sum(axis=1)
+    rows, factors = reference.draw(missed, problem)
+    assert 170 in rows and (np.diff(rows) >= 0).all()
+    # The factors count rows: their sum estimates how many there are.
+    assert 0.5 < factors.mean() / 300 < 2
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "change", "error", "text"),
+    [
+        (0, {}, ValueError, "tolerance must be between 0 and 1, got 0.0"),
+        (1.0, {}, ValueError, "tolerance must be between 0 and 1, got 1.0"),
+        ("small", {}, TypeError, "tolerance must be a number .* got str"),
+        (0.02, {"reduction": None}, TypeError, "a cudistr.Projection, got reduction None"),
+        (0.02, {"reduction": cudistr.LSH(2)}, TypeError, "a cudistr.Projection, got reduction cudistr.*LSH"),
+        (0.02, {"near": 5}, ValueError, "exact keys, got near=5 and sinks=0"),
+        (0.02, {"head_dim": 24}, ValueError, "multiple of 16, got 24"),
+    ],
+)
+def test_bad_tolerances(tolerance, change, error, text):
+    q, k, v = low_rank(4, 4, 0.1, seqlen=10, head_dim=change.pop("head_dim", 32))
+    projection = Projection.fit(q, k, rank=16).with_near(change.pop("near", 0))
+    for call in (cudistr.attention, reference.attention, cudistr.attention_error):
+        with pytest.raises(error, match=text):
+            call(q, k, v, **{"reduction": projection, **change}, tolerance=tolerance)

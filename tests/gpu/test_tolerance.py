@@ -1,0 +1,77 @@
+"""A tolerance on the device: the decisions of the host, made from the same rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import Projection, compose, normalize, reference
+from tests.cpu.test_tolerance import low_rank
+from tests.gpu.util import cp, on_device, same_bits
+from tests.strategies import DTYPES
+
+pytestmark = pytest.mark.gpu
+
+
+def arrays(dtype, seqlen=200):
+    """The second head is isotropic, the third has an outlier among its queries that the projection knows nothing of."""
+    q, k, v = low_rank(1, 12, 0.001, seqlen=seqlen)
+    generator = np.random.default_rng(7)
+    q[:, 1], k[:, 1] = generator.standard_normal((2, seqlen, 32))
+    projection = Projection.fit(q, k, rank=16)
+    q[:, 2, 150] = 8 * generator.standard_normal(32)
+    return *(x.astype(dtype) for x in (q, k, v)), projection
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (60, 20), "scale": -0.2}], ids=str)
+def test_decisions_are_those_of_the_host(dtype, options):
+    q, k, v, projection = arrays(dtype)
+    problem = normalize.problem(q, k, v, reduction=projection, **options)
+    expected, wanted = reference.decide(q, k, v, problem, projection, 0.05)
+    assert expected[0, 0] == 16 and expected[0, 1] == 32
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection, **options)
+    out, _, ranks, errors = compose.within(problem, projection, *given, None, False, None, 0.05)
+    np.testing.assert_array_equal(cp.asnumpy(ranks), expected)
+    # Rounding of Qhat, Khat and the weights comes on top of the reduction's error, in quadrature.
+    rounding = {"float16": 0.002, "bfloat16": 0.02, "float32": 1e-4}[np.dtype(dtype).name]
+    np.testing.assert_allclose(cp.asnumpy(errors)[..., 0], wanted[..., 0], rtol=0.03, atol=rounding)
+    exact = cudistr.attention(*given, **options)
+    same_bits(out[:, 1], exact[:, 1])
+
+
+@pytest.mark.parametrize("family", ["portable", "hopper"])
+def test_lse_and_a_call_within_a_tolerance(family, monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    q, k, v, projection = arrays(np.float16)
+    k += np.float16(
+        0.5
+    )  # a mean that the projection does not know does no harm, and one that it knows goes into lse
+    projection = Projection.fit(q, k, rank=16)
+    given = [on_device(x) for x in (q, k, v)]
+    out, lse = cudistr.attention(*given, causal=True, reduction=projection, tolerance=0.05, return_lse=True)
+    exact, exact_lse = reference.attention(
+        *(x.astype(np.float64) for x in (q, k, v)), causal=True, return_lse=True
+    )
+    error = np.linalg.norm(cp.asnumpy(out) - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+    assert error.max() <= 0.05
+    np.testing.assert_allclose(cp.asnumpy(lse)[:, :2], exact_lse[:, :2], atol=0.05)
+
+
+@pytest.mark.hardware
+def test_a_captured_call():
+    q, k, v, projection = arrays(np.float16)
+    given = [on_device(x) for x in (q, k, v)]
+    stream = cp.cuda.Stream(non_blocking=True)
+    options = {"causal": True, "reduction": projection, "tolerance": 0.05, "return_lse": True}
+    with stream:
+        expected = cudistr.attention(*given, **options)
+        stream.begin_capture()
+        found = cudistr.attention(*given, **options)
+        graph = stream.end_capture()
+        graph.launch()
+        stream.synchronize()
+        for one, like in zip(found, expected, strict=True):
+            same_bits(one, like)
