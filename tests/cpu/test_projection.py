@@ -297,7 +297,7 @@ def test_bad_options_of_fit(options, error, text):
             TypeError,
             "q must be float16, bfloat16, float32, got float64",
         ),
-        ([Q], K, TypeError, "q and k must be both arrays or both lists of arrays, got list and ndarray"),
+        ([Q], K, TypeError, "q and k must be all arrays or all lists of arrays, got list and ndarray"),
         (
             [Q],
             [K, K],
@@ -319,7 +319,7 @@ def test_bad_options_of_fit(options, error, text):
             Q * np.float32(np.inf),
             K,
             ValueError,
-            "q and k must be finite, got NaN or infinity. Leave such rows away",
+            "q, k and v must be finite, got NaN or infinity. Leave such rows away",
         ),
     ],
     ids=str,
