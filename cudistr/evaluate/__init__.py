@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-weights",
         type=Path,
         metavar="FOLDER",
-        help="also write the weights, in files of at most 48 MiB, for a machine without the packages",
+        help="only write the weights, in files of at most 48 MiB, for a machine without the packages",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the folder of the device goes")
     parser.add_argument("--name", help="of the record (eval-MODEL)")
@@ -78,11 +78,15 @@ def run(args: argparse.Namespace) -> int:
 
     device = choose_device(args.device)
     dtype = models.to_dtype(args.dtype or ("bfloat16" if device.gpu else "float32"))
+    if args.save_weights is not None:
+        for path in models.save(args.model, args.save_weights):
+            print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+        return 0
     if args.model == "smollm2":
-        case = models.smollm2(args.weights, args.save_weights, args.seqlen, dtype, device.xp)
+        case = models.smollm2(args.weights, args.seqlen, dtype, device.xp)
     else:
         file = None if args.weights is None else args.weights / "dinov2.npz"
-        case = models.dinov2(file, args.save_weights, dtype, device.xp)
+        case = models.dinov2(file, dtype, device.xp)
     total = measure.steps(case, methods)
     with tqdm(total=total, desc=args.model, unit="step", leave=False, disable=None) as bar:
         rows = measure.measure(case, methods, device, bar.update)

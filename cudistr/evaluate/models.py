@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from cudistr.demo import photo, vit, weights
@@ -15,9 +16,8 @@ from cudistr.demo.errors import DemoError
 from . import llama, text
 from .errors import EvalError
 
-__all__ = ["MODELS", "Case", "dinov2", "smollm2"]
+__all__ = ["Case", "dinov2", "save", "smollm2", "to_dtype"]
 
-MODELS = ("smollm2", "dinov2")
 SIZE = 518  # pixels of a photograph's side: 1370 tokens, what DINOv2 was trained for
 CALIBRATION_STARTS = (60000, 90000)  # tokens of the text, far from what is evaluated
 CALIBRATION_TOKENS = 2048
@@ -52,16 +52,27 @@ class Case:
     facts: dict[str, Any]
 
 
-def smollm2(folder: Path | None, save: Path | None, seqlen: int, dtype: Any, xp: Any) -> Case:
+def _packaged() -> tuple[dict[str, Any], Any]:
+    """Quantised weights of the installed package, and the tokens of the text."""
+    content, vocabulary, merges = llama.load_gguf(llama.find_gguf())
+    return content, text.tokenise(text.prose(), vocabulary, merges)[:SAVED_TOKENS]
+
+
+def save(name: str, folder: Path) -> list[Path]:
+    """Write what a model needs of its package, for another machine; the paths of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "smollm2":
+        return llama.save(*_packaged(), folder)
+    try:
+        weights.save_npz(weights.load_onnx(weights.find_onnx()), folder / "dinov2.npz")
+    except DemoError as error:
+        raise EvalError(str(error)) from error
+    return [folder / "dinov2.npz"]
+
+
+def smollm2(folder: Path | None, seqlen: int, dtype: Any, xp: Any) -> Case:
     """SmolLM2-135M-Instruct on the first ``seqlen`` tokens of the text."""
-    if folder is not None:
-        content, tokens = llama.load(folder)
-    else:
-        content, vocabulary, merges = llama.load_gguf(llama.find_gguf())
-        tokens = text.tokenise(text.prose(), vocabulary, merges)[:SAVED_TOKENS]
-    if save is not None:
-        for path in llama.save(content, tokens, save):
-            print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    content, tokens = _packaged() if folder is None else llama.load(folder)
     if not 2 <= seqlen <= min(CALIBRATION_STARTS):
         raise EvalError(f"--seqlen must be from 2 to {min(CALIBRATION_STARTS)}, got {seqlen}")
     model = llama.build(content).to(xp.asarray)
@@ -85,14 +96,10 @@ def smollm2(folder: Path | None, save: Path | None, seqlen: int, dtype: Any, xp:
     )
 
 
-def dinov2(file: Path | None, save: Path | None, dtype: Any, xp: Any) -> Case:
+def dinov2(file: Path | None, dtype: Any, xp: Any) -> Case:
     """DINOv2 ViT-S/14 on three photographs; what is calibrated on other data sees the other two."""
     try:
         source = weights.load_npz(file) if file is not None else weights.load_onnx(weights.find_onnx())
-        if save is not None:
-            save.mkdir(parents=True, exist_ok=True)
-            weights.save_npz(source, save / "dinov2.npz")
-            print(f"wrote {save / 'dinov2.npz'}")
         pixels = [xp.asarray(photo.load(name, SIZE).pixels) for name in photo.PHOTOGRAPHS]
     except DemoError as error:
         raise EvalError(str(error)) from error
@@ -124,6 +131,4 @@ def dinov2(file: Path | None, save: Path | None, dtype: Any, xp: Any) -> Case:
 
 def to_dtype(name: str) -> Any:
     """A dtype by its name, bfloat16 included."""
-    import ml_dtypes
-
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
