@@ -573,22 +573,24 @@ def _felt_ranks(
     a, b, mean = factors
     scale = np.float32(problem.scale)
     keys, values = _single(k, xp), _single(v, xp)
-    rows = xp.asarray(drawn(problem))
-    queries = _single(q[rows], xp)
-    if not len(rows):
-        return xp.zeros(len(allowed) + 1)
-    unseen = ~reference.visible(rows, problem, xp)
-    kept = reference.kept(rows, problem, xp)
-    exact = scale * (queries @ keys.T)
-    qhat, khat = queries @ a, (keys - mean) @ b
-    out = _softmax(xp.where(unseen, np.float32(-np.inf), exact), xp) @ values
-    found = []
-    for rank in allowed:
-        scores = scale * (qhat[:, :rank] @ khat[:, :rank].T + (queries @ mean)[:, None])
-        scores = xp.where(kept, exact, scores)
-        error = _softmax(xp.where(unseen, np.float32(-np.inf), scores), xp) @ values - out
-        found.append((error**2).sum())
-    return xp.stack([*found, (out**2).sum()])
+    khat = (keys - mean) @ b
+    every = drawn(problem)
+    total = xp.zeros(len(allowed) + 1)
+    step = max(1, MAX_WEIGHTED // problem.seqlen_k)
+    for start in range(0, len(every), step):
+        rows = xp.asarray(every[start : start + step])
+        queries = _single(q[rows], xp)
+        qhat, shift = queries @ a, (queries @ mean)[:, None]
+        unseen = ~reference.visible(rows, problem, xp)
+        kept = reference.kept(rows, problem, xp)
+        exact = scale * (queries @ keys.T)
+        out = _softmax(xp.where(unseen, np.float32(-np.inf), exact), xp) @ values
+        for i, rank in enumerate(allowed):
+            scores = xp.where(kept, exact, scale * (qhat[:, :rank] @ khat[:, :rank].T + shift))
+            error = _softmax(xp.where(unseen, np.float32(-np.inf), scores), xp) @ values - out
+            total[i] += (error**2).sum()
+        total[-1] += (out**2).sum()
+    return total
 
 
 def _mixed(plain: NDArray[np.float64], weighted: NDArray[np.float64], part: float) -> NDArray[np.float64]:
