@@ -22,7 +22,7 @@ FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
 # Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
-PLAIN_KEYS, PLAIN_QUERIES = 0.03, 0.1
+PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
 MAX_WEIGHTED = 2**23  # numbers at once in the sums that are weighted by the output: 32 MiB in float32
 RANK_UNIT = 8  # what ranks are counted in where they are shared out: head_dim is a multiple of it
 
@@ -59,8 +59,8 @@ class Projection(Reduction):
     singular_values : float64 array (heads_kv, head_dim)
         Of the scores of all calibration queries with all calibration keys, largest first.
     output_errors : float64 array (heads_kv, head_dim / 16 rounded up)
-        ``||O - Ohat|| / ||O||`` of each KV head on calibration rows, if it was fitted with v: for the ranks 16, 32, ...
-        and last head_dim. (heads_kv, 0) without v.
+        ``||O - Ohat|| / ||O||`` of each KV head on calibration rows that the fit has not seen, if it was fitted with
+        v: for the ranks 16, 32, ... and last head_dim. (heads_kv, 0) without v.
 
     Notes
     -----
@@ -74,7 +74,7 @@ class Projection(Reduction):
     An error of the scores is felt where the softmax looks. To first order, a score error ``q^T E (k_j - mean)`` changes
     the output of a row by ``G E^T q`` with ``G = sum_j p_j (v_j - o) (k_j - mean)^T``, j over the keys that are not
     exact. With v, :meth:`fit` puts the mean of ``G^T G`` over sampled rows in place of ``K^T K``, and weights each
-    query by ``||G||^2``; a few percent of the unweighted sums stay for the directions that the sample lacks.
+    query by ``||G||^2``; a part of the unweighted sums stays for the directions that the sample lacks.
 
     On a GPU, Qhat and Khat are made by CuPy's products, which a CUDA graph cannot capture.
 
@@ -170,7 +170,8 @@ class Projection(Reduction):
         near, sinks : int, default 0
             As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
         rows : int, default 128
-            With v: query rows of each head and batch entry that are sampled, without replacement.
+            With v: query rows of each head and batch entry that are sampled for the weights, and as many others for
+            ``output_errors``; where there are no others, the same.
         seed : int, default 0
             Of that sample, 0 to 2**32 - 1.
 
@@ -443,15 +444,28 @@ class _Sums:
                 self.sums += _host(xp.stack(sums))
         self.count += problem.batch * problem.seqlen_k
 
-    def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
-        """Rows of one head: those that see keys which are not exact, or a sample of them."""
+    def _seeing(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """Rows of one head that see keys which are not exact."""
         reach = np.arange(problem.seqlen_q) + problem.seqlen_k - problem.seqlen_q
-        seeing = (
+        return (
             np.flatnonzero(reach >= self.near + self.sinks) if problem.right == 0 else np.arange(len(reach))
         )
-        if len(seeing) <= self.rows:
-            return seeing
-        return np.sort(np.random.RandomState(self.seed).choice(seeing, self.rows, replace=False))
+
+    def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """These rows, or a sample of them."""
+        return self._sample(self._seeing(problem), 0)
+
+    def _held_out(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """As many that were not drawn, which the factors fit too well; the same ones if there are no others."""
+        seeing = self._seeing(problem)
+        drawn = self._sample(seeing, 0)
+        return self._sample(np.setdiff1d(seeing, drawn), 1) if len(drawn) < len(seeing) else drawn
+
+    def _sample(self, rows: NDArray[np.intp], stream: int) -> NDArray[np.intp]:
+        if len(rows) <= self.rows:
+            return rows
+        random = np.random.RandomState([self.seed, stream])
+        return np.sort(random.choice(rows, self.rows, replace=False))
 
     def best(self) -> Projection:
         """The factors of these sums, all columns of them."""
@@ -510,7 +524,7 @@ class _Sums:
                 h = j // shared
                 own = [x[h] for x in factors]
                 found[h] += _host(
-                    _felt_ranks(q[b, j], k[b, h], v[b, h], own, allowed, problem, self._drawn, xp)
+                    _felt_ranks(q[b, j], k[b, h], v[b, h], own, allowed, problem, self._held_out, xp)
                 )
         return found[:, :-1], found[:, -1:]
 
