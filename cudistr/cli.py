@@ -1,4 +1,4 @@
-"""The command line: ``cudistr demo | doctor | bench | tune``. A command's module is imported only when it is called."""
+"""The command line: ``cudistr demo | doctor | bench | tune | eval``. A module is imported when its command is called."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ COMMANDS = {
     "doctor": "say what is there, what is wrong and how to mend it",
     "bench": "measure attention beside its peers and write a record",
     "tune": "find the fastest tiles for this GPU and keep them",
+    "eval": "measure what a reduction does to pretrained models and write a record",
 }
+MODULES = {"eval": "evaluate"}  # where a command lives, if not in a module of its name
 EXTRAS = {
     "demo": "demo",
     "bench": "bench",
     "tune": "bench",
+    "eval": "eval",
 }  # what pip calls the packages that a command needs
 DEBUG_VARIABLE = "CUDISTR_DEBUG"
 # What tells the user something about the machine or the arguments; anything else is a mistake of ours, and
@@ -62,7 +65,7 @@ def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:
         sub = commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
         sub.add_argument("--debug", action="store_true", help=debug_help)
         if name == command:
-            module = importlib.import_module(f"cudistr.{name}")
+            module = importlib.import_module(f"cudistr.{MODULES.get(name, name)}")
             module.add_arguments(sub)
     return parser, module
 

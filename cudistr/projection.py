@@ -6,13 +6,14 @@ import dataclasses
 import importlib
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cudistr import launch, normalize
+from cudistr import launch, normalize, reference
 from cudistr.launch import Factors
 from cudistr.plan import PANEL_COLUMNS
 from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
@@ -23,6 +24,10 @@ FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
 SKETCH = 16  # random vectors; columns of one matrix instruction
+# Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
+PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
+MAX_WEIGHTED = 2**23  # numbers at once in the sums that are weighted by the output: 32 MiB in float32
+RANK_UNIT = 8  # what ranks are counted in where they are shared out: head_dim is a multiple of it
 
 
 def wide(array: Any, xp: Any) -> Any:
@@ -52,9 +57,13 @@ class Projection(Reduction):
         Keys that stay exact, see :meth:`with_near`.
     score_error : float64 array (heads_kv,)
         ``||S - Shat|| / ||S||`` of each KV head on the calibration data, S with the mean over the keys taken off
-        each row. Exactly the part of ``singular_values`` that was cut off.
+        each row. Exactly the part of ``singular_values`` that was cut off; with weights, see :meth:`fit`, of the
+        weighted scores.
     singular_values : float64 array (heads_kv, head_dim)
         Of the scores of all calibration queries with all calibration keys, largest first.
+    output_errors : float64 array (heads_kv, head_dim / 16 rounded up)
+        ``||O - Ohat|| / ||O||`` of each KV head on calibration rows that the fit has not seen, if it was fitted with
+        v: for the ranks 16, 32, ... and last head_dim. (heads_kv, 0) without v.
 
     Notes
     -----
@@ -64,6 +73,11 @@ class Projection(Reduction):
     columns, give the best approximation of ``Q K^T`` of that rank (Eckart and Young, *Psychometrika* 1, 1936), and
     its squared Frobenius error is the sum of the squared singular values that were cut off. Under grouped-query
     attention the queries of all heads that share a KV head count together.
+
+    An error of the scores is felt where the softmax looks. To first order, a score error ``q^T E (k_j - mean)`` changes
+    the output of a row by ``G E^T q`` with ``G = sum_j p_j (v_j - o) (k_j - mean)^T``, j over the keys that are not
+    exact. With v, :meth:`fit` puts the mean of ``G^T G`` over sampled rows in place of ``K^T K``, and weights each
+    query by ``||G||^2``; a part of the unweighted sums stays for the directions that the sample lacks.
 
     On a GPU one kernel makes Qhat and Khat, and the attention kernel takes from them as many columns as a head uses. A
     head whose rank is head_dim is exact: it multiplies q and k themselves.
@@ -89,6 +103,7 @@ class Projection(Reduction):
     keys: NDArray[np.float32] = field(repr=False, kw_only=True)  # B, (heads_kv, head_dim, rank)
     mean: NDArray[np.float32] = field(repr=False, kw_only=True)  # of K, (heads_kv, head_dim)
     singular_values: NDArray[np.float64] = field(repr=False, kw_only=True)
+    output_errors: NDArray[np.float64] = field(repr=False, kw_only=True)
     _copies: dict[tuple[int, Any], Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -102,7 +117,13 @@ class Projection(Reduction):
             len(set(self.ranks)) > 1,
         )
         object.__setattr__(self, "_outline", outline)
-        for array in (self.queries, self.keys, self.mean, self.singular_values):
+        for array in (
+            self.queries,
+            self.keys,
+            self.mean,
+            self.singular_values,
+            self.output_errors,
+        ):
             array.setflags(write=False)
 
     @property
@@ -124,7 +145,21 @@ class Projection(Reduction):
         return np.sqrt(cut / np.where(total > 0, total, 1.0))
 
     @classmethod
-    def fit(cls, q: Any, k: Any, *, rank: int | None = None, tolerance: float | None = None) -> Projection:
+    def fit(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any = None,
+        *,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        causal: bool = False,
+        near: int = 0,
+        sinks: int = 0,
+        scale: float | None = None,
+        rows: int = 128,
+        seed: int = 0,
+    ) -> Projection:
         """Find the factors on calibration data.
 
         Parameters
@@ -134,15 +169,31 @@ class Projection(Reduction):
             which may differ in batch and seqlen.
         k : array (batch, heads_kv, seqlen_k, head_dim), or a sequence of such arrays
             The keys of each.
+        v : array (batch, heads_kv, seqlen_k, head_dim_v), or a sequence of such arrays, optional
+            The values of each. With them the factors have the smallest error of the output instead of the scores, as
+            far as a sample of rows tells: use it where you have them.
         rank : int, optional
             Columns of every head: a multiple of 16 below head_dim, or head_dim.
         tolerance : float, optional
-            Instead of ``rank``: each head gets the smallest rank, in steps of 16, whose ``score_error`` is at most
-            this. Between 0 and 1.
+            Instead of ``rank``: each head gets the smallest rank, in steps of 16, whose ``score_error``, with v whose
+            ``output_errors``, is at most this. Between 0 and 1.
+        causal, scale
+            As :func:`cudistr.attention` will be called; only of use with v.
+        near, sinks : int, default 0
+            As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
+        rows : int, default 128
+            With v: query rows of each head and batch entry that are sampled for the weights, and as many others for
+            ``output_errors``; where there are no others, the same.
+        seed : int, default 0
+            Of that sample, 0 to 2**32 - 1.
 
         Returns
         -------
         Projection
+
+        See Also
+        --------
+        share : ranks shared out over the heads of all layers.
 
         Raises
         ------
@@ -171,22 +222,81 @@ class Projection(Reduction):
                 f"Projection.fit: tolerance must be between 0 and 1, got {tolerance}. "
                 "Pass a relative error such as 0.01."
             )
-        many = isinstance(q, list | tuple), isinstance(k, list | tuple)
-        if many[0] != many[1]:
-            raise TypeError(
-                "Projection.fit: q and k must be both arrays or both lists of arrays, got "
-                f"{type(q).__name__} and {type(k).__name__}."
+        near, sinks = exact_keys("Projection.fit", near, sinks)
+        rows, seed = normalize.check_sample(rows, seed)
+        batches = _batches(q, k, v)
+        sums = _Sums(near, sinks, causal, scale, rows, seed)
+        for batch in batches:
+            sums.add(*batch)
+        full = sums.best()
+        if v is not None:
+            errors = [sums.errors(full, *batch) for batch in batches]
+            total = np.maximum(np.sum([size for _, size in errors], axis=0), np.finfo(float).tiny)
+            full = dataclasses.replace(
+                full, output_errors=np.sqrt(np.sum([e for e, _ in errors], axis=0) / total)
             )
-        batches = list(zip(q, k, strict=False)) if many[0] else [(q, k)]
-        if not batches or (many[0] and len(q) != len(k)):
+        allowed = ranks_allowed(full.head_dim)
+        if rank is None:
+            assert tolerance is not None
+            return full._cut([_rank(full, h, tolerance, allowed) for h in range(full.heads_kv)])
+        if rank not in allowed:
             raise ValueError(
-                f"Projection.fit: q and k must be lists of one length, at least 1, got {len(q)} and {len(k)}. "
-                "Pass the keys of each batch of queries."
+                f"Projection.fit: rank must be a multiple of {RANK_MULTIPLE} below head_dim, or head_dim, got {rank}. "
+                f"Allowed here: {', '.join(map(str, allowed))}."
             )
-        sums = _Sums()
-        for queries, keys in batches:
-            sums.add(queries, keys)
-        return sums.best(rank, tolerance)
+        return full._cut([rank] * full.heads_kv)
+
+    @staticmethod
+    def share(projections: Sequence[Projection], rank: int) -> list[Projection]:
+        """Ranks that differ from head to head, for the smallest sum of squared output errors.
+
+        Parameters
+        ----------
+        projections : sequence of Projection
+            Those of all layers of a model, each fitted with v and ``rank=head_dim``.
+        rank : int
+            The mean over all KV heads of all layers, at least 16.
+
+        Returns
+        -------
+        list of Projection
+            One for each, with the same near and sinks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a projection has no ``output_errors``, or was cut to a lower rank.
+
+        Notes
+        -----
+        Every choice of one rank per head whose mean is at most ``rank`` is compared, by dynamic programming.
+        """
+        rank = integer("Projection.share", "rank", rank, "Pass a mean rank, 32 for example.")
+        costs, columns = [], []
+        for projection in projections:
+            if not isinstance(projection, Projection):
+                raise TypeError(
+                    f"Projection.share: projections must be cudistr.Projection, got {type(projection).__name__}."
+                )
+            if not projection.output_errors.size or set(projection.ranks) != {projection.head_dim}:
+                raise ValueError(
+                    "Projection.share: every projection must be fitted with v and rank=head_dim, got "
+                    f"{projection!r}. Pass Projection.fit(q, k, v, rank={projection.head_dim})."
+                )
+            costs += list(projection.output_errors**2)
+            columns += [ranks_allowed(projection.head_dim)] * projection.heads_kv
+        if rank < RANK_MULTIPLE:
+            raise ValueError(f"Projection.share: rank must be at least {RANK_MULTIPLE}, got {rank}.")
+        chosen = iter(_shared(costs, columns, rank * len(costs)))
+        return [p._cut([next(chosen) for _ in range(p.heads_kv)]) for p in projections]
+
+    def _cut(self, ranks: Sequence[int]) -> Projection:
+        """The same with fewer columns: those of a rank are the first of any higher one."""
+        keep = np.arange(max(ranks)) < np.array(ranks)[:, None]
+        a, b = (
+            np.where(keep[:, None], x[:, :, : max(ranks)], np.float32(0)) for x in (self.queries, self.keys)
+        )
+        return dataclasses.replace(self, ranks=tuple(ranks), queries=a, keys=b, _copies={})
 
     def with_near(self, near: int, *, sinks: int = 0) -> Projection:
         """The same projection, with keys that stay exact.
@@ -220,6 +330,7 @@ class Projection(Reduction):
                 keys=self.keys,
                 mean=self.mean,
                 singular_values=self.singular_values,
+                output_errors=self.output_errors,
             )
 
     @classmethod
@@ -241,7 +352,9 @@ class Projection(Reduction):
         heads, near, sinks = (int(x) for x in content["numbers"])
         ranks = tuple(int(x) for x in content["ranks"])
         heads_kv, head_dim, _ = content["queries"].shape
-        arrays = {name: content[name] for name in ("queries", "keys", "mean", "singular_values")}
+        names = ("queries", "keys", "mean", "singular_values", "output_errors")
+        content.setdefault("output_errors", np.zeros((heads_kv, 0)))  # files of version 0.1 have none
+        arrays = {name: content[name] for name in names}
         return cls(heads, heads_kv, head_dim, ranks, near, sinks, **arrays)
 
     @property
@@ -314,22 +427,59 @@ def _not_ours(path: Any) -> ValueError:
     )
 
 
+def ranks_allowed(head_dim: int) -> list[int]:
+    """Multiples of 16 below head_dim, and head_dim."""
+    return [*range(RANK_MULTIPLE, head_dim, RANK_MULTIPLE), head_dim]
+
+
+def _batches(q: Any, k: Any, v: Any) -> list[tuple[Any, Any, Any]]:
+    """Arrays or lists of arrays as a list of batches; v may be None."""
+    given = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    many = {name: isinstance(x, list | tuple) for name, x in given.items()}
+    if len(set(many.values())) > 1:
+        raise TypeError(
+            f"Projection.fit: {' and '.join(given)} must be all arrays or all lists of arrays, got "
+            f"{' and '.join(type(x).__name__ for x in given.values())}."
+        )
+    if not many["q"]:
+        return [(q, k, v)]
+    lengths = [len(x) for x in given.values()]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(
+            f"Projection.fit: {' and '.join(given)} must be lists of one length, at least 1, got "
+            f"{' and '.join(map(str, lengths))}. Pass the keys of each batch of queries."
+        )
+    return list(zip(q, k, [None] * len(q) if v is None else v, strict=True))
+
+
 class _Sums:
     """What the factors need of the calibration data: sums of products, head_dim x head_dim per KV head."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, near: int, sinks: int, causal: bool, scale: float | None, rows: int, seed: int
+    ) -> None:
         self.first: normalize.Problem | None = None
         self.count = 0
+        self.near, self.sinks, self.causal, self.scale = near, sinks, causal, scale
+        self.rows, self.seed = rows, seed
 
-    def add(self, q: Any, k: Any) -> None:
+    def problem(self, q: Any, k: Any, v: Any) -> normalize.Problem:
+        """The checked call of one batch, its exact keys included."""
+        problem = normalize.problem(q, k, k if v is None else v, causal=self.causal, scale=self.scale)
+        return dataclasses.replace(problem, near=self.near, sinks=self.sinks)
+
+    def add(self, q: Any, k: Any, v: Any) -> None:
         """Count one batch in."""
-        adopted = normalize.adopt(q=q, k=k)
-        q, k = adopted.arrays
-        problem = normalize.problem(q, k, k)
+        adopted = normalize.adopt(q=q, k=k, **({} if v is None else {"v": v}))
+        q, k, *rest = adopted.arrays
+        v = rest[0] if rest else None
+        problem = self.problem(q, k, v)
+        head_dim = problem.head_dim
         if self.first is None:
             self.first = problem
-            # Q^T Q, K^T K and the sum of K's rows, one below the other.
-            self.sums = np.zeros((problem.heads_kv, 2 * problem.head_dim + 1, problem.head_dim))
+            # Q^T Q, K^T K and the sum of K's rows, one below the other; then the weighted two.
+            self.sums = np.zeros((problem.heads_kv, 2 * head_dim + 1, head_dim))
+            self.weighted = np.zeros((2, problem.heads_kv, head_dim, head_dim))
         for name in ("heads", "heads_kv", "head_dim"):
             size, other = getattr(self.first, name), getattr(problem, name)
             if size != other:
@@ -345,15 +495,42 @@ class _Sums:
             for b in range(problem.batch):
                 sums: list[Any] = []
                 for h in range(problem.heads_kv):
-                    rows = wide(q[b, h * shared : (h + 1) * shared], xp).reshape(-1, problem.head_dim)
+                    rows = wide(q[b, h * shared : (h + 1) * shared], xp).reshape(-1, head_dim)
                     keys = wide(k[b, h], xp)
                     sums.append(xp.concatenate([rows.T @ rows, keys.T @ keys, keys.sum(axis=0)[None]]))
-                every = xp.stack(sums)
-                self.sums += every if xp is np else every.get()
+                    if v is not None:
+                        for j in range(h * shared, (h + 1) * shared):
+                            self.weighted[:, h] += _host(
+                                _felt(q[b, j], k[b, h], v[b, h], problem, self._drawn, xp)
+                            )
+                self.sums += _host(xp.stack(sums))
         self.count += problem.batch * problem.seqlen_k
 
-    def best(self, rank: int | None, tolerance: float | None) -> Projection:
-        """The factors of these sums."""
+    def _seeing(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """Rows of one head that see keys which are not exact."""
+        reach = np.arange(problem.seqlen_q) + problem.seqlen_k - problem.seqlen_q
+        return (
+            np.flatnonzero(reach >= self.near + self.sinks) if problem.right == 0 else np.arange(len(reach))
+        )
+
+    def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """These rows, or a sample of them."""
+        return self._sample(self._seeing(problem), 0)
+
+    def _held_out(self, problem: normalize.Problem) -> NDArray[np.intp]:
+        """As many that were not drawn, which the factors fit too well; the same ones if there are no others."""
+        seeing = self._seeing(problem)
+        drawn = self._sample(seeing, 0)
+        return self._sample(np.setdiff1d(seeing, drawn), 1) if len(drawn) < len(seeing) else drawn
+
+    def _sample(self, rows: NDArray[np.intp], stream: int) -> NDArray[np.intp]:
+        if len(rows) <= self.rows:
+            return rows
+        random = np.random.RandomState([self.seed, stream])
+        return np.sort(random.choice(rows, self.rows, replace=False))
+
+    def best(self) -> Projection:
+        """The factors of these sums, all columns of them."""
         first = self.first
         assert first is not None
         head_dim = first.head_dim
@@ -362,37 +539,142 @@ class _Sums:
                 "Projection.fit: there must be at least one query and one key, got arrays without. "
                 "Pass calibration data."
             )
-        if not np.isfinite(self.sums).all():
+        if not (np.isfinite(self.sums).all() and np.isfinite(self.weighted).all()):
             raise ValueError(
-                "Projection.fit: q and k must be finite, got NaN or infinity. Leave such rows away."
-            )
-        allowed = [*range(RANK_MULTIPLE, head_dim, RANK_MULTIPLE), head_dim]
-        if rank is not None and rank not in allowed:
-            raise ValueError(
-                f"Projection.fit: rank must be a multiple of {RANK_MULTIPLE} below head_dim, or head_dim, got {rank}. "
-                f"Allowed here: {', '.join(map(str, allowed))}."
+                "Projection.fit: q, k and v must be finite, got NaN or infinity. Leave such rows away."
             )
         queries, keys = self.sums[:, :head_dim], self.sums[:, head_dim : 2 * head_dim]
         mean = self.sums[:, 2 * head_dim] / self.count
-        root_q = _root(queries)
-        root_k = _root(keys - self.count * mean[:, :, None] * mean[:, None, :])
+        keys = keys - self.count * mean[:, :, None] * mean[:, None, :]
+        root_q = _root(_mixed(queries, self.weighted[0], PLAIN_QUERIES))
+        root_k = _root(_mixed(keys, self.weighted[1], PLAIN_KEYS))
         u, s, wt = np.linalg.svd(root_q @ root_k.swapaxes(1, 2))
-        ranks = [rank] * first.heads_kv if rank is not None else [_rank(x, tolerance, allowed) for x in s]
-        most = max(ranks)
-        used = (s > NOISE * s[:, :1]) & (np.arange(head_dim) < np.array(ranks)[:, None])
-        weights = np.where(used, 1.0 / np.sqrt(np.where(used, s, 1.0)), 0.0)[:, None, :most]
-        a = root_k.swapaxes(1, 2) @ wt.swapaxes(1, 2)[:, :, :most] * weights
-        b = root_q.swapaxes(1, 2) @ u[:, :, :most] * weights
+        used = s > NOISE * s[:, :1]
+        weights = np.where(used, 1.0 / np.sqrt(np.where(used, s, 1.0)), 0.0)[:, None]
+        a = root_k.swapaxes(1, 2) @ wt.swapaxes(1, 2) * weights
+        b = root_q.swapaxes(1, 2) @ u * weights
         return Projection(
             first.heads,
             first.heads_kv,
             head_dim,
-            tuple(ranks),
+            (head_dim,) * first.heads_kv,
+            self.near,
+            self.sinks,
             queries=a.astype(np.float32),
             keys=b.astype(np.float32),
             mean=mean.astype(np.float32),
             singular_values=s,
+            output_errors=np.zeros((first.heads_kv, 0)),
         )
+
+    def errors(
+        self, full: Projection, q: Any, k: Any, v: Any
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Squared output errors of the drawn rows (heads_kv, ranks), and squared outputs (heads_kv, 1)."""
+        adopted = normalize.adopt(q=q, k=k, v=v)
+        q, k, v = adopted.arrays
+        problem = self.problem(q, k, v)
+        allowed = ranks_allowed(problem.head_dim)
+        found = np.zeros((problem.heads_kv, len(allowed) + 1))
+        if problem.empty:
+            return found[:, :-1], found[:, -1:]
+        shared = problem.heads // problem.heads_kv
+        xp = np if problem.device is None else importlib.import_module("cupy")
+        with launch.placed(problem.device, adopted.stream):
+            factors = [xp.asarray(x) for x in (full.queries, full.keys, full.mean)]
+            for b, j in np.ndindex(problem.batch, problem.heads):
+                h = j // shared
+                own = [x[h] for x in factors]
+                found[h] += _host(
+                    _felt_ranks(q[b, j], k[b, h], v[b, h], own, allowed, problem, self._held_out, xp)
+                )
+        return found[:, :-1], found[:, -1:]
+
+
+def _single(array: Any, xp: Any) -> Any:
+    return xp.ascontiguousarray(array.astype(np.float32))
+
+
+def _host(array: Any) -> NDArray[np.float64]:
+    """The array as a NumPy array in float64."""
+    return np.asarray(array if type(array) is np.ndarray else array.get(), np.float64)
+
+
+def _softmax(scores: Any, xp: Any) -> Any:
+    """Rows of weights; a row that sees nothing is all zeros."""
+    top = scores.max(axis=1, keepdims=True)
+    weights = xp.exp(scores - xp.where(top == -np.inf, np.float32(0), top))
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / xp.where(total == 0, np.float32(1), total)
+
+
+def _felt(q: Any, k: Any, v: Any, problem: normalize.Problem, drawn: Any, xp: Any) -> Any:
+    """Of one head: ``sum ||G||^2 q q^T`` and ``sum G^T G`` over the drawn rows, see the notes of `Projection`."""
+    keys, values = _single(k, xp), _single(v, xp)
+    centred = keys - keys.mean(axis=0)
+    every = drawn(problem)
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    total = xp.zeros((2, head_dim, head_dim))
+    row_step = max(1, MAX_WEIGHTED // max(problem.seqlen_k, head_dim * head_dim_v))
+    key_step = max(1, MAX_WEIGHTED // (head_dim * head_dim_v))
+    for start in range(0, len(every), row_step):
+        rows = xp.asarray(every[start : start + row_step])
+        queries = _single(q[rows], xp)
+        scores = np.float32(problem.scale) * (queries @ keys.T)
+        weights = _softmax(xp.where(reference.visible(rows, problem, xp), scores, np.float32(-np.inf)), xp)
+        out = weights @ values
+        weights = xp.where(reference.kept(rows, problem, xp), np.float32(0), weights)
+        felt = -out[:, :, None] * (weights @ centred)[:, None]
+        for first in range(0, problem.seqlen_k, key_step):  # v k^T of each key, then one product for all rows
+            own = slice(first, first + key_step)
+            pairs = (values[own, :, None] * centred[own, None]).reshape(-1, head_dim_v * head_dim)
+            felt += (weights[:, own] @ pairs).reshape(felt.shape)
+        flat = felt.reshape(-1, head_dim)
+        total[0] += (queries * (felt**2).sum(axis=(1, 2))[:, None]).T @ queries
+        total[1] += flat.T @ flat
+    return total
+
+
+def _felt_ranks(
+    q: Any,
+    k: Any,
+    v: Any,
+    factors: list[Any],
+    allowed: list[int],
+    problem: normalize.Problem,
+    drawn: Any,
+    xp: Any,
+) -> Any:
+    """Of one head and the drawn rows: squared output error for every rank, and the squared output at the end."""
+    a, b, mean = factors
+    scale = np.float32(problem.scale)
+    keys, values = _single(k, xp), _single(v, xp)
+    khat = (keys - mean) @ b
+    every = drawn(problem)
+    total = xp.zeros(len(allowed) + 1)
+    step = max(1, MAX_WEIGHTED // problem.seqlen_k)
+    for start in range(0, len(every), step):
+        rows = xp.asarray(every[start : start + step])
+        queries = _single(q[rows], xp)
+        qhat, shift = queries @ a, (queries @ mean)[:, None]
+        unseen = ~reference.visible(rows, problem, xp)
+        kept = reference.kept(rows, problem, xp)
+        exact = scale * (queries @ keys.T)
+        out = _softmax(xp.where(unseen, np.float32(-np.inf), exact), xp) @ values
+        for i, rank in enumerate(allowed):
+            scores = xp.where(kept, exact, scale * (qhat[:, :rank] @ khat[:, :rank].T + shift))
+            error = _softmax(xp.where(unseen, np.float32(-np.inf), scores), xp) @ values - out
+            total[i] += (error**2).sum()
+        total[-1] += (out**2).sum()
+    return total
+
+
+def _mixed(plain: NDArray[np.float64], weighted: NDArray[np.float64], part: float) -> NDArray[np.float64]:
+    """Weighted sums with a part of the plain ones, by their traces; the plain ones where there are no weights."""
+    traces = [np.trace(x, axis1=1, axis2=2)[:, None, None] for x in (plain, weighted)]
+    some = (traces[0] > 0) & (traces[1] > 0)
+    scaled = weighted * np.where(some, traces[0] / np.where(some, traces[1], 1.0), 0.0)
+    return np.where(some, scaled + part * plain, plain)
 
 
 def _root(squares: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -402,8 +684,30 @@ def _root(squares: NDArray[np.float64]) -> NDArray[np.float64]:
     return root
 
 
-def _rank(s: NDArray[np.float64], tolerance: float | None, allowed: list[int]) -> int:
-    """The smallest rank whose error is at most the tolerance."""
-    assert tolerance is not None
-    limit = tolerance**2 * (s**2).sum()
-    return next(rank for rank in allowed if (s[rank:] ** 2).sum() <= limit)
+def _rank(full: Projection, head: int, tolerance: float, allowed: list[int]) -> int:
+    """The smallest rank whose error is at most the tolerance; head_dim if none is."""
+    s = full.singular_values[head]
+    if full.output_errors.size:
+        within = full.output_errors[head] <= tolerance
+    else:
+        within = np.array([(s[rank:] ** 2).sum() for rank in allowed]) <= tolerance**2 * (s**2).sum()
+    return next((rank for rank, fits in zip(allowed, within, strict=True) if fits), allowed[-1])
+
+
+def _shared(costs: list[NDArray[np.float64]], columns: list[list[int]], total: int) -> list[int]:
+    """One rank for each head, the sum of them at most ``total``, with the smallest sum of costs."""
+    size = total // RANK_UNIT
+    best = np.zeros(size + 1)  # of the heads so far, by the columns that they may use
+    choices = []
+    for cost, ranks in zip(costs, columns, strict=True):
+        options = np.full((len(ranks), size + 1), np.inf)
+        for option, rank, error in zip(options, ranks, cost, strict=True):
+            units = rank // RANK_UNIT
+            option[units:] = best[: max(0, size + 1 - units)] + error
+        choices.append(options.argmin(axis=0))
+        best = options.min(axis=0)
+    ranks_found = []
+    for choice, ranks in zip(reversed(choices), reversed(columns), strict=True):
+        ranks_found.append(ranks[choice[size]])
+        size -= ranks_found[-1] // RANK_UNIT
+    return ranks_found[::-1]

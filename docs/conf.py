@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import grouping_figure  # noqa: E402
 import make_tables  # noqa: E402
+import pareto_figure  # noqa: E402
 import speed_figure  # noqa: E402
 
 import cudistr  # noqa: E402
@@ -37,6 +38,11 @@ def generate(_app):
     (generated / "records.md").write_text(make_tables.all_tables(), encoding="utf-8")
     (generated / "profiles.md").write_text(make_tables.profiles(), encoding="utf-8")
     (generated / "speed.md").write_text(speed_figure.draw_all(generated), encoding="utf-8")
+    evaluations = make_tables.evaluations()
+    for name in ("eval-smollm2", "eval-dinov2"):
+        text = evaluations.get(name, make_tables.NONE)
+        (generated / f"{name}.md").write_text(text, encoding="utf-8")
+    pareto_figure.draw(generated / "pareto.svg")
     grouping_figure.draw(generated / "grouping.svg")
     for example in ("02_grouped", "06_measured_error"):
         run = subprocess.run(

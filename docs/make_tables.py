@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cudistr import bench, normalize, plan  # noqa: E402
+from cudistr import bench, evaluate, normalize, plan  # noqa: E402
 
 RECORDS = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
@@ -174,6 +174,30 @@ def profiles(folder: Path = RECORDS) -> str:
     return "\n".join(parts) or NONE
 
 
+def evaluation(record: dict[str, Any]) -> str:
+    """Rows of an evaluation, one line per method; columns that no row has are left out."""
+    names = {
+        "perplexity": ("perplexity", lambda x: f"{x:.2f}"),
+        "cosine": ("cosine of features, mean", lambda x: f"{x:.4f}"),
+        "cosine_worst": ("worst token", lambda x: f"{x:.4f}"),
+        "error_mean": ("output error, mean", lambda x: f"{x:.4f}"),
+        "error_worst": ("worst head", lambda x: f"{x:.3f}"),
+        "dim": ("columns of a score", lambda x: f"{x:.1f}"),
+        "ms_attention": ("ms of attention", figure),
+    }
+    shown = [name for name in names if any(name in row for row in record["rows"])]
+    exact = next(
+        (row["perplexity"] for row in record["rows"] if row["method"] == "exact" and "perplexity" in row), 0
+    )
+    rows = []
+    for row in record["rows"]:
+        cells = [names[name][1](row[name]) if name in row else "-" for name in shown]
+        if exact:
+            cells[0] += f" ({100 * (row['perplexity'] / exact - 1):+.2f}%)"
+        rows.append([f"`{row['method']}`{' (needs training)' if row.get('trained') else ''}", *cells])
+    return table(["method", *(names[name][0] for name in shown)], rows)
+
+
 def section(path: Path, record: dict[str, Any]) -> str:
     """One record as a section: what was run, and its table.
 
@@ -196,6 +220,14 @@ def section(path: Path, record: dict[str, Any]) -> str:
         picture = path.with_suffix(".png")
         shown = f"\n![photograph and saliency maps](benchmarks/{path.parent.name}/{picture.name})\n"
         return title + text + demo(record) + (shown if picture.is_file() else "")
+    if "evaluated" in record:
+        evaluate.validate(record)
+        facts = record["evaluated"]
+        text = (
+            f"`{record['command']}`, {facts['model']}, {facts['seqlen']} tokens, {facts['dtype']}, on "
+            f"{record['device']}, commit {record['commit'][:12]}. {versions}.\n\n"
+        )
+        return title + text + evaluation(record)
     try:
         bench.validate(record)
     except ValueError as error:
@@ -215,6 +247,17 @@ def all_tables(folder: Path = RECORDS) -> str:
         sections = [section(path, record) for path, record in found if path.parent.name == device]
         parts.append(f"## {device}\n\n" + "\n".join(sections))
     return "\n".join(parts) or NONE
+
+
+def evaluations(folder: Path = RECORDS) -> dict[str, str]:
+    """A table of each evaluation by the name of its record; a GPU's, if there is one, before the CPU's."""
+    found: dict[str, str] = {}
+    for path, record in sorted(records(folder), key=lambda x: x[0].parent.name == "cpu"):
+        if "evaluated" in record:
+            facts = record["evaluated"]
+            line = f"{facts['model']}, {facts['seqlen']} tokens, {facts['dtype']}, {record['device']}:"
+            found.setdefault(path.stem, f"{line}\n\n{evaluation(record)}")
+    return found
 
 
 def readme_table(folder: Path = RECORDS) -> str:

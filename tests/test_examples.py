@@ -108,6 +108,16 @@ def test_measured_error() -> None:
     assert float(text.splitlines()[-1].split()[0]) < low  # columns that are alike have a smaller error
 
 
+def test_evaluate() -> None:
+    text = example("08_evaluate.py")
+    if importlib.util.find_spec("onnx") is None or text.startswith("not run"):
+        pytest.skip(text)
+    grouped, projected = (value(label + ": cosine with the exact features", text) for label in (
+        "LSH, 32 columns", "Projection, 32 columns on average"
+    ))  # fmt: skip
+    assert grouped < 0.8 < 0.9 < projected  # on data that neither has seen
+
+
 def test_readme_snippet() -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert run("-c", snippet).strip() == "(1, 8, 1024, 64)"

@@ -99,7 +99,7 @@ def test_wheel_metadata(built: tuple[Path, Path]) -> None:
         entry_points = wheel.read(name).decode()
     assert f"\nVersion: {cudistr.__version__}\n" in metadata
     assert set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M)) == {
-        "bench", "cuda12", "cuda13", "demo", "docs", "test",
+        "bench", "cuda12", "cuda13", "demo", "docs", "eval", "test",
     }  # fmt: skip
     # What is installed without extras: NumPy and its bfloat16, and nothing else.
     required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_-]+)[^;\n]*$", metadata, re.M)
@@ -131,4 +131,4 @@ def test_installed_wheel_runs_in_a_clean_environment(built: tuple[Path, Path], t
         cwd=tmp_path, capture_output=True, text=True, check=False, env=variables,
     )  # fmt: skip
     assert script.returncode == 0, script.stdout + script.stderr
-    assert {"demo", "doctor", "bench"} <= set(re.findall(r"\w+", script.stdout))
+    assert {"demo", "doctor", "bench", "eval"} <= set(re.findall(r"\w+", script.stdout))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -300,7 +301,7 @@ def test_bad_options_of_fit(options, error, text):
             TypeError,
             "q must be float16, bfloat16, float32, got float64",
         ),
-        ([Q], K, TypeError, "q and k must be both arrays or both lists of arrays, got list and ndarray"),
+        ([Q], K, TypeError, "q and k must be all arrays or all lists of arrays, got list and ndarray"),
         (
             [Q],
             [K, K],
@@ -322,7 +323,7 @@ def test_bad_options_of_fit(options, error, text):
             Q * np.float32(np.inf),
             K,
             ValueError,
-            "q and k must be finite, got NaN or infinity. Leave such rows away",
+            "q, k and v must be finite, got NaN or infinity. Leave such rows away",
         ),
     ],
     ids=str,
@@ -389,3 +390,103 @@ def test_softcap_with_a_projection():
 def test_group_takes_no_projection():
     with pytest.raises(TypeError, match="reduction must be a cudistr.LSH, got cudistr.projection.Projection"):
         cudistr.group(Q, Projection.fit(Q, K, rank=16))
+
+
+# Weighted by the output, and ranks shared out
+
+
+def head_errors(
+    projection: Projection, q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool
+) -> np.ndarray:
+    """Relative output error over the query heads of each KV head."""
+    exact = cudistr.attention(q, k, v, causal=causal).astype(np.float64)
+    out = cudistr.attention(q, k, v, causal=causal, reduction=projection).astype(np.float64)
+    shape = (projection.heads_kv, -1)
+    squares = [(x[0] ** 2).reshape(shape).sum(axis=1) for x in (out - exact, exact)]
+    return np.sqrt(squares[0] / squares[1])
+
+
+@pytest.mark.parametrize(
+    ("causal", "near", "sinks"), [(False, 0, 0), (True, 0, 0), (True, 20, 4), (False, 9, 3)]
+)
+def test_output_errors_are_those_of_attention(causal, near, sinks):
+    q, k, v = 3 * decaying(3, 1, 4, 90, 48), 3 * decaying(4, 1, 2, 90, 48), random(5, 1, 2, 90, 32)
+    options = dict(causal=causal, near=near, sinks=sinks, rows=90)
+    for i, rank in enumerate((16, 32, 48)):
+        projection = Projection.fit(q, k, v, rank=rank, **options)
+        assert (projection.near, projection.sinks) == (near, sinks)
+        found = head_errors(projection, q, k, v, causal)
+        if not (near or sinks):
+            np.testing.assert_allclose(projection.output_errors[:, i], found, rtol=2e-3, atol=2e-6)
+        elif (
+            i < 2
+        ):  # rows that see exact keys alone are not drawn: they add to the output, but not to the error
+            assert (found <= projection.output_errors[:, i] * 1.002).all()
+            assert (found > 0).all()
+
+
+def test_values_make_the_output_error_smaller():
+    # The keys that hold most of K's energy, and so the score's, have scores that are low for every query.
+    q, k, v = random(6, 1, 2, 200, 32), random(7, 1, 2, 200, 32), random(8, 1, 2, 200, 32)
+    q[..., 0] = 4
+    k[:, :, ::2] *= np.float32(3)
+    k[:, :, ::2, :16] *= np.float32(3)
+    k[:, :, ::2, 0] = -60
+    plain = Projection.fit(q, k, rank=16)
+    weighted = Projection.fit(q, k, v, rank=16)
+    assert (head_errors(weighted, q, k, v, False) < 0.8 * head_errors(plain, q, k, v, False)).all()
+
+
+def test_tolerance_with_values_is_of_the_output():
+    q, k, v = 3 * decaying(3, 1, 4, 90, 64), 3 * decaying(4, 1, 4, 90, 64), random(5, 1, 4, 90, 32)
+    projection = Projection.fit(q, k, v, tolerance=0.05, rows=90)
+    assert (head_errors(projection, q, k, v, False) <= 0.0501).all()
+    index = np.array(projection.ranks) // 16 - 1
+    lower = projection.output_errors[np.arange(4), np.maximum(index - 1, 0)]
+    assert (lower[index > 0] > 0.05).all()
+
+
+def test_share_is_the_best_choice():
+    layers = []
+    for i in range(2):
+        q, k = (i + 1) * decaying(2 * i, 1, 4, 80, 48), (i + 1) * decaying(2 * i + 1, 1, 2, 80, 48)
+        k[:, 0] *= np.float32(3)
+        layers.append(Projection.fit(q, k, random(9 + i, 1, 2, 80, 16), rank=48, near=4))
+    errors = np.concatenate([layer.output_errors for layer in layers]) ** 2
+    choices = [c for c in itertools.product(range(3), repeat=4) if sum(c) + 4 <= 2 * 4]
+    best = min(errors[range(4), c].sum() for c in choices)
+    shared = Projection.share(layers, 32)
+    ranks = [rank for layer in shared for rank in layer.ranks]
+    assert sum(ranks) <= 32 * 4
+    assert errors[range(4), [rank // 16 - 1 for rank in ranks]].sum() == pytest.approx(best)
+    for full, layer in zip(layers, shared, strict=True):
+        assert layer.near == 4
+        assert layer.rank == max(layer.ranks)
+        for h, rank in enumerate(layer.ranks):
+            np.testing.assert_array_equal(layer.queries[h, :, :rank], full.queries[h, :, :rank])
+            assert not layer.queries[h, :, rank:].any()
+            assert not layer.keys[h, :, rank:].any()
+
+
+def test_share_refuses_what_it_cannot_cut():
+    q, k = Q[..., :48], K[..., :48]
+    for projection in (Projection.fit(q, k, rank=48), Projection.fit(q, k, k, rank=32)):
+        with pytest.raises(
+            ValueError, match=r"must be fitted with v and rank=head_dim.*fit\(q, k, v, rank=48\)"
+        ):
+            Projection.share([projection], 32)
+    with pytest.raises(ValueError, match="rank must be at least 16, got 8"):
+        Projection.share([Projection.fit(q, k, k, rank=48)], 8)
+    with pytest.raises(TypeError, match=r"must be cudistr\.Projection, got int"):
+        Projection.share([3], 32)
+
+
+def test_output_errors_are_saved(tmp_path):
+    projection = Projection.fit(Q, K, random(1, 1, 2, 7, 16), rank=16)
+    projection.save(tmp_path / "new")
+    np.testing.assert_array_equal(Projection.load(tmp_path / "new").output_errors, projection.output_errors)
+    with np.load(tmp_path / "new") as file:
+        content = {name: file[name] for name in file if name != "output_errors"}
+    with open(tmp_path / "old", "wb") as file:
+        np.savez(file, **content)
+    assert Projection.load(tmp_path / "old").output_errors.shape == (2, 0)

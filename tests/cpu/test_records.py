@@ -53,6 +53,15 @@ DEMO = {
     "dtype": "float16", "methods": {"LSH(group_size=2)": METHOD},
 }  # fmt: skip
 
+EVAL = {
+    "device": "cpu", "commit": "0123456789abcdef", "command": "python -m cudistr eval", "versions": {"numpy": "2"},
+    "evaluated": {"model": "M", "seqlen": 99, "dtype": "float32"},
+    "rows": [
+        {"method": "exact", "perplexity": 10.0, "error_mean": 0.0, "error_worst": 0.0, "dim": 64.0},
+        {"method": "hydra", "trained": True, "perplexity": 12.5, "error_mean": 0.5, "error_worst": 1.25},
+    ],
+}  # fmt: skip
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -93,6 +102,21 @@ def test_all_tables(folder: Path) -> None:
     assert "| bfloat16 | 64 | 32/8 | 4 | 4096 | causal | 0.700 | - | - | - |" in text
     assert "| exact | 21.5 |" in text
     assert "| LSH(group_size=2) | 12.3 | 3.00 | 0.500 | 0.750 | 0.875 | 3.0e-04 | 0.5000 | 0.1250 |" in text
+
+
+def test_evaluation(folder: Path) -> None:
+    for device, name in (("cpu", "cpu"), ("gpu-x", "GPU X")):
+        (folder / device).mkdir(exist_ok=True)
+        (folder / device / "eval-m.json").write_text(json.dumps({**EVAL, "device": name}))
+    text = make_tables.all_tables(folder)
+    assert "| method | perplexity | output error, mean | worst head | columns of a score |" in text
+    assert "| `exact` | 10.00 (+0.00%) | 0.0000 | 0.000 | 64.0 |" in text
+    assert "| `hydra` (needs training) | 12.50 (+25.00%) | 0.5000 | 1.250 | - |" in text
+    found = make_tables.evaluations(folder)
+    assert list(found) == ["eval-m"]
+    assert found["eval-m"].startswith(
+        "M, 99 tokens, float32, GPU X:\n\n| method |"
+    )  # a GPU's before the CPU's
 
 
 def test_no_record(tmp_path: Path) -> None:

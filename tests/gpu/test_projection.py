@@ -104,6 +104,15 @@ def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():
     same_bits(found[:, 2:], cudistr.attention(q, k, v, causal=True)[:, 2:])
 
 
+def test_factors_weighted_by_the_output_found_on_the_device():
+    q, k, v = inputs(61, np.float16, lengths=(90, 110))
+    options = dict(rank=32, causal=True, near=20, sinks=4, rows=40)
+    found = cudistr.Projection.fit(*map(on_device, (q, k, v)), **options)
+    wanted = cudistr.Projection.fit(q, k, v, **options)
+    np.testing.assert_allclose(found.output_errors, wanted.output_errors, rtol=1e-3)
+    np.testing.assert_allclose(found.singular_values, wanted.singular_values, rtol=1e-3)
+
+
 def test_measured_error_is_that_of_the_host():
     arrays = shifted(*inputs(55, np.float32, heads_kv=2, lengths=(150, 170)))
     projection = fitted(*arrays[:2]).with_near(30, sinks=4)

@@ -1,0 +1,197 @@
+"""Methods by name: what stands for exact attention in an evaluation, and how it is called on NumPy and CuPy arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import cudistr
+from cudistr import normalize, reference
+
+from .errors import EvalError
+from .rivals import RIVALS
+
+__all__ = ["Method", "attend", "mean_dim", "parse", "prepare"]
+
+ROWS = 128  # of a block of queries on the CPU: those of LSH's default
+KINDS = ("exact", "lsh", "projection", "energy", "tolerance", *RIVALS)
+FITS = ("self", "static")
+OPTIONS = {"fit": "self", "weights": "output", "share": "no"}  # of projection, besides near and sinks
+
+Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's name as it was typed, its kind, its number and its options."""
+
+    spec: str
+    kind: str
+    number: float | None
+    options: dict[str, Any]
+
+
+def parse(spec: str) -> Method:
+    """The method of a text such as ``lsh:2,near=256,sinks=64``: kind, number, options.
+
+    Raises
+    ------
+    EvalError
+        If there is no such method.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in KINDS:
+        raise EvalError(f"--reduction: {kind!r} is no method. Allowed: {', '.join(KINDS)}")
+    number: float | None = None
+    options: dict[str, Any] = {}
+    for i, word in enumerate(filter(None, rest.split(","))):
+        name, equals, value = word.partition("=")
+        try:
+            if equals:
+                options[name] = int(value) if value.lstrip("-").isdigit() else value
+            elif i == 0:
+                number = float(word) if kind == "tolerance" else int(word)
+            else:
+                raise ValueError
+        except ValueError:
+            raise EvalError(
+                f"--reduction: {word!r} in {spec!r} is neither a number in first place nor name=value"
+            ) from None
+    if number is None and kind in ("lsh", "projection", "energy", "tolerance"):
+        raise EvalError(
+            f"--reduction: {spec!r} needs a number, such as {kind}:{0.02 if kind == 'tolerance' else 2}"
+        )
+    if kind == "projection":
+        unknown = set(options) - set(OPTIONS) - {"near", "sinks"}
+        if unknown:
+            raise EvalError(f"--reduction: projection has no option {', '.join(sorted(unknown))}")
+        options = OPTIONS | options
+        if options["fit"] not in FITS:
+            raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
+    return Method(spec, kind, number, options)
+
+
+def prepare(
+    method: Method, inputs: Inputs, calibration: list[Inputs], causal: bool, fitted: dict[Any, Any]
+) -> list[Any]:
+    """The reduction of each layer: None, a `cudistr` reduction, a tolerance as a float, or a rival's function.
+
+    ``inputs`` are q, k and v of each layer of an exact forward on the data of the evaluation, ``calibration`` the same
+    on other data. ``fitted`` keeps what methods have in common between calls with the same data.
+    """
+    depth = len(inputs)
+    options = dict(method.options)
+    if method.kind == "exact":
+        return [None] * depth
+    if method.kind in RIVALS:
+        if causal:
+            raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
+        return [RIVALS[method.kind]] * depth
+    if method.kind == "tolerance":
+        if "tolerance" not in inspect.signature(cudistr.attention).parameters:
+            raise EvalError("--reduction: this version of cudistr.attention has no tolerance")
+        return [method.number] * depth
+    if method.kind == "lsh":
+        return [cudistr.LSH(int(method.number or 0), **options)] * depth
+    if method.kind == "energy":
+        if not hasattr(cudistr, "Energy"):
+            raise EvalError("--reduction: this version of cudistr has no Energy")
+        return [cudistr.Energy(keep=int(method.number or 0), **options)] * depth
+    near, sinks = options.get("near", 0), options.get("sinks", 0)
+    rank, share = int(method.number or 0), options["share"] == "yes"
+    columns = int(inputs[0][0].shape[3]) if share else rank
+    key = (options["fit"], options["weights"], near, sinks, columns)
+    if key not in fitted:
+        sources = [inputs] if options["fit"] == "self" else calibration
+        fitted[key] = layers = []
+        for layer in range(depth):
+            q, k, *v = zip(*(source[layer] for source in sources), strict=True)
+            values = v[0] if options["weights"] == "output" else None
+            layers.append(
+                cudistr.Projection.fit(q, k, values, rank=columns, causal=causal, near=near, sinks=sinks)
+            )
+    return cudistr.Projection.share(fitted[key], rank) if share else fitted[key]
+
+
+def mean_dim(reduction: Any, head_dim: int, seqlen: int, causal: bool) -> float | None:
+    """Columns that the score product of a query and a visible key sums over, on average; None if that is unknown."""
+    if reduction is None:
+        return float(head_dim)
+    if isinstance(reduction, cudistr.LSH):
+        reduced = head_dim / reduction.group_size
+    elif isinstance(reduction, cudistr.Projection):
+        reduced = float(np.mean(reduction.ranks))
+    elif hasattr(reduction, "keep"):
+        reduced = float(reduction.keep)
+    else:
+        return None
+    rows = np.zeros((1, 1, seqlen, 8), np.float32)
+    problem = normalize.problem(rows, rows, rows, causal=causal)
+    problem = dataclasses.replace(problem, near=reduction.near, sinks=reduction.sinks)
+    every = np.arange(seqlen)
+    seen = reference.visible(every, problem)
+    exact = float((seen & reference.kept(every, problem)).sum() / seen.sum())
+    return exact * head_dim + (1 - exact) * reduced
+
+
+def attend(q: Any, k: Any, v: Any, reduction: Any, causal: bool, xp: Any) -> Any:
+    """One call of a prepared method. On CuPy arrays it is `cudistr.attention`, on NumPy arrays float32 code."""
+    if callable(reduction):
+        return reduction(q, k, v, xp)
+    if isinstance(reduction, float):
+        call: Callable[..., Any] = cudistr.attention
+        return call(q, k, v, causal=causal, tolerance=reduction)
+    quick = reduction is None or isinstance(reduction, cudistr.LSH | cudistr.Projection)
+    if xp is not np or not quick or getattr(reduction, "representative", "") not in ("", "sample", "mean"):
+        return cudistr.attention(q, k, v, causal=causal, reduction=reduction)
+    return _on_cpu(q, k, v, reduction, causal)
+
+
+def _on_cpu(q: Any, k: Any, v: Any, reduction: Any, causal: bool) -> NDArray[np.float32]:
+    """What `cudistr.reference.attention` computes, in float32 and without the keys after a block of queries."""
+    heads, seqlen, head_dim = q.shape[1:]
+    scale = np.float32(head_dim**-0.5)
+    out = np.empty((1, heads, seqlen, v.shape[3]), np.float32)
+    orders = cudistr.group(q, reduction)[0] if isinstance(reduction, cudistr.LSH) else None
+    near, sinks = getattr(reduction, "near", 0), getattr(reduction, "sinks", 0)
+    rows_per_block = ROWS if orders is None else reduction.rows_per_block
+    for h in range(heads):
+        kv = h * k.shape[1] // heads
+        queries, keys, values = (np.ascontiguousarray(x, np.float32) for x in (q[0, h], k[0, kv], v[0, kv]))
+        reduced_keys = None
+        if isinstance(reduction, cudistr.Projection):
+            a, b, mean = reduction.queries[kv], reduction.keys[kv], reduction.mean[kv]
+            reduced_queries, reduced_keys = scale * (queries @ a), (keys - mean) @ b
+            shift = scale * (queries @ mean)[:, None]
+        for start in range(0, seqlen, rows_per_block):
+            stop = min(start + rows_per_block, seqlen)
+            last = stop if causal else seqlen
+            block = queries[start:stop]
+            if orders is not None:
+                order = orders[h, start // rows_per_block].astype(np.intp)
+                qhat = reference.sample(block, order, reduction)
+                scores = scale * (qhat @ reference.fuse(keys[:last], order, reduction.group_size).T)
+            elif reduced_keys is not None:
+                scores = reduced_queries[start:stop] @ reduced_keys[:last].T + shift[start:stop]
+            else:
+                scores = scale * (block @ keys[:last].T)
+            if near or sinks:
+                # Only blocks of keys that hold an exact one: those near the rows, and the first.
+                first, beyond = max(0, start - near + 1), min(last, stop + near - 1)
+                gap = np.arange(first, beyond)[None, :] - np.arange(start, stop)[:, None]
+                exact = scale * (block @ keys[first:beyond].T)
+                scores[:, first:beyond] = np.where(np.abs(gap) < near, exact, scores[:, first:beyond])
+                some = min(sinks, last)
+                scores[:, :some] = scale * (block @ keys[:some].T)
+            if causal:
+                scores[:, start:][np.triu(np.ones((stop - start,) * 2, bool), 1)] = -np.inf
+            scores -= scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores)
+            out[0, h, start:stop] = weights @ values[:last] / weights.sum(axis=1, keepdims=True)
+    return out

@@ -1,0 +1,92 @@
+"""Other reduced attentions on the same q, k and v, from their papers, for NumPy and CuPy arrays.
+
+Only HyperAttention stands for softmax attention. Hydra and focused linear attention are other functions, for which a
+model has to be trained: their error on weights that were trained for softmax says how far away they are, no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+__all__ = ["RIVALS", "TRAINED", "flatten", "hydra", "hyper"]
+
+HYPER_BITS, HYPER_BLOCK, HYPER_SAMPLES = 7, 256, 256  # of the authors' code
+FOCUS = 3  # FLatten's power p
+TRAINED = ("hydra", "flatten")  # need training
+
+
+def _partial(q: Any, k: Any, v: Any, hidden: Any, xp: Any) -> tuple[Any, Any]:
+    """Exact attention over some keys: out, and lse (rows, 1)."""
+    scores = np.float32(q.shape[1] ** -0.5) * (q @ k.T)
+    if hidden is not None:
+        scores = xp.where(hidden, np.float32(-np.inf), scores)
+    top = scores.max(axis=1, keepdims=True)
+    top = xp.where(top == -np.inf, np.float32(0), top)
+    weights = xp.exp(scores - top)
+    total = weights.sum(axis=1, keepdims=True)
+    some = xp.where(total == 0, np.float32(1), total)
+    return weights @ v / some, xp.where(total == 0, np.float32(-np.inf), top + xp.log(some))
+
+
+def hyper(q: Any, k: Any, v: Any, xp: Any) -> Any:
+    """HyperAttention (Han et al., arXiv 2310.05869) without a mask, with the block and sample of its authors' code.
+
+    Queries and keys are sorted by an angular hash of 7 bits; a query sees the keys of the block at its own place
+    exactly, and 256 keys, drawn with replacement, for the rest. (1, heads, seqlen, head_dim).
+    """
+    random = np.random.RandomState(0)
+    seqlen, head_dim = q.shape[2:]
+    directions = xp.asarray(random.standard_normal((head_dim, HYPER_BITS)).astype(np.float32))
+    places = xp.asarray(1 << np.arange(HYPER_BITS))
+    sampled = xp.asarray(random.randint(0, seqlen, HYPER_SAMPLES))
+    out = xp.empty((*q.shape[:3], v.shape[3]), np.float32)
+
+    def order(rows: Any) -> Any:
+        codes = ((rows @ directions > 0) * places).sum(axis=1)
+        for shift in (1, 2, 4):
+            codes ^= codes >> shift  # the rank in the Gray sequence
+        return xp.argsort(codes * seqlen + xp.arange(seqlen))
+
+    for h in range(q.shape[1]):
+        queries, keys, values = (x[0, h].astype(np.float32) for x in (q, k, v))
+        by_query, by_key = order(queries), order(keys)
+        queries, keys, values = queries[by_query], keys[by_key], values[by_key]
+        for start in range(0, seqlen, HYPER_BLOCK):
+            own = slice(start, start + HYPER_BLOCK)
+            near, near_lse = _partial(queries[own], keys[own], values[own], None, xp)
+            inside = (sampled // HYPER_BLOCK == start // HYPER_BLOCK)[None, :]
+            far, far_lse = _partial(queries[own], keys[sampled], values[sampled], inside, xp)
+            far_lse = far_lse + np.float32(np.log(seqlen / HYPER_SAMPLES))
+            share = 1 / (1 + xp.exp(far_lse - near_lse))
+            out[0, h, by_query[own]] = share * near + (1 - share) * far
+    return out
+
+
+def hydra(q: Any, k: Any, v: Any, xp: Any) -> Any:
+    """Hydra attention (Bolya et al., arXiv 2209.07484): as many heads as columns, cosine similarity for softmax."""
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+
+    def unit(x: Any) -> Any:
+        return x / xp.sqrt((x * x).sum(axis=(1, 3), keepdims=True))
+
+    return unit(q) * (unit(k) * v).sum(axis=2, keepdims=True)
+
+
+def flatten(q: Any, k: Any, v: Any, xp: Any) -> Any:
+    """Focused linear attention (Han et al., arXiv 2308.00442) before training: no scale, no convolution of v."""
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+
+    def focused(x: Any) -> Any:
+        x = xp.maximum(x, np.float32(0)) + np.float32(1e-6)
+        norm = xp.sqrt((x * x).sum(axis=3, keepdims=True))
+        powered = (x / norm) ** FOCUS  # scaled, so that no power overflows
+        return norm * powered / xp.sqrt((powered * powered).sum(axis=3, keepdims=True))
+
+    q, k = focused(q), focused(k)
+    return q @ (k.swapaxes(2, 3) @ v) / (q @ k.sum(axis=2)[..., None])
+
+
+RIVALS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {"hyper": hyper, "hydra": hydra, "flatten": flatten}

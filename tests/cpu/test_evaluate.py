@@ -1,0 +1,220 @@
+"""The evaluation: methods by name, the float32 code of the CPU, weights, and a whole run on a model made up here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import cli, evaluate, reference
+from cudistr.evaluate import EvalError, llama, measure, methods, rivals
+
+
+def arrays(heads: int, heads_kv: int, seqlen: int, head_dim: int = 32) -> list[np.ndarray]:
+    draw = np.random.RandomState(0).standard_normal
+    return [draw((1, h, seqlen, head_dim)).astype(np.float32) for h in (heads, heads_kv, heads_kv)]
+
+
+# Methods
+
+
+def test_parse() -> None:
+    assert methods.parse("exact") == methods.Method("exact", "exact", None, {})
+    found = methods.parse("lsh:2,near=256,representative=mean")
+    assert (found.kind, found.number, found.options) == ("lsh", 2, {"near": 256, "representative": "mean"})
+    assert methods.parse("tolerance:0.02").number == 0.02
+    assert methods.parse("projection:32,share=yes").options["fit"] == "self"
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("lhs:2", "'lhs' is no method. Allowed: exact, lsh, projection"),
+        ("lsh", "'lsh' needs a number, such as lsh:2"),
+        ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),
+        ("projection:32,bear=2", "projection has no option bear"),
+        ("projection:32,fit=mine", "fit must be one of self, static, got 'mine'"),
+    ],
+)
+def test_what_is_no_method(spec: str, text: str) -> None:
+    with pytest.raises(EvalError, match=re.escape(text)):
+        methods.parse(spec)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "exact",
+        "lsh:2",
+        "lsh:2,representative=mean,near=20,sinks=5",
+        "projection:16",
+        "projection:16,near=9,sinks=3",
+    ],
+)
+def test_float32_code_is_the_reference(spec: str, causal: bool) -> None:
+    q, k, v = arrays(4, 2, 300)
+    (reduction,) = methods.prepare(methods.parse(spec), [(q, k, v)], [], causal, {})
+    found = methods.attend(q, k, v, reduction, causal, np)
+    wanted = reference.attention(q, k, v, reduction=reduction, causal=causal)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
+
+
+def test_mean_dim_counts_exact_keys() -> None:
+    # 4 rows, causal, near 1: 4 of 10 visible pairs keep all 64 columns.
+    assert methods.mean_dim(cudistr.LSH(2, near=1), 64, 4, True) == pytest.approx((4 * 64 + 6 * 32) / 10)
+    assert methods.mean_dim(None, 64, 4, True) == 64
+    assert methods.mean_dim(0.02, 64, 4, True) is None
+
+
+# Rivals
+
+
+def test_hyper_is_exact_within_one_block() -> None:
+    q, k, v = arrays(2, 2, 200)
+    np.testing.assert_allclose(rivals.hyper(q, k, v, np), reference.attention(q, k, v), rtol=0, atol=3e-6)
+
+
+def test_hyper_approximates_beyond() -> None:
+    q, k, v = arrays(1, 1, 1024)
+    q, v = (
+        np.float32(0.1) * q,
+        v + np.float32(3),
+    )  # nearly uniform weights, for which a sample of keys is fair
+    exact = reference.attention(q, k, v)
+    error = np.linalg.norm(rivals.hyper(q, k, v, np) - exact) / np.linalg.norm(exact)
+    # A mean over some 450 keys whose values have a mean of 3 and a deviation of 1 is 0.016 away from that over all.
+    assert 0.001 < error < 0.03
+
+
+def test_linear_rivals_by_their_formulas() -> None:
+    q, k, v = arrays(2, 2, 7, 8)
+
+    def focused(x: np.ndarray) -> np.ndarray:
+        x = np.maximum(x, 0) + 1e-6
+        return np.linalg.norm(x) * x**3 / np.linalg.norm(x**3)
+
+    flatten, hydra = rivals.flatten(q, k, v, np), rivals.hydra(q, k, v, np)
+    for h in range(2):
+        weights = np.array([[focused(a) @ focused(b) for b in k[0, h]] for a in q[0, h]])
+        wanted = weights @ v[0, h] / weights.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(flatten[0, h], wanted, rtol=1e-4, atol=1e-5)
+        rows = [
+            np.linalg.norm(x[0], axis=(0, 2))[:, None] for x in (q, k)
+        ]  # the paper normalises over all heads
+        wanted = q[0, h] / rows[0] * (k[0, h] / rows[1] * v[0, h]).sum(axis=0)
+        np.testing.assert_allclose(hydra[0, h], wanted, rtol=1e-4, atol=1e-6)
+
+
+# The model
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_dequantise_is_ggufs(kind: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf comes with the extra eval")
+    weights = np.random.RandomState(1).standard_normal((3, 64)).astype(np.float32)
+    quantised = getattr(gguf.GGMLQuantizationType, kind)
+    raw = gguf.quants.quantize(weights, quantised)
+    np.testing.assert_allclose(llama.dequantise(raw, kind), gguf.quants.dequantize(raw, quantised), atol=1e-6)
+
+
+def tiny() -> dict[str, Any]:
+    """Two layers, 2 query heads over 1, head_dim 32, 50 words."""
+    random = np.random.RandomState(2)
+    shapes = {"token_embd.weight": (50, 32), "output_norm.weight": (32,)}
+    for layer in range(2):
+        own = {
+            "attn_norm": (32,), "attn_q": (64, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 64),
+            "ffn_norm": (32,), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48),
+        }  # fmt: skip
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in own.items()}
+    content: dict[str, Any] = {
+        f"F32:{name}": random.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()
+    }
+    content["numbers"] = np.array([2, 1, 1e4, 1e-5])
+    return content
+
+
+def exact_attention(layer: int, q: Any, k: Any, v: Any) -> Any:
+    return methods.attend(q, k, v, None, True, np)
+
+
+def test_forward_sees_only_the_past_and_rotates_by_distance() -> None:
+    model = llama.build(tiny())
+    tokens = np.random.RandomState(3).randint(0, 50, 20)
+    features = llama.forward(model, tokens, exact_attention, dtype=np.float32, xp=np)
+    shorter = llama.forward(model, tokens[:12], exact_attention, dtype=np.float32, xp=np)
+    np.testing.assert_allclose(features[:12], shorter, rtol=0, atol=1e-5)
+    seen = []
+
+    def attention(layer: int, q: Any, k: Any, v: Any) -> Any:
+        seen.append((q, k))
+        return exact_attention(layer, q, k, v)
+
+    llama.forward(model, np.full(20, 7), attention, dtype=np.float32, xp=np)
+    q, k = seen[0]  # the same word everywhere: what is left of a score is the distance
+    scores = q[0, 0] @ k[0, 0].T
+    np.testing.assert_allclose(np.diagonal(scores, -3), scores[3, 0], rtol=1e-3, atol=1e-5)
+    assert abs(scores[3, 0] - scores[0, 0]) > 1e-3
+
+
+def test_perplexity() -> None:
+    model = llama.build(tiny())
+    tokens = np.random.RandomState(4).randint(0, 50, 600)
+    assert llama.perplexity(model, np.zeros((600, 32), np.float32), tokens, np) == pytest.approx(50)
+    features = np.random.RandomState(5).standard_normal((600, 32)).astype(np.float32)
+    logits = features[:-1] @ model["token_embd.weight"].T
+    chosen = logits[np.arange(599), tokens[1:]] - np.log(np.exp(logits).sum(axis=1))
+    assert llama.perplexity(model, features, tokens, np) == pytest.approx(np.exp(-chosen.mean()), rel=1e-5)
+
+
+# A run
+
+
+def test_eval_writes_a_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cudistr.evaluate.models.CALIBRATION_STARTS", (100,))
+    monkeypatch.setattr("cudistr.evaluate.models.CALIBRATION_TOKENS", 60)
+    monkeypatch.setattr(llama, "PART_BYTES", 20000)
+    paths = llama.save(
+        tiny(), np.random.RandomState(6).randint(0, 50, 200).astype(np.int32), tmp_path / "weights"
+    )
+    assert len(paths) > 1
+    specs = ["exact", "lsh:2", "projection:16,share=yes", "projection:16,fit=static,near=4,sinks=2"]
+    words = ["eval", "--device", "cpu", "--seqlen", "50", "--weights", str(tmp_path / "weights")]
+    assert cli.main([*words, "--output", str(tmp_path), "--reduction", *specs]) == 0
+    record = json.loads((tmp_path / "cpu" / "eval-smollm2.json").read_text())
+    evaluate.validate(record)
+    rows = record["rows"]
+    assert [row["method"] for row in rows] == specs
+    assert rows[0]["error_worst"] == 0
+    assert all(row["error_worst"] > 0 and "ms_attention" not in row for row in rows[1:])
+    assert rows[2]["dim"] == 16
+    assert "projection:16,share=yes" in capsys.readouterr().out
+
+
+def test_missing_weights_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "--device", "cpu", "--weights", str(tmp_path)]) == 1
+    assert "lacks files smollm2-*.npz. Write them with --save-weights" in capsys.readouterr().err
+
+
+def test_a_record_that_is_none() -> None:
+    record = {
+        "device": "cpu",
+        "commit": "1",
+        "command": "x",
+        "versions": {"a": "1"},
+        "evaluated": {"model": "m"},
+    }
+    with pytest.raises(ValueError, match="rows must be a list, not empty"):
+        evaluate.validate(record)
+    row = {"method": "exact", "error_mean": float("nan"), "error_worst": 0.0}
+    with pytest.raises(ValueError, match="error_mean of exact must be a finite number, got nan"):
+        evaluate.validate({**record, "rows": [row]})
+    assert measure.GPU_RUNS % 2  # the median is a run
