@@ -1,4 +1,4 @@
-"""The command line: ``cudistr demo | doctor | bench | tune | eval``. A module is imported when its command is called."""
+"""The command line: ``cudistr demo | doctor | bench | tune | eval``. A module is imported when its command is used."""
 
 from __future__ import annotations
 
