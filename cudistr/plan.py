@@ -845,7 +845,12 @@ def split_clocks(problem: Problem, device: Device, work: _Work, splits: int) -> 
 
 
 def choose_splits(problem: Problem, device: Device, work: _Work) -> tuple[int, int]:
-    """The number of splits that is estimated to be fastest, and the estimate."""
+    """The number of splits that is estimated to be fastest, and the estimate.
+
+    float32 is not split: the lse of each part is rounded to float32, and results would show it.
+    """
+    if problem.dtype == "float32":
+        return 1, split_clocks(problem, device, work, 1)
     most = max(1, min(work.most_tiles, MAX_SPLITS))
     # Every count that gives all multiprocessors equally many thread blocks, up to eight times what they hold at once:
     # more are not shared out better, and their results take memory.

@@ -296,8 +296,7 @@ struct Builder {
             find_members(permutation);
             shared.q_barriers.wait_empty(place_number);
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(shared_address(shared.q_barriers.full));
+            mbarrier_arrive(shared_address(shared.q_barriers.full));
             ++place_number;
             for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
                 keys.raw_barriers.wait(step);
@@ -453,8 +452,7 @@ struct Consumer {
     template <class Queries>
     DEVICE void take_queries(Queries& queries, u32 place_number) {
         queries.gather(shared.q, shared.keys, row, lane);
-        __syncwarp();
-        release(shared.q_barriers, place_number);
+        shared.q_barriers.release(place_number);
     }
 
     // Steps of 16 columns that the scores of a head take. Broadcast, so that the compiler knows it to be the same for all.
@@ -571,10 +569,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.qhat);
         prefetch_tensor_map(&params.khat);
 #endif
-        // Readers give back warp by warp, and so do the warps that write what no copy does.
+        // Readers give back warp by warp, and so do the warps that write what no copy does; but each thread for itself the
+        // order of columns and the queries, once for a tile of them.
         constexpr int kReaders = 4 * kConsumers;
         constexpr int kBuilders = kGrouped ? kBuilderThreads / kWarpSize : 0;
-        shared.q_barriers.init(kReaders, 1 + kBuilders);
+        shared.q_barriers.init(kGrouped ? kConsumerThreads : kReaders, 1 + kBuilders * kWarpSize);
         shared.k_barriers.init(kReaders, kGrouped ? kBuilders : 1);
         shared.v_barriers.init(kReaders, 1);
         shared.work_barriers.init(kReaders + kBuilders, 1);

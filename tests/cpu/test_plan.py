@@ -221,15 +221,16 @@ def test_a_full_gpu_needs_no_splits(one: Problem, device: Device) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 120])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_one_query_against_many_keys_fills_the_gpu(capability: int, dtype: str) -> None:
     device = dataclasses.replace(DEVICES[capability], multiprocessors=100)
     one = problem(seqlen_q=1, seqlen_k=100_000, heads=32, heads_kv=8, dtype=dtype)
     chosen = plan(one, device)
     assert chosen.packed == 4 and chosen.tile.block_m == 64
     assert chosen.split is not None and 100 <= chosen.blocks <= 800
-    # Few keys are not worth a second launch.
+    # Few keys are not worth a second launch, and float32 results would show the rounding of the parts' lse.
     assert plan(dataclasses.replace(one, seqlen_k=100), device).split is None
+    assert plan(dataclasses.replace(one, dtype="float32"), device).split is None
 
 
 @given(portable_problems(), gpus, st.integers(1, 70), st.booleans())

@@ -471,8 +471,9 @@ ON_HOPPER = {
         HOPPER, "shared.q_barriers.wait_empty(place_number);", "", f"{RACE}|one arrival too many",
         {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
-    "queries given back by a warp that still reads them": Fault(
-        HOPPER, "        __syncwarp();\n        release(shared.q_barriers, place_number);", "        release(shared.q_barriers, place_number);",
+    "queries given back by a thread that still reads them": Fault(
+        HOPPER, "        queries.gather(shared.q, shared.keys, row, lane);\n        shared.q_barriers.release(place_number);",
+        "        shared.q_barriers.release(place_number);\n        queries.gather(shared.q, shared.keys, row, lane);",
         RACE, {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
     "an order of another head": Fault(
