@@ -97,7 +97,7 @@ def attention(
     CUDA graph can capture a call after a first one has compiled the kernels. Results are the same bits from
     run to run. Sums are accumulated in float32; float32 input gives float32-grade results unless
     ``CUPY_TF32=1`` is set, as for CuPy's own products. NumPy arrays are computed by the float64 reference.
-    ``CUDISTR_KERNEL=portable`` keeps exact attention on Hopper GPUs on the kernel that runs everywhere.
+    ``CUDISTR_KERNEL=portable`` keeps attention on Hopper GPUs on the kernel that runs everywhere.
 
     NaN and infinity go where IEEE arithmetic sends them: from a query to its own row, from a key or value to the
     rows that see it. A value that is not finite may also reach rows to which its key is masked, because a weight of

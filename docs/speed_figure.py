@@ -68,8 +68,9 @@ def draw_all(folder: Path) -> str:
     """A figure for every record that has enough lengths; returns the text that shows them."""
     parts = []
     for path, record in make_tables.records():
-        lengths = {row["seqlen_k"] for row in record.get("rows", ())}
-        if path.stem in ("attention", "portable") and len(lengths) > 2:
+        if path.stem not in ("attention", "portable"):
+            continue
+        if len({row["seqlen_k"] for row in record["rows"]}) > 2:
             name = f"speed-{path.parent.name}-{path.stem}.svg"
             draw(folder / name, record)
             parts.append(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from .rivals import RIVALS
 __all__ = ["Method", "attend", "mean_dim", "parse", "prepare"]
 
 ROWS = 128  # of a block of queries on the CPU: those of LSH's default
-KINDS = ("exact", "lsh", "projection", "energy", "tolerance", *RIVALS)
+KINDS = ("exact", "lsh", "projection", *RIVALS)
 FITS = ("self", "static")
 OPTIONS = {"fit": "self", "weights": "output", "share": "no"}  # of projection, besides near and sinks
 
@@ -33,7 +31,7 @@ class Method:
 
     spec: str
     kind: str
-    number: float | None
+    number: int | None
     options: dict[str, Any]
 
 
@@ -48,7 +46,7 @@ def parse(spec: str) -> Method:
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
         raise EvalError(f"--reduction: {kind!r} is no method. Allowed: {', '.join(KINDS)}")
-    number: float | None = None
+    number: int | None = None
     options: dict[str, Any] = {}
     for i, word in enumerate(filter(None, rest.split(","))):
         name, equals, value = word.partition("=")
@@ -56,17 +54,15 @@ def parse(spec: str) -> Method:
             if equals:
                 options[name] = int(value) if value.lstrip("-").isdigit() else value
             elif i == 0:
-                number = float(word) if kind == "tolerance" else int(word)
+                number = int(word)
             else:
                 raise ValueError
         except ValueError:
             raise EvalError(
                 f"--reduction: {word!r} in {spec!r} is neither a number in first place nor name=value"
             ) from None
-    if number is None and kind in ("lsh", "projection", "energy", "tolerance"):
-        raise EvalError(
-            f"--reduction: {spec!r} needs a number, such as {kind}:{0.02 if kind == 'tolerance' else 2}"
-        )
+    if number is None and kind in ("lsh", "projection"):
+        raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
     if kind == "projection":
         unknown = set(options) - set(OPTIONS) - {"near", "sinks"}
         if unknown:
@@ -80,7 +76,7 @@ def parse(spec: str) -> Method:
 def prepare(
     method: Method, inputs: Inputs, calibration: list[Inputs], causal: bool, fitted: dict[Any, Any]
 ) -> list[Any]:
-    """The reduction of each layer: None, a `cudistr` reduction, a tolerance as a float, or a rival's function.
+    """The reduction of each layer: None, a `cudistr` reduction, or a rival's function.
 
     ``inputs`` are q, k and v of each layer of an exact forward on the data of the evaluation, ``calibration`` the same
     on other data. ``fitted`` keeps what methods have in common between calls with the same data.
@@ -93,18 +89,10 @@ def prepare(
         if causal:
             raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
         return [RIVALS[method.kind]] * depth
-    if method.kind == "tolerance":
-        if "tolerance" not in inspect.signature(cudistr.attention).parameters:
-            raise EvalError("--reduction: this version of cudistr.attention has no tolerance")
-        return [method.number] * depth
     if method.kind == "lsh":
-        return [cudistr.LSH(int(method.number or 0), **options)] * depth
-    if method.kind == "energy":
-        if not hasattr(cudistr, "Energy"):
-            raise EvalError("--reduction: this version of cudistr has no Energy")
-        return [cudistr.Energy(keep=int(method.number or 0), **options)] * depth
+        return [cudistr.LSH(method.number or 0, **options)] * depth
     near, sinks = options.get("near", 0), options.get("sinks", 0)
-    rank, share = int(method.number or 0), options["share"] == "yes"
+    rank, share = method.number or 0, options["share"] == "yes"
     columns = int(inputs[0][0].shape[3]) if share else rank
     key = (options["fit"], options["weights"], near, sinks, columns)
     if key not in fitted:
@@ -127,8 +115,6 @@ def mean_dim(reduction: Any, head_dim: int, seqlen: int, causal: bool) -> float 
         reduced = head_dim / reduction.group_size
     elif isinstance(reduction, cudistr.Projection):
         reduced = float(np.mean(reduction.ranks))
-    elif hasattr(reduction, "keep"):
-        reduced = float(reduction.keep)
     else:
         return None
     rows = np.zeros((1, 1, seqlen, 8), np.float32)
@@ -144,11 +130,7 @@ def attend(q: Any, k: Any, v: Any, reduction: Any, causal: bool, xp: Any) -> Any
     """One call of a prepared method. On CuPy arrays it is `cudistr.attention`, on NumPy arrays float32 code."""
     if callable(reduction):
         return reduction(q, k, v, xp)
-    if isinstance(reduction, float):
-        call: Callable[..., Any] = cudistr.attention
-        return call(q, k, v, causal=causal, tolerance=reduction)
-    quick = reduction is None or isinstance(reduction, cudistr.LSH | cudistr.Projection)
-    if xp is not np or not quick or getattr(reduction, "representative", "") not in ("", "sample", "mean"):
+    if xp is not np:
         return cudistr.attention(q, k, v, causal=causal, reduction=reduction)
     return _on_cpu(q, k, v, reduction, causal)
 

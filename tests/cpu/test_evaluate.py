@@ -27,7 +27,6 @@ def test_parse() -> None:
     assert methods.parse("exact") == methods.Method("exact", "exact", None, {})
     found = methods.parse("lsh:2,near=256,representative=mean")
     assert (found.kind, found.number, found.options) == ("lsh", 2, {"near": 256, "representative": "mean"})
-    assert methods.parse("tolerance:0.02").number == 0.02
     assert methods.parse("projection:32,share=yes").options["fit"] == "self"
 
 

@@ -109,7 +109,8 @@ def test_factors_weighted_by_the_output_found_on_the_device():
     options = dict(rank=32, causal=True, near=20, sinks=4, rows=40)
     found = cudistr.Projection.fit(*map(on_device, (q, k, v)), **options)
     wanted = cudistr.Projection.fit(q, k, v, **options)
-    np.testing.assert_allclose(found.output_errors, wanted.output_errors, rtol=1e-3)
+    # With all columns the error is that of rounding alone.
+    np.testing.assert_allclose(found.output_errors, wanted.output_errors, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.singular_values, wanted.singular_values, rtol=1e-3)
 
 
