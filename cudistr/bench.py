@@ -468,7 +468,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [[*head, *(f"{name} ms" for name in names)]]
     for row in rows:
         cells = [row["method"], row["kernel"], row["dtype"], row["head_dim"], row["head_dim_v"], row["heads"]]
-        cells += [row["heads_kv"], row["batch"], row["seqlen_q"], "yes" if row["causal"] else "no"]
+        lengths = dict.fromkeys((row["seqlen_q"], row["seqlen_k"]))  # one if they are equal
+        cells += [
+            row["heads_kv"],
+            row["batch"],
+            "/".join(map(str, lengths)),
+            "yes" if row["causal"] else "no",
+        ]
         cells += [f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names]
         lines.append([str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
