@@ -85,7 +85,7 @@ FAULTS = {
         FLASH, f"{BARRIER}  // the tiles of the loop become", "// the tiles of the loop become", f"write {RACE}", head_dim_v=128
     ),
     "no barrier before the output is copied": Fault(
-        FLASH, f"    {BARRIER}\n\n    T* out = ", "    T* out = ", RACE
+        FLASH, f"    {BARRIER}\n\n    constexpr int kOutChunks", "    constexpr int kOutChunks", RACE
     ),
     "no barrier before the transposed keys are read": Fault(
         PREPARE,
@@ -159,7 +159,7 @@ FAULTS = {
         FLASH, "place.head / params.heads_per_kv", "place.head", "cp.async of 16 bytes outside"
     ),
     "the rows of the output one too far": Fault(
-        FLASH, "place.first_row * params.out_row;", "(place.first_row + 1) * params.out_row;", "(outside|wrote too)"
+        FLASH, "(first_row + row) * params.out_row;", "(first_row + row + 1) * params.out_row;", "(outside|wrote too)"
     ),
     "an output row of another thread block": Fault(
         FLASH, "rows = min(BLOCK_M, params.seqlen_q - first_row);", "rows = BLOCK_M;", "(outside|wrote too)"
@@ -175,7 +175,7 @@ FAULTS = {
         GROUPED,
     ),
     "the wrong member of a group": Fault(
-        "tile/fuse.cuh", "FusedTile::kRows * FusedTile::kPitch>", "FusedTile::kPitch>", WRONG, FUSED
+        "tile/fuse.cuh", "member * FusedTile::kRows * FusedTile::kPitch;", "member * FusedTile::kPitch;", WRONG, FUSED
     ),
     "the wrong member on the way to the product": Fault(
         "tile/product.cuh", "address + kHalf * kStride);", "address);", WRONG, GROUPED
@@ -200,7 +200,7 @@ FAULTS = {
         "tile/shared.cuh", "kPitch = kColumns + kPad;", "kPitch = kColumns + 2 * kPad;", "plan and the kernel disagree"
     ),
     "a step of the sum too many": Fault(
-        FLASH, "kDepth / Traits<T>::kMmaDepth;", "kDepth / Traits<T>::kMmaDepth + 1;", f"nothing wrote|outside|{WRONG}"
+        FLASH, "kSteps = kDepth / kStepColumns;", "kSteps = kDepth / kStepColumns + 1;", f"nothing wrote|outside|{WRONG}", FUSED
     ),
     "the wrong lanes of a row": Fault(
         "tile/softmax.cuh", "__shfl_xor_sync(kFullWarp, total, 2)", "__shfl_xor_sync(kFullWarp, total, 4)", WRONG
@@ -221,7 +221,7 @@ FAULTS = {
         PREPARE, "if (ALIGNED) {", "if (true) {", "not a multiple of 16", GROUPED, layout="shifted"
     ),
     "an index that overflows": Fault(
-        FLASH, "row * params.out_row + column", "row * 0x7fffffff + column", "a product that overflows at .*sm80_flash_fwd.cu"
+        FLASH, "place.out_row(params, row) + column", "place.out_row(params, row) + column * 0x7fffffff", "a product that overflows at .*sm80_flash_fwd.cu"
     ),
     "an index outside its array": Fault(
         "tile/softmax.cuh", "maximum[mt][half] = top;", "maximum[mt][half + 1] = top;", "an index outside its array at .*softmax"
@@ -295,7 +295,7 @@ FAULTS |= {
         "tile/shared.cuh", "column0 + offset < columns);", "column0 + offset + kElements < columns);", f"{RACE}|{WRONG}", RANKED
     ),
     "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "// the factors have landed", f"ldmatrix {RACE}", RANKED),
-    "factors of the stage before": Fault(PROJECT, "shared.factors[step % 2][part]", "shared.factors[(step + 1) % 2][part]", RACE, RANKED),
+    "factors of the stage before": Fault(PROJECT, "left, shared.factors[step % 2], lane", "left, shared.factors[(step + 1) % 2], lane", RACE, RANKED),
     "the mean left in the keys": Fault(PROJECT, "if (!place.of_queries) {", "if (false) {", WRONG, RANKED),
     "the factors of another head": Fault(
         PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
@@ -306,7 +306,7 @@ FAULTS |= {
         PROBE, "    __syncthreads();\n    const float total", "    const float total", f"read {RACE}", WITHIN
     ),
     "no barrier before sampled keys are overwritten": Fault(
-        PROBE, f"{BARRIER}  // every warp is done with the keys and values", "", RACE, WITHIN
+        PROBE, f"{BARRIER}  // every warp is done with the keys and values", "", RACE, WITHIN, lengths=(161, 1500)
     ),
     "no wait for sampled keys": Fault(PROBE, "cp_async_wait<0>();", "", "has not landed", WITHIN),
     "a sample with another's chances": Fault(

@@ -196,7 +196,9 @@ def test_project(kernel: Kernel) -> None:
         (k.astype(np.float64) - mean) @ projection.keys,
         problem.scale * (wide @ mean.swapaxes(1, 2))[..., 0],
     )
-    for found, like, roundoff in zip(made[:3], expected, (*[util.ROUNDOFF[dtype]] * 2, 2.0**-20), strict=True):
+    for found, like, roundoff in zip(
+        made[:3], expected, (*[util.ROUNDOFF[dtype]] * 2, 2.0**-20), strict=True
+    ):
         error = np.abs(util.cp.asnumpy(found).astype(np.float64) - like)
         assert error.max() <= 2 * roundoff * np.abs(like).max()
     assert (kernel, 0) in compiler._functions
