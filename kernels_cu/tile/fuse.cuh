@@ -3,20 +3,15 @@
 #include "tile/dtype.cuh"
 #include "tile/shared.cuh"
 
-// The sum of chunks, element by element. Two numbers of 16 bits are added as they are, and four as pairs; others are
-// added in float32 and rounded once.
+// The sum of chunks, element by element. Two numbers of 16 bits are added as they are; more are added in float32 and
+// rounded once.
 template <class T, int kMembers>
 DEVICE Chunk sum_chunks(const Chunk (&chunks)[kMembers]) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
     Chunk sum = chunks[0];
-    if constexpr ((kMembers == 2 || kMembers == 4) && sizeof(T) == 2) {
+    if constexpr (kMembers == 2 && sizeof(T) == 2) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sum.word[i] = Traits<T>::add(sum.word[i], chunks[1].word[i]);
-            if constexpr (kMembers == 4) {
-                sum.word[i] = Traits<T>::add(sum.word[i], Traits<T>::add(chunks[2].word[i], chunks[3].word[i]));
-            }
-        }
+        for (int i = 0; i < 4; ++i) sum.word[i] = Traits<T>::add(sum.word[i], chunks[1].word[i]);
     } else if constexpr (kMembers > 1) {
         float total[kElements];
         union {
