@@ -757,8 +757,8 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 
 def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int) -> int:
     """Thread blocks of the portable kernel that a multiprocessor holds at once, by registers and shared memory."""
-    # Accumulators and about a hundred others, see docs/resources.csv. Float32 keeps halves of its operands too; grouped,
-    # on sm_120 alone.
+    # Accumulators and about a hundred others, see docs/resources.csv. Float32 keeps halves of operands too; grouped, on
+    # sm_120 alone.
     constants = dict(kernel.constants)
     kept = not constants["GROUP"] or device.capability >= 120
     halves = constants["SPLIT"] and kept and head_dim_v > 16 and not kernel.options
