@@ -500,7 +500,7 @@ class Machine:
             import cupy
         except ImportError as error:
             raise CudaUnavailableError(
-                "bench needs CuPy and a GPU, and CuPy cannot be imported. 'cudistr doctor' says what to do."
+                "timing needs CuPy and a GPU, and CuPy cannot be imported. 'cudistr doctor' says what to do."
             ) from error
         if not cupy.cuda.is_available():
             raise CudaUnavailableError(

@@ -299,6 +299,19 @@ def placed(index: int | None, stream: Any) -> Any:
     return stack
 
 
+def _extent(problem: Problem) -> dict[str, int]:
+    """Heads, lengths, and which keys queries see, as the parameters of attention kernels name them."""
+    offset = problem.seqlen_k - problem.seqlen_q
+    return {
+        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
+        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
+        "heads": problem.heads,
+        "heads_per_kv": problem.heads // problem.heads_kv,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+    }
+
+
 @functools.lru_cache(maxsize=1024)
 def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -> _Recipe:
     """Compile and prepare a problem. ``out_strides`` are in elements."""
@@ -310,18 +323,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
     seen = dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True))
     seen |= dict(zip(("v_batch", "v_head", "v_row"), problem.v_strides, strict=True))
     keys = dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True))
-    offset = problem.seqlen_k - problem.seqlen_q
     plain = problem.softcap is None and problem.scale > 0
     values: dict[str, Any] = {
         **seen,
         **keys,
         **dict(zip(("out_batch", "out_head", "out_row"), out_strides, strict=True)),
-        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
-        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
-        "heads": problem.heads,
-        "heads_per_kv": problem.heads // problem.heads_kv,
-        "seqlen_q": problem.seqlen_q,
-        "seqlen_k": problem.seqlen_k,
+        **_extent(problem),
         "packed": 1,
         "queries": problem.seqlen_q,
         "splits": 1,
@@ -681,14 +688,8 @@ def _decide_recipe(
     assert problem.device is not None
     device = device_properties(problem.device)
     splits = probe_splits(problem, device)
-    offset = problem.seqlen_k - problem.seqlen_q
     values: dict[str, Any] = {
-        "band_low": -UNBOUNDED if problem.left is None else offset - problem.left,
-        "band_high": UNBOUNDED if problem.right is None else offset + problem.right,
-        "heads": problem.heads,
-        "heads_per_kv": problem.heads // problem.heads_kv,
-        "seqlen_q": problem.seqlen_q,
-        "seqlen_k": problem.seqlen_k,
+        **_extent(problem),
         "columns": columns,
         "splits": splits,
         "scale": problem.scale,

@@ -484,6 +484,7 @@ HOPPER_KEYS = (
     (256, 80),  # 40 + 20 + 128
 )
 HOPPER_GROUPED_ACCUMULATORS = 180  # of a consumer's 208 registers, for scores, weights, output and queries
+HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
 HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
@@ -516,6 +517,7 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
             used = tile_k * 3 // 4 + problem.head_dim_v // 2 + problem.head_dim // group // 4
             fits = (
                 hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes
+                and 2 * tile_k * problem.head_dim <= HOPPER_RAW_BYTES
             )
             if fits and used <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import operator
 from dataclasses import dataclass
@@ -56,13 +57,13 @@ def exact_keys(owner: str, near: object, sinks: object) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-class Reduction:
+class Reduction(abc.ABC):
     """Base of what may stand for the score product."""
 
     @property
+    @abc.abstractmethod
     def outline(self) -> LSH | LowRank:
         """All that checks and planning have to know: a value without arrays, equal for equal ones."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,7 @@ struct Builder {
     // As many at once as make eight reads in flight; the compiler cannot know that no write hits a later read.
     static constexpr int kAtOnce = kMembers >= 8 ? 1 : kOwn * kMembers <= 8 ? kOwn : 8 / kMembers;
     static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % 8 == 0), "Builder: a row has eight chunks");
+    static_assert(!kGrouped || RawTile::kBytes <= 1 << 16, "Builder: two offsets in a word");
 
     const HopperParams& params;
     SharedStorage& shared;

@@ -412,6 +412,9 @@ def test_what_the_hopper_kernel_covers() -> None:
     assert on_hopper(one) and on_hopper(dataclasses.replace(one, dtype="bfloat16", softcap=5.0, scale=-1.0))
     assert on_hopper(dataclasses.replace(one, left=3, right=0, heads=6, heads_kv=3))
     assert on_hopper(dataclasses.replace(one, reduction=LSH(2, block_q=256, representative="mean")))
+    # A raw tile of 192 keys would fit shared memory, but not the 16 bits in which its offsets are kept.
+    wide = dataclasses.replace(one, head_dim=192, head_dim_v=16, reduction=LSH(12))
+    assert plan(wide, HOPPER).tile.tile_k == 128
     for changes in (
         {"dtype": "float32"},
         {"aligned": False},

@@ -60,7 +60,7 @@ def test_head_dims(dtype, head_dims):
 
 
 # Head dims, and the size of a group: every number of members that is summed in its own way, of one to three panels.
-GROUPS = [(128, 128, 2), (128, 128, 4), (64, 64, 2), (64, 64, 4), (96, 96, 3), (128, 64, 8), (48, 64, 3), (192, 192, 2), (256, 64, 4)]  # fmt: skip
+GROUPS = [(128, 128, 2), (128, 128, 4), (64, 64, 2), (64, 64, 4), (96, 96, 3), (128, 64, 8), (48, 64, 3), (192, 192, 2), (192, 16, 12), (256, 64, 4)]  # fmt: skip
 
 
 @each_dtype
