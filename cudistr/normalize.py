@@ -148,8 +148,11 @@ def _library(array: Any) -> str:
     return "jax" if library == "jaxlib" else library  # jax's arrays are defined in its compiled half
 
 
-def _kind(array: Any) -> str:
-    return f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+def _kind(value: Any) -> str:
+    """The value's type as a message names it; of a class, passed where an instance should be, the class."""
+    kind = value if isinstance(value, type) else type(value)
+    named = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"the class {named}" if isinstance(value, type) else named
 
 
 def adopt(**named: Any) -> Adopted:

@@ -190,7 +190,7 @@ def test_sequence_too_long(name):
         (
             {"reduction": cudistr.LSH},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got type",
+            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got the class cudistr.reductions.LSH. Pass",
         ),
         (
             {"reduction": cudistr.LSH(3)},
