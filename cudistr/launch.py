@@ -23,10 +23,12 @@ from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
 from cudistr.plan import (
     DTYPE_NUMBER,
     ITEMSIZE,
+    MAX_PASSES,
     MERGE_ROWS,
     PROBE_ROWS,
     Device,
     Kernel,
+    Pass,
     Plan,
     Prepare,
     Split,
@@ -37,11 +39,13 @@ from cudistr.plan import (
     decide_kernel,
     merge_kernel,
     panel_columns,
+    passes,
     plan,
     prepare,
     prepare_kernel,
     probe_kernel,
     probe_splits,
+    probe_variants,
     project_kernel,
 )
 from cudistr.reductions import LSH, MAX_PROJ, projections
@@ -73,11 +77,17 @@ _ATTENTION = _parameters(
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
+_PASSES = range(MAX_PASSES + 1)
+_BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
+_ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end") for i in _PASSES), "i4")
 _RANKED = _parameters(
-    ("q k v out lse partial permutation qhat khat ranks", "u8"),
+    ("q k v out lse partial permutation qhat khat ranks shift", "u8"),
     ("qhat_batch qhat_head qhat_row khat_batch khat_head khat_row", "i8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
-    ("band_low band_high split_rows", "i8"),
+    _BANDS,
+    _ENDS,
+    ("exact_passes passes", "i4"),
+    ("split_rows", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
@@ -95,8 +105,11 @@ _HOPPER = _parameters(
 )
 _HOPPER_RANKED = _parameters(
     ("q k v qhat khat", f"V{MAP_BYTES}"),
-    ("ranks out lse permutation counter", "u8"),
-    ("out_batch out_head out_row band_low band_high", "i8"),
+    ("ranks shift out lse permutation counter", "u8"),
+    ("out_batch out_head out_row", "i8"),
+    _BANDS,
+    _ENDS,
+    ("exact_passes passes", "i4"),
     (
         "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
         "i4",
@@ -111,14 +124,15 @@ _PROJECT = _parameters(
     ("scale", "f4"),
 )
 _PROBE = _parameters(
-    ("q k v qhat khat residual ranks factors outputs sums", "u8"),
-    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row band_low band_high", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
+    ("q k v qhat khat residual shift ranks factors outputs sums", "u8"),
+    ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row", "i8"),
+    ("band_low band_high near_low near_high", "i8"),
+    ("sinks heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
     ("scale", "f4"),
 )
 _DECIDE = _parameters(
     ("factors outputs sums wanted ranks errors", "u8"),
-    ("splits", "i4"),
+    ("splits parts", "i4"),
     ("limit spread", "f4"),
 )
 _PREPARE = _parameters(
@@ -211,6 +225,7 @@ class Reduced(NamedTuple):
     queries: Any  # (batch, heads, seqlen_q, columns)
     keys: Any  # (batch, heads_kv, seqlen_k, columns)
     ranks: Any  # int32 (batch, heads): multiples of 16; head_dim stands for q and k themselves
+    shift: Any = None  # float32 (batch, heads, seqlen_q): what scores of Qhat and Khat lack; None for nothing
 
 
 class Factors(NamedTuple):
@@ -312,6 +327,24 @@ def _extent(problem: Problem) -> dict[str, int]:
     }
 
 
+def _passes(problem: Problem) -> dict[str, int]:
+    """The passes over the keys of a ranked problem, as the parameters of attention kernels name them."""
+    position = problem.seqlen_k - problem.seqlen_q  # of the first query
+    chosen = passes(problem)
+    whole = Pass(
+        False,
+        0,
+        problem.seqlen_k,
+        -UNBOUNDED if problem.left is None else -problem.left,
+        UNBOUNDED if problem.right is None else problem.right,
+    )
+    values = {"exact_passes": sum(not x.reduced for x in chosen), "passes": len(chosen)}
+    for i, one in (*enumerate(chosen), (MAX_PASSES, whole)):
+        values |= {f"pass_first{i}": one.first, f"pass_end{i}": one.last}
+        values |= {f"pass_low{i}": position + one.low, f"pass_high{i}": position + one.high}
+    return values
+
+
 @functools.lru_cache(maxsize=1024)
 def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -> _Recipe:
     """Compile and prepare a problem. ``out_strides`` are in elements."""
@@ -381,6 +414,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         )
     ranked = problem.ranked
     if ranked is not None:
+        values |= _passes(problem)
         for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
@@ -600,11 +634,11 @@ def _attention(
         pointers, ranks = list(addresses), []
         if reduced is not None:
             pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
-            ranks = [reduced.ranks.data.ptr]
+            ranks = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
         maps = map(encode, recipe.maps, pointers)
         recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
         return out, lse
-    more = [] if reduced is None else [x.data.ptr for x in reduced]
+    more = [] if reduced is None else [0 if x is None else x.data.ptr for x in reduced]
     if recipe.merge is None:
         recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
         return out, lse
@@ -684,12 +718,16 @@ def project(
 def _decide_recipe(
     problem: Problem, columns: int, limit: float, spread: float
 ) -> tuple[_Launch, _Launch, int]:
-    """Compile and prepare what decides on the ranks of a problem; and the splits of its keys."""
+    """Compile and prepare what decides on the ranks of a problem; and the parts of a sampled row, over all variants."""
     assert problem.device is not None
     device = device_properties(problem.device)
-    splits = probe_splits(problem, device)
+    splits, variants = probe_splits(problem, device), probe_variants(problem)
+    position = problem.seqlen_k - problem.seqlen_q  # of the first query
     values: dict[str, Any] = {
         **_extent(problem),
+        "near_low": position - problem.near + 1,
+        "near_high": position + problem.near - 1,
+        "sinks": problem.sinks,
         "columns": columns,
         "splits": splits,
         "scale": problem.scale,
@@ -698,11 +736,12 @@ def _decide_recipe(
         values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     units = problem.batch * problem.heads
     probe = _launch(
-        probe_kernel(problem), check_blocks(2 * splits * units), device, problem.device, _PROBE, values
+        probe_kernel(problem), check_blocks(variants * splits * units), device, problem.device, _PROBE, values
     )
-    choice = {"splits": splits, "limit": limit, "spread": spread}
+    of_row = splits * (variants - 1)
+    choice = {"splits": of_row, "parts": variants * splits, "limit": limit, "spread": spread}
     kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
-    return probe, _launch(kernel, units, device, problem.device, _DECIDE, choice), splits
+    return probe, _launch(kernel, units, device, problem.device, _DECIDE, choice), variants * splits
 
 
 def decide(
@@ -722,8 +761,8 @@ def decide(
     """
     import cupy
 
-    probe, choose, splits = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
-    parts = (problem.batch, problem.heads, 2, splits, PROBE_ROWS)
+    probe, choose, count = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
+    parts = (problem.batch, problem.heads, count, PROBE_ROWS)
     factors = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.float32)
     outputs = cupy.ndarray((*parts, problem.head_dim_v), np.float32)
     sums = cupy.ndarray((*parts, 2), np.float32)
@@ -731,8 +770,8 @@ def decide(
     errors = cupy.ndarray((*wanted.shape, 2), np.float32)
     hold(factors, outputs, sums, ranks, errors)
     rows = [x.data.ptr for x in (factors, outputs, sums)]
-    given = (q, k, v, projected.queries, projected.keys, projected.residual, wanted)
-    probe(*(x.data.ptr for x in given), *rows)
+    given = (q, k, v, projected.queries, projected.keys, projected.residual, projected.shift, wanted)
+    probe(*(0 if x is None else x.data.ptr for x in given), *rows)
     choose(*rows, *(x.data.ptr for x in (wanted, ranks, errors)))
     return ranks, errors
 

@@ -756,11 +756,6 @@ def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
             f"tolerance is for a reduction that is a cudistr.Projection, got reduction {came}. Pass "
             "cudistr.Projection.fit(q, k, rank=...), or leave tolerance away."
         )
-    if outline.near or outline.sinks:
-        raise ValueError(
-            f"tolerance cannot be used with exact keys, got near={outline.near} and sinks={outline.sinks}. Pass "
-            "reduction.with_near(0)."
-        )
     if problem.head_dim % RANK_MULTIPLE:
         raise ValueError(
             f"tolerance needs a head_dim that is a multiple of {RANK_MULTIPLE}, got {problem.head_dim}. "

@@ -13,6 +13,7 @@ from cudistr.reductions import BLOCK_Q_DEFAULT
 __all__ = [
     "Device",
     "Kernel",
+    "Pass",
     "Plan",
     "Prepare",
     "Split",
@@ -24,12 +25,14 @@ __all__ = [
     "hopper_kernel",
     "merge_kernel",
     "merge_splits_kernel",
+    "passes",
     "plan",
     "portable_kernel",
     "prepare",
     "prepare_kernel",
     "probe_kernel",
     "probe_splits",
+    "probe_variants",
     "project_kernel",
     "step_clocks",
     "tile_clocks",
@@ -206,6 +209,51 @@ class Plan:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+MAX_PASSES = 5  # that a head makes: Passes in kernels_cu/tile/mask.cuh
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Keys ``first`` to ``last - 1``, seen where ``low <= key - position of the query <= high``.
+
+    ``reduced`` says whether their scores are.
+    """
+
+    reduced: bool
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+@functools.lru_cache(maxsize=1024)
+def passes(problem: Problem) -> tuple[Pass, ...]:
+    """Split a reduced problem into passes over its keys, such that a query sees every visible key in one of them.
+
+    With the position p of a query and a key j, the passes are, as far as any query sees a key in them::
+
+        exact    |j - p| < near
+        exact    j < sinks,   j <= p - near     and the same for j >= p + near
+        reduced  j >= sinks,  j <= p - near     and the same for j >= p + near
+
+    Without exact keys there is one. At most five remain, exact ones first; three under a causal mask.
+    """
+    keys, near, sinks = problem.seqlen_k, problem.near, problem.sinks
+    # All that j - p can be, cut to what the mask lets through.
+    low = max(1 - keys, -keys if problem.left is None else -problem.left)
+    high = min(problem.seqlen_q - 1, keys + problem.seqlen_q if problem.right is None else problem.right)
+    sides = ((low, -near), (near, high)) if near else ((low, high),)
+    wanted = [Pass(False, 0, keys, max(low, 1 - near), min(high, near - 1))] if near else []
+    wanted += [Pass(False, 0, sinks, *side) for side in sides]
+    wanted += [Pass(True, sinks, keys, *side) for side in sides]
+    position = keys - problem.seqlen_q  # of the first query; the last one sits at the last key
+    return tuple(
+        x
+        for x in wanted
+        if x.first < x.last and max(x.low, x.first - keys + 1) <= min(x.high, x.last - 1 - position)
+    )
 
 
 SMALL_SEQLEN_Q = 64  # up to here a 128-row tile would be half empty
@@ -461,6 +509,8 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
     }
     # For these, ptxas hoists so many loads at its own level that it spills; at level 1 it does not.
     crowded = problem.dtype == "float32" and problem.head_dim_v > 32 and device.capability >= 120
+    if problem.ranked is not None:  # the pass and the number of columns take registers too
+        crowded |= problem.dtype == "float32" or (64 < problem.head_dim_v <= 128 and device.capability < 100)
     options = ("-Xptxas=-O1",) if crowded else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options)
@@ -674,6 +724,7 @@ def probe_kernel(problem: Problem) -> Kernel:
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "TILE_K": tile_k,
+        "KEPT": int(probe_variants(problem) == 3),
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
         "SHARED_BYTES": _round_up((queries + tiles) * itemsize + sample, 16),
@@ -683,10 +734,17 @@ def probe_kernel(problem: Problem) -> Kernel:
     return Kernel("smxx_probe", tuple(constants.items()), PROBE_ROWS * 2, constants["SHARED_BYTES"], options)
 
 
+def probe_variants(problem: Problem) -> int:
+    """Variants of a sampled row: exact and reduced, or far keys, those that stay exact, and far keys reduced."""
+    return 3 if problem.near or problem.sinks else 2
+
+
 def probe_splits(problem: Problem, device: Device) -> int:
     """Into how many parts the keys are split, so that the GPU is busy."""
     tiles = -(-problem.seqlen_k // dict(probe_kernel(problem).constants)["TILE_K"])
-    wanted = -(-PROBE_BLOCKS * device.multiprocessors // (2 * problem.batch * problem.heads))
+    wanted = -(
+        -PROBE_BLOCKS * device.multiprocessors // (probe_variants(problem) * problem.batch * problem.heads)
+    )
     return max(1, min(wanted, tiles, 16))
 
 

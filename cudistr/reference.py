@@ -207,10 +207,10 @@ def decide(
         with np.errstate(invalid="ignore", over="ignore"):
             rows, factors = draw(((queries @ sketch[group]) ** 2).sum(axis=1), problem)
             seen = visible(rows, problem)
-            exact, _ = _attend(_scores(queries[rows], keys, problem), values, seen)
-            reduced, _ = _attend(
-                _projected_scores(queries[rows], keys, projection, group, problem), values, seen
-            )
+            scores = _scores(queries[rows], keys, problem)
+            exact, _ = _attend(scores, values, seen)
+            projected = _projected_scores(queries[rows], keys, projection, group, problem)
+            reduced, _ = _attend(np.where(kept(rows, problem), scores, projected), values, seen)
             squares = [((x**2).sum(axis=1)) * factors for x in (reduced - exact, exact)]
         found[b, h] = error_bound(squares[0], squares[1])
         if found[b, h, 1] <= tolerance:

@@ -13,7 +13,8 @@
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
-//   RANKED      1: heads differ in the columns of Q and K that count, see AttentionParams; exact attention alone
+//   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see AttentionParams;
+//               not with GROUP
 //   SPLIT       1: float32 by three TF32 products; 0: one
 //   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
@@ -36,7 +37,8 @@ struct AttentionParams {
 #if RANKED
     const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
     const T* khat;
-    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 below HEAD_DIM, or HEAD_DIM
+    const float* shift;  // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
     i64 qhat_batch, qhat_head, qhat_row;
     i64 khat_batch, khat_head, khat_row;
 #endif
@@ -44,7 +46,11 @@ struct AttentionParams {
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
     i64 out_batch, out_head, out_row;
+#if RANKED
+    Passes passes;
+#else
     i64 band_low, band_high;
+#endif
     i64 split_rows;         // batch * heads * seqlen_q, if there are several splits
     // With packed query heads, heads and rows are those of the packed matrix: row = head * queries + query.
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
@@ -84,7 +90,7 @@ enum Fusion { kExact, kOnTheWay, kInShared };
 constexpr Fusion kFusion = !kGroup ? kExact : FUSE_IN_SHARED ? kInShared : kOnTheWay;
 static_assert(kFusion != kOnTheWay || sizeof(T) == 2, "float32 is fused in shared memory");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
-static_assert(!RANKED || (!kGroup && HEAD_DIM % 16 == 0), "ranks are for exact attention of whole steps");
+static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
 typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
@@ -236,6 +242,26 @@ struct Place {
     }
 };
 
+#if RANKED
+// What the scores of a row lack that are products of Qhat and Khat.
+DEVICE float lacking(const AttentionParams& params, const Place& place, int row) {
+    if (!params.shift || row >= place.rows) return 0.f;
+    return params.shift[static_cast<i64>(place.batch_head) * params.seqlen_q + place.first_row + row];
+}
+
+// Turns maxima of scores of Q and K into those of scores of Qhat and Khat, which only a constant of each row sets apart.
+DEVICE void subtract_lacking(const AttentionParams& params, const Place& place, OnlineSoftmax<ROW_TILES>& softmax) {
+#pragma unroll
+    for (int mt = 0; mt < ROW_TILES; ++mt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float natural = lacking(params, place, own_row() + mt * 16 + half * 8);
+            softmax.maximum[mt][half] -= natural * (1.4426950409f / params.score_scale);
+        }
+    }
+}
+#endif
+
 // Normalises the output, and stores it and the lse. What a split found is stored as it stands in registers: four lanes
 // fill a sector of 32 bytes. Everything is derived anew here, see thread_index.
 DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
@@ -269,7 +295,11 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
                 }
             }
             if (params.lse && lane % 4 == 0 && row < place.rows) {
-                const float log_sum = fmaf(softmax.maximum[mt][half], params.score_scale * 0.6931471806f, logf(sum));
+                float log_sum = fmaf(softmax.maximum[mt][half], params.score_scale * 0.6931471806f, logf(sum));
+#if RANKED
+                const bool whole = params.ranks[place.batch_head] == HEAD_DIM;
+                if (params.passes.ends_reduced(whole)) log_sum += lacking(params, place, row);
+#endif
                 params.lse[result_row] = sum == 0.f ? -infinity() : log_sum;
             }
         }
@@ -303,125 +333,141 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     const Place place(params);
     const int first_row = place.first_row;
     const int rows = place.rows;
-#if !RANKED
+#if RANKED
+    const int head_kv = place.head / params.heads_per_kv;
+    const int rank = params.ranks[place.batch_head];
+    const int first_pass = params.passes.begin(rank == HEAD_DIM);
+    const int end_pass = params.passes.after(rank == HEAD_DIM);
+#else
+    constexpr int first_pass = 0, end_pass = 1;
     const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
     const int head_kv = place.head / params.heads_per_kv;
     const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
     const i64& q_row = params.q_row;
     const i64& k_row = params.k_row;
     constexpr int columns = kDepth;
-#else
-    const int head_kv = place.head / params.heads_per_kv;
-    const int columns = params.ranks[place.batch_head];
-    const bool reduced = columns < HEAD_DIM;
-    const i64 q_row = reduced ? params.qhat_row : params.q_row;
-    const i64 k_row = reduced ? params.khat_row : params.k_row;
-    const T* q = (reduced ? params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head
-                          : params.q + place.batch * params.q_batch + place.head * params.q_head) +
-                 first_row * q_row;
-    const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
-                         : params.k + place.batch * params.k_batch + head_kv * params.k_head;
 #endif
     const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
-
-    // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
-    const Band band = {params.band_low, params.band_high, params.seqlen_k};
-    const int first_query = place.first_query(params);
-    const int last_query = place.last_query(params);
-    const int first_key = band.first_key(first_query);
-    const int last_key = band.last_key(last_query);
-    const int first_common = band.first_key(last_query);
-    const int last_common = band.last_key(first_query);
-    int first_tile = first_key / TILE_K;
-    int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
-    if constexpr (kShareKeys) {
-        const int tiles = tile - first_tile + 1;
-        const int share = tiles / params.splits;
-        const int larger = tiles % params.splits;  // so many of the first splits have one tile more
-        first_tile += place.split * share + min(place.split, larger);
-        tile = first_tile + share - (place.split < larger ? 0 : 1);
-    }
-
-    const u8* permutation = nullptr;
-    if constexpr (kGrouped) {
-        const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
-        permutation = params.permutation + block * HEAD_DIM;
-        find_key_rows(shared, k, k_row, permutation, thread);
-        __syncthreads();
-    }
-    // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
-    int keys_left = params.seqlen_k - tile * TILE_K;
-    KeyCopy key_copy;
-    ValueCopy value_copy;
-    if constexpr (kGrouped) {
-        if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
-        gather_queries(shared, q, q_row, rows, permutation, thread);
-    } else {
-        key_copy.open(k + tile * (TILE_K * k_row), k_row);
-        if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
-        QueryCopy query_copy;
-        query_copy.open(q, q_row);
-        query_copy.run(shared.q, q_row, rows, columns);
-    }
-    value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
-    cp_async_commit();
-
-    const u32 queries = left_address<T>(shared.q, warp_row, lane);
     float output[ROW_TILES][kOutTiles][4] = {};
     OnlineSoftmax<ROW_TILES> softmax;
     softmax.clear();
-    const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
 
-    for (; tile >= first_tile; --tile) {
-        const int key = tile * TILE_K;
-        cp_async_wait<0>();
-        __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
-        value_copy.run(shared.v, params.v_row, keys_left);
-        value_copy.move(-TILE_K * params.v_row);
-        cp_async_commit();
-        keys_left += TILE_K;
+    for (int pass = first_pass; pass < end_pass; ++pass) {
+#if RANKED
+        const CutBand band = params.passes.band(pass);
+        const bool reduced = params.passes.reduced(pass);
+        if (pass == params.passes.exact) subtract_lacking(params, place, softmax);
+        const int columns = reduced ? rank : kDepth;
+        const i64 q_row = reduced ? params.qhat_row : params.q_row;
+        const i64 k_row = reduced ? params.khat_row : params.k_row;
+        const T* q = (reduced ? params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head
+                            : params.q + place.batch * params.q_batch + place.head * params.q_head) +
+                     first_row * q_row;
+        const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
+                           : params.k + place.batch * params.k_batch + head_kv * params.k_head;
+#else
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
+#endif
 
-        float scores[ROW_TILES][kKeyTiles][4] = {};
-        if constexpr (kHow == kInShared) {
-            fuse_keys<T, kMembers, kThreads>(shared.khat, shared.k, thread_index());
-            __syncthreads();  // Khat is complete, and the raw keys may be overwritten
-            if (tile > first_tile) {
-                copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
-            }
-            cp_async_commit();
-            if (!idle) multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
-            cp_async_wait<1>();
-            __syncthreads();  // the values have landed, and every warp is done with Khat
+        // Keys that any row of this tile sees, and, of those, the span that every row sees whole.
+        const int first_query = place.first_query(params);
+        const int last_query = place.last_query(params);
+        const int first_key = band.first_key(first_query);
+        const int last_key = band.last_key(last_query);
+        const int first_common = band.first_key(last_query);
+        const int last_common = band.last_key(first_query);
+        int first_tile = first_key / TILE_K;
+        int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+        if constexpr (kShareKeys) {
+            const int tiles = tile - first_tile + 1;
+            const int share = tiles / params.splits;
+            const int larger = tiles % params.splits;  // so many of the first splits have one tile more
+            first_tile += place.split * share + min(place.split, larger);
+            tile = first_tile + share - (place.split < larger ? 0 : 1);
+        }
+        if (RANKED && tile < first_tile) continue;
+
+        const u8* permutation = nullptr;
+        if constexpr (kGrouped) {
+            const i64 block =
+                static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
+            permutation = params.permutation + block * HEAD_DIM;
+            find_key_rows(shared, k, k_row, permutation, thread);
+            __syncthreads();
+        }
+        // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
+        int keys_left = params.seqlen_k - tile * TILE_K;
+        KeyCopy key_copy;
+        ValueCopy value_copy;
+        if constexpr (kGrouped) {
+            if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
+            gather_queries(shared, q, q_row, rows, permutation, thread);
         } else {
-            if (!idle) {
-                multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
-                                                                                    columns / kStepColumns);
-            }
+            key_copy.open(k + tile * (TILE_K * k_row), k_row);
+            if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
+            QueryCopy query_copy;
+            query_copy.open(q, q_row);
+            query_copy.run(shared.q, q_row, rows, columns);
+        }
+        value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
+        cp_async_commit();
+
+        const u32 queries = left_address<T>(shared.q, warp_row, lane);
+        const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
+
+        for (; tile >= first_tile; --tile) {
+            const int key = tile * TILE_K;
             cp_async_wait<0>();
-            __syncthreads();  // the values have landed, and every warp is done with the keys
-            if (tile > first_tile) {
-                if constexpr (kGrouped) {
+            __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
+            value_copy.run(shared.v, params.v_row, keys_left);
+            value_copy.move(-TILE_K * params.v_row);
+            cp_async_commit();
+            keys_left += TILE_K;
+
+            float scores[ROW_TILES][kKeyTiles][4] = {};
+            if constexpr (kHow == kInShared) {
+                fuse_keys<T, kMembers, kThreads>(shared.khat, shared.k, thread_index());
+                __syncthreads();  // Khat is complete, and the raw keys may be overwritten
+                if (tile > first_tile) {
                     copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                }
+                cp_async_commit();
+                if (!idle) {
+                    multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+                }
+                cp_async_wait<1>();
+                __syncthreads();  // the values have landed, and every warp is done with Khat
+            } else {
+                if (!idle) {
+                    multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
+                                                                                        columns / kStepColumns);
+                }
+                cp_async_wait<0>();
+                __syncthreads();  // the values have landed, and every warp is done with the keys and the queries
+                if (tile > first_tile) {
+                    if constexpr (kGrouped) {
+                        copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                    } else {
+                        key_copy.move(-TILE_K * k_row);
+                        key_copy.run(shared.k, k_row, keys_left, columns);
+                    }
+                }
+                cp_async_commit();
+            }
+
+            if (idle) continue;
+            if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
+            if (key < first_common || key + TILE_K - 1 > last_common) {
+                const int column = thread_index() % 4 * 2;
+                if (kSmall && params.packed > 1) {
+                    apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);
                 } else {
-                    key_copy.move(-TILE_K * k_row);
-                    key_copy.run(shared.k, k_row, keys_left, columns);
+                    apply_mask(scores, band, first_row, key, PlainRows{own_row()}, column);
                 }
             }
-            cp_async_commit();
+            softmax.update(scores, output, params.score_scale);
+            multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v, lane);
         }
-
-        if (idle) continue;
-        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (key < first_common || key + TILE_K - 1 > last_common) {
-            const int column = thread_index() % 4 * 2;
-            if (kSmall && params.packed > 1) {
-                apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);
-            } else {
-                apply_mask(scores, band, first_row, key, PlainRows{own_row()}, column);
-            }
-        }
-        softmax.update(scores, output, params.score_scale);
-        multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v, lane);
     }
 
     cp_async_wait<0>();

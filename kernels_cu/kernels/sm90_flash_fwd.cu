@@ -15,7 +15,8 @@
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
-//   RANKED      1: heads differ in the columns of Q and K that count, see HopperParams
+//   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
+//               GROUP
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
 #include "tile/fuse.cuh"
@@ -31,13 +32,18 @@ struct HopperParams {
 #if RANKED
     TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
     const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+    const float* shift;    // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
 #endif
     T* out;
     float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; null if exact
     i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
     i64 out_batch, out_head, out_row;
+#if RANKED
+    Passes passes;
+#else
     i64 band_low, band_high;
+#endif
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
     u32 tiles;         // row_blocks of every head of every batch
@@ -69,8 +75,8 @@ static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of 
 
 // The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back. Sums
 // need more, for loads in flight.
-constexpr int kProducerRegisters = kGrouped ? 88 : kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kGrouped ? 208 : kConsumers == 2 ? 240 : 160;
+constexpr int kProducerRegisters = kGrouped ? 88 : RANKED && kConsumers == 2 ? 40 : kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kGrouped ? 208 : RANKED && kConsumers == 2 ? 232 : kConsumers == 2 ? 240 : 160;
 static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
@@ -119,10 +125,9 @@ DEVICE int columns_of(const HopperParams& params, int batch_head) {
 #endif
 }
 
-// A tile of queries, and the tiles of keys that its rows see.
+// A tile of queries.
 struct Place {
     int batch_head, batch, head, first_row;
-    int first_tile, last_tile;
 
     // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last
     // rows first: under a causal mask they have the most keys, and short tiles fill the tail.
@@ -136,15 +141,93 @@ struct Place {
         batch = batch_head / params.heads;
         head = batch_head % params.heads;
         first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
-
-        const Band band = {params.band_low, params.band_high, params.seqlen_k};
-        const int last_row = min(first_row + BLOCK_M, params.seqlen_q) - 1;
-        const int first_key = band.first_key(first_row);
-        const int last_key = band.last_key(last_row);
-        first_tile = first_key / TILE_K;
-        last_tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
     }
 };
+
+// The tiles of keys that the rows of a tile of queries see within a band, from the last to the first; maybe none.
+struct KeyTiles {
+    int tile, first_tile;
+
+    template <class AnyBand>
+    DEVICE KeyTiles(const HopperParams& params, const Place& place, const AnyBand& band) {
+        const int last_row = min(place.first_row + BLOCK_M, params.seqlen_q) - 1;
+        const int first_key = band.first_key(place.first_row);
+        const int last_key = band.last_key(last_row);
+        first_tile = first_key / TILE_K;
+        tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+    }
+    DEVICE bool inside() const { return tile >= first_tile; }
+};
+
+// All tiles of keys of a tile of queries, one after another.
+#if RANKED
+struct Walk {
+    const HopperParams& params;
+    const Place& place;
+    int columns;  // of the head
+    int pass;
+    KeyTiles keys;
+
+    DEVICE Walk(const HopperParams& params_, const Place& place_, int columns_)
+        : params(params_), place(place_), columns(columns_), pass(params_.passes.begin(whole())), keys(tiles(pass)) {
+        if (!keys.inside()) enter(following());
+    }
+    DEVICE bool whole() const { return columns == HEAD_DIM; }
+    DEVICE int end() const { return params.passes.after(whole()); }
+    DEVICE KeyTiles tiles(int of) const { return {params, place, params.passes.band(of)}; }
+    DEVICE CutBand band() const { return params.passes.band(pass); }
+    DEVICE bool reduced() const { return params.passes.reduced(pass); }
+    // The next pass with a tile, or the end.
+    DEVICE int following() const {
+        int next = pass + 1;
+        while (next < end() && !tiles(next).inside()) ++next;
+        return next;
+    }
+    DEVICE void enter(int next) {
+        pass = next;
+        if (inside()) keys = tiles(pass);
+    }
+    DEVICE bool inside() const { return pass < end(); }
+    DEVICE int tile() const { return keys.tile; }
+    DEVICE int width() const { return reduced() ? columns : HEAD_DIM; }
+    // Whether the next tile has another band, with other queries, or does not exist.
+    DEVICE bool last_of_band() const { return keys.tile == keys.first_tile; }
+    DEVICE bool last_of_queries() const {
+        if (!last_of_band()) return false;
+        const int next = following();
+        return next == end() || params.passes.reduced(next) != reduced();
+    }
+    DEVICE bool more() const { return !last_of_band() || following() < end(); }
+    // Returns whether the next tile has another band.
+    DEVICE bool advance() {
+        const bool other_band = last_of_band();
+        if (other_band) {
+            enter(following());
+        } else {
+            --keys.tile;
+        }
+        return other_band;
+    }
+};
+#else
+struct Walk {
+    const HopperParams& params;
+    KeyTiles keys;
+
+    DEVICE Walk(const HopperParams& params_, const Place& place, int) : params(params_), keys(params, place, band()) {}
+    DEVICE Band band() const { return {params.band_low, params.band_high, params.seqlen_k}; }
+    DEVICE bool reduced() const { return false; }
+    DEVICE bool inside() const { return keys.inside(); }
+    DEVICE int tile() const { return keys.tile; }
+    DEVICE int width() const { return HEAD_DIM; }
+    DEVICE bool last_of_queries() const { return keys.tile == keys.first_tile; }
+    DEVICE bool more() const { return keys.tile > keys.first_tile; }
+    DEVICE bool advance() {
+        --keys.tile;
+        return false;
+    }
+};
+#endif
 
 // Starts the copy of a tile of queries, of the columns that count, from where a head has them. A branch rather than a
 // pointer: the producer has few registers.
@@ -200,18 +283,23 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         // Asked for now and told at the end: nothing waits for the answer of global memory.
         next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
         const Place place(params, work);
-        if (place.last_tile >= place.first_tile) {
-            const int columns = columns_of(params, place.batch_head);
-            load_keys(params, shared.keys, shared.k_barriers, step, place, place.last_tile, again, columns);
-            load_queries(params, shared, place_number, place, once, columns);
+        Walk walk(params, place, columns_of(params, place.batch_head));
+        if (walk.inside()) {
+            load_keys(params, shared.keys, shared.k_barriers, step, place, walk.tile(), again, walk.width());
+            load_queries(params, shared, place_number, place, once, walk.width());
             ++place_number;
-            for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
-                if (tile > place.first_tile) {
-                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, tile - 1, again, columns);
+            for (; walk.inside(); walk.advance(), ++step) {
+                Walk next = walk;
+                next.advance();
+                if (walk.more()) {
+                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, next.tile(), again, next.width());
                 }
                 const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
-                shared.v[step % kStages].load(&params.v, barrier, tile * TILE_K, place.head / params.heads_per_kv,
+                shared.v[step % kStages].load(&params.v, barrier, walk.tile() * TILE_K, place.head / params.heads_per_kv,
                                               place.batch, again);
+                if (RANKED && walk.more() && walk.last_of_queries()) {
+                    load_queries(params, shared, place_number++, place, once, next.width());
+                }
             }
         }
         shared.work_barriers.wait_empty(work_number);
@@ -290,7 +378,8 @@ struct Builder {
         u32 step = 0, place_number = 0, work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
-            if (place.last_tile < place.first_tile) continue;
+            Walk walk(params, place, HEAD_DIM);
+            if (!walk.inside()) continue;
             const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
                               place.first_row / BLOCK_M / params.tiles_per_block;
             const u8* permutation = params.permutation + block * HEAD_DIM;
@@ -299,7 +388,7 @@ struct Builder {
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
             mbarrier_arrive(shared_address(shared.q_barriers.full));
             ++place_number;
-            for (int tile = place.last_tile; tile >= place.first_tile; --tile, ++step) {
+            for (; walk.inside(); walk.advance(), ++step) {
                 keys.raw_barriers.wait(step);
                 shared.k_barriers.wait_empty(step);
                 sum_groups(step);
@@ -368,9 +457,29 @@ struct Operands<true> {
     }
 };
 
-// Normalises the output, and stores it and the lse. row: this lane's first row within the sequence.
+// What the scores of a row lack that are products of Qhat and Khat. row: within the sequence.
+DEVICE float lacking(const HopperParams& params, const Place& place, int row) {
+#if RANKED
+    if (params.shift && row < params.seqlen_q) {
+        return params.shift[static_cast<i64>(place.batch_head) * params.seqlen_q + row];
+    }
+#endif
+    return 0.f;
+}
+
+// Turns maxima of scores of Q and K into those of scores of Qhat and Khat, which only a constant of each row sets apart.
+// row: this lane's first row within the sequence.
+DEVICE void subtract_lacking(const HopperParams& params, const Place& place, WarpgroupSoftmax& softmax, int row) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        softmax.maximum[half] -= lacking(params, place, row + half * 8) * (1.4426950409f / params.score_scale);
+    }
+}
+
+// Normalises the output, and stores it and the lse. row: this lane's first row within the sequence. lacks: whether maxima
+// are of scores of Qhat and Khat.
 DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
-                         WarpgroupSoftmax& softmax, int row, int lane) {
+                         WarpgroupSoftmax& softmax, int row, int lane, bool lacks) {
     softmax.reduce_sums();
     constexpr int kChunks = HEAD_DIM_V / 8;
 #pragma unroll
@@ -404,7 +513,8 @@ DEVICE void store_output(const HopperParams& params, const Place& place, float (
             }
         }
         if (params.lse && lane % 4 == 0 && inside) {
-            const float log_sum = fmaf(softmax.maximum[half], params.score_scale * 0.6931471806f, logf(sum));
+            float log_sum = fmaf(softmax.maximum[half], params.score_scale * 0.6931471806f, logf(sum));
+            if (lacks) log_sum += lacking(params, place, own);
             params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
         }
     }
@@ -435,8 +545,8 @@ struct Consumer {
         // Whether a tile of keys needs no mask.
         DEVICE bool all(int key) const { return key >= common.first && key + TILE_K - 1 <= common.last; }
     };
-    DEVICE Visible visible(int first_row) const {
-        const Band band = {params.band_low, params.band_high, params.seqlen_k};
+    template <class AnyBand>
+    DEVICE Visible visible(const AnyBand& band, int first_row) const {
         const int group_row = first_row + group * kGroupRows;
         const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
         Visible keys;
@@ -464,9 +574,16 @@ struct Consumer {
 
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
-                      const Visible& keys, int key) {
+                      const Visible& keys, const Walk& walk, int first_row) {
+        const int key = walk.tile() * TILE_K;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!keys.all(key)) apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+        if (!keys.all(key)) {
+            if constexpr (RANKED) {  // found anew: there are no registers to keep them
+                apply_mask(scores[0], visible(walk.band(), first_row).rows, key + lane % 4 * 2);
+            } else {
+                apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+            }
+        }
         softmax.raise(scores[0], params.score_scale, shift, rescale);
     }
 
@@ -479,34 +596,36 @@ struct Consumer {
         u32 work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
-            const Visible visible_keys = visible(place.first_row);
-            const int score_steps = steps_of(place.batch_head);
+            Walk walk(params, place, steps_of(place.batch_head) * 16);
+            Visible visible_keys = visible(walk.band(), place.first_row);
+            bool lacks = walk.reduced();  // whether maxima are of scores of Qhat and Khat
             float output[1][kOutTiles][4] = {};
             WarpgroupSoftmax softmax;
             softmax.clear();
-            if (place.last_tile >= place.first_tile) {
+            if (walk.inside()) {
                 float scores[1][kKeyTiles][4];
                 float shift[2], rescale[2];
                 u32 weights[TILE_K / 16][4];
-                int tile = place.last_tile;
                 shared.q_barriers.wait(place_number);
                 if constexpr (kGrouped) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
-                operands.start(scores[0], step, score_steps);
+                operands.start(scores[0], step, walk.width() / 16);
                 wgmma_wait<0>();
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
-                if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);
-                raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
+                bool other_queries = !kGrouped && walk.last_of_queries();
+                if (other_queries) release(shared.q_barriers, place_number);
+                raise(scores, softmax, shift, rescale, visible_keys, walk, place.first_row);
                 softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                 pack_weights<T>(weights, scores[0]);
 
-                if (!kGrouped && tile > place.first_tile) shared.k_barriers.wait(step + 1);
-                for (--tile; tile >= place.first_tile; --tile) {
+                if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
+                for (bool other_band = walk.advance(); walk.inside(); other_band = walk.advance()) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
+                    if (RANKED && other_queries) shared.q_barriers.wait(++place_number);
                     wait_for_turn();
-                    operands.start(scores[0], step, score_steps);
+                    operands.start(scores[0], step, walk.width() / 16);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -515,13 +634,19 @@ struct Consumer {
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
-                    if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);
-                    raise(scores, softmax, shift, rescale, visible_keys, tile * TILE_K);
+                    if (other_band) visible_keys = visible(walk.band(), place.first_row);
+                    if (RANKED && other_queries) {
+                        subtract_lacking(params, place, softmax, place.first_row + row);
+                        lacks = true;
+                    }
+                    other_queries = !kGrouped && walk.last_of_queries();
+                    if (other_queries) release(shared.q_barriers, place_number);
+                    raise(scores, softmax, shift, rescale, visible_keys, walk, place.first_row);
                     if constexpr (kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.
                     const float (&last)[2] = kEarlyWeights ? softmax.sum : rescale;
-                    const bool early = !kGrouped && tile > place.first_tile;
+                    const bool early = !kGrouped && walk.more();
                     if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);
                     wgmma_wait<0>();
                     wgmma_pin(output[0]);
@@ -541,7 +666,7 @@ struct Consumer {
                 ++step;
                 ++place_number;
             }
-            store_output(params, place, output, softmax, place.first_row + row, lane);
+            store_output(params, place, output, softmax, place.first_row + row, lane, lacks);
         }
     }
 };

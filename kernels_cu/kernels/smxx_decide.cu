@@ -14,7 +14,8 @@ struct DecideParams {
     const i32* wanted;  // (batch, heads): ranks to decide on
     i32* ranks;         // (batch, heads): those, or HEAD_DIM
     float* errors;      // (batch, heads, 2): relative error of the output as estimated, and its upper bound
-    i32 splits;
+    i32 splits;    // parts of a row: of the exact one the first, of the reduced one the last,
+    i32 parts;     // of so many
     float limit;   // square of the tolerance
     float spread;  // standard errors of the logarithm that are added for the bound
 };
@@ -71,8 +72,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideP
         return;
     }
     for (int row = warp; row < kRows; row += kWarps) {
-        const i64 first = head * 2 * params.splits * kRows + row;
-        const i64 second = first + params.splits * kRows;
+        const i64 first = head * params.parts * kRows + row;
+        const i64 second = first + (params.parts - params.splits) * kRows;
         const Merged exact(params.outputs + first * HEAD_DIM_V, params.sums + first * 2, params.splits);
         const Merged reduced(params.outputs + second * HEAD_DIM_V, params.sums + second * 2, params.splits);
         float error = 0.f;

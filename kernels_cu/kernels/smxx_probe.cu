@@ -1,5 +1,7 @@
 // Sampled query rows of every head, computed from q and k and from Qhat and Khat: what smxx_decide.cu compares.
-// One thread block has ROWS rows of one head, one of the two variants, and one of the splits of the keys.
+// One thread block has ROWS rows of one head, one of the variants, and one of the splits of the keys. The variants are
+// exact and reduced; where some keys stay exact, they are the far keys, exact, those that stay exact, and the far keys,
+// reduced: the first two make the exact row, the last two the reduced one.
 //
 // Rows are drawn where they may matter. A row's chance is a quarter each of: uniform, and by one over the number of keys
 // that it sees; and half by its residual, the energy of the row that Qhat misses. A row that takes more than its share
@@ -9,6 +11,7 @@
 //   DTYPE       0 float16, 1 bfloat16, 2 float32
 //   HEAD_DIM    columns of Q and K, a multiple of 16; HEAD_DIM_V columns of V
 //   TILE_K      keys per step
+//   KEPT        1: some keys stay exact
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
 //   SPLIT       1: float32 by three TF32 products; 0: one
 //   SHARED_BYTES  what the plan reserves
@@ -26,14 +29,17 @@ struct ProbeParams {
     const T* qhat;          // (batch, heads, seqlen_q, columns), contiguous
     const T* khat;          // (batch, heads_kv, seqlen_k, columns), contiguous
     const float* residual;  // (batch, heads, seqlen_q), contiguous
+    const float* shift;     // (batch, heads, seqlen_q), contiguous: what scores of Khat lack; null if nothing stays exact
     const i32* ranks;       // (batch, heads): columns of Qhat and Khat to use; HEAD_DIM: nothing to compare
     float* factors;         // (batch, heads, ROWS): one over a drawn row's chance
-    float* outputs;         // (batch, heads, 2, splits, ROWS, HEAD_DIM_V), not normalised
-    float* sums;            // (batch, heads, 2, splits, ROWS, 2): maximum, in powers of two, and sum
+    float* outputs;         // (batch, heads, variants, splits, ROWS, HEAD_DIM_V), not normalised
+    float* sums;            // (batch, heads, variants, splits, ROWS, 2): maximum, in powers of two, and sum
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
     i64 band_low, band_high;
+    i64 near_low, near_high;  // the keys that stay exact, from query + near_low to query + near_high,
+    i32 sinks;                // and the first of all
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 columns, splits;
     float scale;
@@ -51,6 +57,8 @@ constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kElements = kChunkBytes / int(sizeof(T));
 constexpr bool kSplit = SPLIT;
+constexpr int kVariants = KEPT ? 3 : 2;
+enum Variant { kWhole, kFar = kWhole, kNear, kReduced = kVariants - 1 };
 constexpr float kLog2E = 1.4426950409f;
 static_assert(HEAD_DIM % 16 == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
@@ -156,6 +164,20 @@ DEVICE void draw(SharedStorage& shared, Chances chances, int seqlen_q, float* fa
     __syncthreads();
 }
 
+// Sets the scores of keys that stay exact to minus infinity, or those of all others. near: the others of two rows.
+template <int kTiles>
+DEVICE void keep_part(float (&scores)[kTiles][4], const KeySpan (&near)[2], int sinks, bool wanted, int key) {
+#pragma unroll
+    for (int nt = 0; nt < kTiles; ++nt) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int own = key + nt * 8 + i % 2;
+            const bool kept = own < sinks || (own >= near[i / 2].first && own <= near[i / 2].last);
+            if (kept != wanted) scores[nt][i] = -infinity();
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const ProbeParams params) {
@@ -165,8 +187,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
     const int lane = thread % kWarpSize;
     const int warp_row = thread / kWarpSize * 16;
     const int split = block_index() % params.splits;
-    const int variant = block_index() / params.splits % 2;
-    const int batch_head = block_index() / (2 * params.splits);
+    const int variant = block_index() / params.splits % kVariants;
+    const int batch_head = block_index() / (kVariants * params.splits);
     const int batch = batch_head / params.heads;
     const int head = batch_head % params.heads;
     const int head_kv = head / params.heads_per_kv;
@@ -178,14 +200,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
     draw(shared, {band, params.residual + first_row, 0.f, 0.f, 0.f}, params.seqlen_q,
          variant == 0 && split == 0 ? params.factors + batch_head * kRows : nullptr);
 
-    // Variant 0 is exact.
-    const int columns = variant ? rank : HEAD_DIM;
-    const i64 q_row = variant ? params.columns : params.q_row;
-    const i64 k_row = variant ? params.columns : params.k_row;
-    const T* q = variant ? params.qhat + first_row * params.columns
+    const bool reduced = variant == kReduced;
+    const int columns = reduced ? rank : HEAD_DIM;
+    const i64 q_row = reduced ? params.columns : params.q_row;
+    const i64 k_row = reduced ? params.columns : params.k_row;
+    const T* q = reduced ? params.qhat + first_row * params.columns
                          : params.q + batch * params.q_batch + head * params.q_head;
     const i64 unit_kv = static_cast<i64>(batch) * (params.heads / params.heads_per_kv) + head_kv;
-    const T* k = variant ? params.khat + unit_kv * params.seqlen_k * params.columns
+    const T* k = reduced ? params.khat + unit_kv * params.seqlen_k * params.columns
                          : params.k + batch * params.k_batch + head_kv * params.k_head;
     const T* v = params.v + batch * params.v_batch + head_kv * params.v_head;
     for (int i = thread; i < kRows * (HEAD_DIM / kElements); i += kThreads) {
@@ -198,10 +220,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
     }
 
     KeySpan seen[2];
+#if KEPT
+    KeySpan near[2];
+#endif
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = shared.rows[warp_row + lane / 4 + half * 8];
         seen[half] = {band.first_key(row), band.last_key(row)};
+#if KEPT
+        const Band near_band = {params.near_low, params.near_high, params.seqlen_k};
+        near[half] = {near_band.first_key(row), near_band.last_key(row)};
+#endif
     }
     const u32 queries = left_address<T>(shared.q, warp_row, lane);
     float output[1][kOutTiles][4] = {};
@@ -228,6 +257,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
                                                                        columns / kStepColumns);
         scale_scores(scores, params.scale, 0.f);
         apply_mask(scores[0], seen, key + lane % 4 * 2);
+#if KEPT
+        keep_part(scores[0], near, params.sinks, variant == kNear, key + lane % 4 * 2);
+#endif
         softmax.update(scores, output, kLog2E);
         multiply_weights_values<T, kSplit, false>(output, scores, shared.v, lane);
         __syncthreads();  // every warp is done with the keys and values
@@ -248,7 +280,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
         }
         if (lane % 4 == 0) {
             float* sums = params.sums + (part + row) * 2;
-            sums[0] = softmax.maximum[0][half] * kLog2E;
+            float top = softmax.maximum[0][half];
+#if KEPT
+            if (reduced) top += params.shift[first_row + shared.rows[row]];
+#endif
+            sums[0] = top * kLog2E;
             sums[1] = softmax.sum[0][half];
         }
     }

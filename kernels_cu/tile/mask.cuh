@@ -16,6 +16,44 @@ struct Band {
         const i64 key = query + high;
         return key < -1 ? -1 : key > seqlen_k - 1 ? seqlen_k - 1 : static_cast<int>(key);
     }
+    // Bounds of a query's keys, counted from a tile's first.
+    DEVICE int lowest(int bound, int) const { return bound; }
+    DEVICE int highest(int bound, int first_key) const { return min(bound, seqlen_k - first_key - 1); }
+};
+
+// The same, of the keys from first up to but not including end.
+struct CutBand {
+    i64 low;
+    i64 high;
+    int first, end;
+
+    DEVICE int first_key(int query) const {
+        const i64 key = query + low;
+        return key < first ? first : key > end ? end : static_cast<int>(key);
+    }
+    DEVICE int last_key(int query) const {
+        const i64 key = query + high;
+        return key < first - 1 ? first - 1 : key > end - 1 ? end - 1 : static_cast<int>(key);
+    }
+    DEVICE int lowest(int bound, int first_key) const { return max(bound, first - first_key); }
+    DEVICE int highest(int bound, int first_key) const { return min(bound, end - first_key - 1); }
+};
+
+// The passes over their keys that the queries of a head make, one after another, if heads differ in the columns of Q and K
+// that count, and some keys may stay exact. A head that is reduced makes the first count of them, of which the first exact
+// ones multiply Q and K themselves; a head that is whole makes kWhole alone. No query sees a key in two passes.
+struct Passes {
+    static constexpr int kWhole = 5;
+    i64 low[kWhole + 1], high[kWhole + 1];
+    i32 first[kWhole + 1], end[kWhole + 1];
+    i32 exact, count;
+
+    DEVICE CutBand band(int pass) const { return {low[pass], high[pass], first[pass], end[pass]}; }
+    // Of a head that is whole, or not: the first pass, the one after the last, and whether the last is reduced.
+    DEVICE int begin(bool whole) const { return whole ? kWhole : 0; }
+    DEVICE int after(bool whole) const { return whole ? kWhole + 1 : count; }
+    DEVICE bool ends_reduced(bool whole) const { return !whole && exact < count; }
+    DEVICE bool reduced(int pass) const { return pass >= exact && pass < kWhole; }
 };
 
 // Which query a row below the lane's first has, counted from the first of the tile.
@@ -31,21 +69,20 @@ struct PackedRows {
 
 // Sets the scores of invisible keys to minus infinity. scores[mt][nt] is the accumulator of the lane's rows 16 mt (+ 8)
 // and keys key + 8 nt (+ 1), counted from first_query and first_key of the tile.
-template <class Rows, int kRowTiles, int kKeyTiles>
-DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const Band& band, int first_query, int first_key,
+template <class AnyBand, class Rows, int kRowTiles, int kKeyTiles>
+DEVICE void apply_mask(float (&scores)[kRowTiles][kKeyTiles][4], const AnyBand& band, int first_query, int first_key,
                        const Rows& rows, int key) {
     // Relative to the tile everything fits 32 bits; a bound that is far away may be brought nearer.
     const i64 far = 1 << 28;
     const int low = static_cast<int>(max(-far, min(far, band.low + first_query - first_key)));
     const int high = static_cast<int>(max(-far, min(far, band.high + first_query - first_key)));
-    const int end = band.seqlen_k - first_key;
 #pragma unroll
     for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = rows.query(mt * 16 + half * 8);
-            const int first = query + low - key;
-            const int last = min(query + high, end - 1) - key;
+            const int first = band.lowest(query + low, first_key) - key;
+            const int last = band.highest(query + high, first_key) - key;
 #pragma unroll
             for (int nt = 0; nt < kKeyTiles; ++nt) {
 #pragma unroll

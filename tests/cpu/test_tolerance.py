@@ -33,10 +33,12 @@ def low_rank(seed, rank, noise, *, seqlen=300, heads=3, head_dim=32):
     st.sampled_from([0.005, 0.02, 0.2]),
     st.booleans(),
     st.sampled_from(["plain", "sink", "query", "key"]),
+    st.sampled_from([(0, 0), (40, 0), (1, 3), (300, 0)]),
 )
-def test_every_head_keeps_to_it(seed, rank, noise, tolerance, causal, kind):
+def test_every_head_keeps_to_it(seed, rank, noise, tolerance, causal, kind, kept):
     q, k, v = low_rank(seed, rank, noise)
-    projection = Projection.fit(q, k, rank=16)  # on what comes before something unusual happens
+    # On what comes before something unusual happens.
+    projection = Projection.fit(q, k, rank=16).with_near(kept[0], sinks=kept[1])
     if kind == "sink":
         k[:, :, :2] += 4 * random(seed + 6, 1, 3, 1, 32)
     elif kind == "query":
@@ -59,6 +61,18 @@ def test_ranks_go_down_where_data_is_low_rank():
     exact = cudistr.attention(q, k, v, causal=True)
     found = cudistr.attention(q, k, v, causal=True, reduction=projection, tolerance=0.02)
     np.testing.assert_array_equal(found[:, 1], exact[:, 1])
+
+
+def test_exact_keys_make_room_for_ranks():
+    # Every query attends to its own position, which the projection has not seen.
+    q, k, v = low_rank(1, 12, 0.001)
+    projection = Projection.fit(q, k, rank=16)
+    near = random(7, 1, 3, 300, 32)
+    q, k = q + near, k + near
+    options = dict(causal=True, tolerance=0.4, rows=300)
+    for kept, ranks in ((0, (32, 32, 32)), (8, (16, 16, 16))):
+        report = cudistr.attention_error(q, k, v, reduction=projection.with_near(kept), **options)
+        assert report.ranks == (ranks,) and report.output.value <= 0.4
 
 
 def test_nan_is_exact():
@@ -90,13 +104,12 @@ def test_rows_are_drawn_where_the_error_is():
         ("small", {}, TypeError, "tolerance must be a number .* got str"),
         (0.02, {"reduction": None}, TypeError, "a cudistr.Projection, got reduction None"),
         (0.02, {"reduction": cudistr.LSH(2)}, TypeError, "a cudistr.Projection, got reduction cudistr.*LSH"),
-        (0.02, {"near": 5}, ValueError, "exact keys, got near=5 and sinks=0"),
         (0.02, {"head_dim": 24}, ValueError, "multiple of 16, got 24"),
     ],
 )
 def test_bad_tolerances(tolerance, change, error, text):
     q, k, v = low_rank(4, 4, 0.1, seqlen=10, head_dim=change.pop("head_dim", 32))
-    projection = Projection.fit(q, k, rank=16).with_near(change.pop("near", 0))
+    projection = Projection.fit(q, k, rank=16)
     for call in (cudistr.attention, reference.attention, cudistr.attention_error):
         with pytest.raises(error, match=text):
             call(q, k, v, **{"reduction": projection, **change}, tolerance=tolerance)

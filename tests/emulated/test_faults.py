@@ -76,7 +76,7 @@ FAULTS = {
     ),
     "no barrier after the permutation is read": Fault(
         FLASH,
-        f"permutation, thread);\n        {BARRIER}",
+        f"permutation, thread);\n            {BARRIER}",
         "permutation, thread);",
         RACE,
         GROUPED,
@@ -126,7 +126,7 @@ FAULTS = {
     ),
     # Asynchronous copies
     "no wait for the keys": Fault(
-        FLASH, "        cp_async_wait<0>();\n        __syncthreads();  // the keys", "        __syncthreads();  // the keys",
+        FLASH, "cp_async_wait<0>();\n            __syncthreads();  // the keys", "__syncthreads();  // the keys",
         "asynchronous copy of thread .* has not landed"
     ),
     "a wait that leaves one copy too many": Fault(
@@ -134,7 +134,7 @@ FAULTS = {
     ),
     "a copy that is never committed": Fault(
         FLASH,
-        "value_copy.move(-TILE_K * params.v_row);\n        cp_async_commit();",
+        "value_copy.move(-TILE_K * params.v_row);\n            cp_async_commit();",
         "value_copy.move(-TILE_K * params.v_row);",
         "asynchronous copy of thread .* has not landed",
     ),
@@ -154,9 +154,11 @@ FAULTS = {
     "one key too few under a mask": Fault(
         "tile/mask.cuh", "offset > last", "offset >= last", WRONG, {"causal": True}
     ),
-    "one key too many at the end of a sequence": Fault("tile/mask.cuh", "min(query + high, end - 1)", "query + high", WRONG),
+    "one key too many at the end of a sequence": Fault(
+        "tile/mask.cuh", "return min(bound, seqlen_k - first_key - 1);", "return bound;", WRONG
+    ),
     "the wrong key head": Fault(
-        FLASH, "place.head / params.heads_per_kv", "place.head", "cp.async of 16 bytes outside"
+        FLASH, "place.head / params.heads_per_kv;\n    const T* k", "place.head;\n    const T* k", "cp.async of 16 bytes outside"
     ),
     "the rows of the output one too far": Fault(
         FLASH, "(first_row + row) * params.out_row;", "(first_row + row + 1) * params.out_row;", "(outside|wrote too)"
@@ -252,8 +254,8 @@ SHARED = {
         "nothing wrote|before its copies landed", splits=5
     ),
     "a warp without queries that copies nothing": Fault(
-        FLASH, "        cp_async_wait<0>();\n        __syncthreads();  // the keys",
-        "        if (idle) continue;\n        cp_async_wait<0>();\n        __syncthreads();  // the keys",
+        FLASH, "cp_async_wait<0>();\n            __syncthreads();  // the keys",
+        "if (idle) continue;\n            cp_async_wait<0>();\n            __syncthreads();  // the keys",
         "different barriers|nothing wrote|others have returned", lengths=FEW
     ),
     "warps without work that have some": Fault(FLASH, "warp_row >= rows;", "warp_row + 16 >= rows;", WRONG, lengths=(50, 173)),
@@ -286,9 +288,12 @@ FAULTS |= {f"shared keys: {name}": fault for name, fault in SHARED.items()}
 # Heads of different ranks, 16 and 64 of 64 columns, whose K has a mean.
 RANKED = {"ranks": (16, 48)}
 WITHIN = {"ranks": (16, 48), "tolerance": 0.9}
+KEPT = {**RANKED, "kept": (40, 9), "causal": True}  # keys that stay exact
+KEPT_WITHIN = {**WITHIN, "kept": (40, 9)}
 FAULTS |= {
     "the columns of another head": Fault(
-        FLASH, "params.ranks[place.batch_head]", "params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}", RANKED
+        FLASH, "rank = params.ranks[place.batch_head]", "rank = params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}",
+        RANKED,
     ),
     "a step of a head too few": Fault(FLASH, "columns / kStepColumns);", "columns / kStepColumns - 1);", WRONG, RANKED),
     "a chunk of a head too few": Fault(
@@ -316,6 +321,14 @@ FAULTS |= {
         DECIDE, "for (int s = 0; s < splits; ++s) {", "for (int s = 0; s < 1; ++s) {", "Not equal", WITHIN
     ),
     "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
+    "maxima of other scores": Fault(FLASH, "softmax.maximum[mt][half] -=", "softmax.maximum[mt][half] -= 0.f *", WRONG, KEPT),
+    "a pass too few": Fault("tile/mask.cuh", "whole ? kWhole + 1 : count;", "whole ? kWhole + 1 : count - 1;", WRONG, KEPT),
+    "keys of the pass before": Fault("tile/mask.cuh", "max(bound, first - first_key)", "bound", WRONG, KEPT),
+    "a sample of all keys twice": Fault(PROBE, "if (kept != wanted)", "if (kept && !wanted)", "Not equal", KEPT_WITHIN),
+    "a sample without what Khat lacks": Fault(PROBE, "if (reduced) top +=", "if (false) top +=", "Not equal", KEPT_WITHIN),
+    "an exact sample for a reduced one": Fault(
+        DECIDE, "(params.parts - params.splits) * kRows", "0 * kRows", "Not equal|Arrays are not equal", KEPT_WITHIN
+    ),
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
@@ -418,7 +431,7 @@ ON_HOPPER = {
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
     # Order
     "queries never given back": Fault(
-        HOPPER, "\n                    if (!kGrouped && tile == place.first_tile) release(shared.q_barriers, place_number);", "",
+        HOPPER, "\n                    if (other_queries) release(shared.q_barriers, place_number);", "",
         "no thread of block .* can go on"
     ),
     "one warp that does not give back": Fault(
@@ -486,6 +499,15 @@ ON_HOPPER = {
         PANELS, "^ row / (128 / kWidth) % (kWidth / 16);", "^ row % 2;", WRONG, GROUPED
     ),
 }  # fmt: skip
+ON_HOPPER |= {
+    "queries of the band before": Fault(
+        HOPPER, "shared.q_barriers.wait(++place_number);", "++place_number;", RACE, KEPT
+    ),
+    "maxima of other scores": Fault(
+        HOPPER, "softmax.maximum[half] -=", "softmax.maximum[half] -= 0.f *", WRONG, KEPT
+    ),
+    "an lse of other scores": Fault(HOPPER, "if (lacks) log_sum +=", "if (false) log_sum +=", WRONG, KEPT),
+}
 for _name, _fault in ON_HOPPER.items():
     _lengths = (261, 661) if _fault.lengths == Fault.lengths else _fault.lengths  # tiles are larger
     FAULTS[f"Hopper: {_name}"] = dataclasses.replace(_fault, family="hopper", lengths=_lengths)
@@ -504,14 +526,14 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
     options = dict(fault.options)
-    ranks = options.pop("ranks", None)
+    ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))
     q, k, v = util.inputs(
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
         head_dim=128 if ranks and max(ranks) > 64 else 64,
     )  # fmt: skip
     if ranks:
         k += k.dtype.type(0.5)
-        options["reduction"] = projection = util.of_ranks(q, k, *ranks)
+        options["reduction"] = projection = util.of_ranks(q, k, *ranks).with_near(kept[0], sinks=kept[1])
     if "tolerance" in options:
         monkeypatch.setattr(Settings, "multiprocessors", 6)  # keys are split between several thread blocks
         arrays = [util.on_device(x) for x in (q, k, v)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, same_bits
+from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, same_bits, splits
 from tests.strategies import DTYPES, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +39,19 @@ def test_projected(dtype, options, exact, lengths):
 def test_ranks(dtype, head_dim, rank, head_dim_v):
     q, k, v = inputs(rank, dtype, batch=1, lengths=(90, 100), head_dim=head_dim, head_dim_v=head_dim_v)
     check_kernel(q, k, v, reduction=fitted(q, k, rank), causal=True)
+
+
+@each_dtype
+def test_columns_that_are_no_whole_steps(dtype):
+    q, k, v = inputs(63, dtype, batch=1, heads=2, lengths=(90, 100), head_dim=40, head_dim_v=24)
+    check_kernel(q, k, v, reduction=fitted(q, k, 32).with_near(20, sinks=3), causal=True)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_few_queries_whose_keys_are_shared(seqlen_q):
+    q, k, v = shifted(*inputs(64, np.float16, batch=1, heads=4, heads_kv=2, lengths=(seqlen_q, 900)))
+    with splits(3):
+        check_kernel(q, k, v, reduction=of_ranks(q, k, 16, 64).with_near(200, sinks=70), causal=True)
 
 
 @each_dtype

@@ -26,8 +26,10 @@ def arrays(dtype, seqlen=200):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (60, 20), "scale": -0.2}], ids=str)
-def test_decisions_are_those_of_the_host(dtype, options):
+@pytest.mark.parametrize("kept", [(0, 0), (20, 9)], ids=str)
+def test_decisions_are_those_of_the_host(dtype, options, kept):
     q, k, v, projection = arrays(dtype)
+    projection = projection.with_near(kept[0], sinks=kept[1])
     problem = normalize.problem(q, k, v, reduction=projection, **options)
     expected, wanted = reference.decide(q, k, v, problem, projection, 0.05)
     assert expected[0, 0] == 16 and expected[0, 1] == 32
