@@ -372,6 +372,47 @@ def _check_row(where: str, row: Any) -> None:
         _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
 
 
+SHARINGS = ("context", "heads")
+_FIGURES = ("overlap", "scaling_total", "scaling_share")
+
+
+def sharing_figures(ms: Mapping[str, float], ranks: int) -> dict[str, float]:
+    """What follows from the times of a row of a record of several GPUs, as far as they are there.
+
+    ``overlap`` is the part of the shorter of "attention" and "transfers", each by itself, that is hidden behind the
+    longer one when both run together. ``scaling_total`` is the time of one GPU for the whole sequence over the time
+    that all ranks need together. ``scaling_share`` is the time in which one GPU attends its share of the rows to as
+    many keys, times the number of ranks, because that many shares of keys pass by, over the time of a rank.
+    """
+    figures: dict[str, float] = {}
+    if "cudistr" not in ms:
+        return figures
+    if {"attention", "transfers"} <= set(ms):
+        hidden = ms["attention"] + ms["transfers"] - ms["cudistr"]
+        figures["overlap"] = round(min(1.0, max(0.0, hidden / min(ms["attention"], ms["transfers"]))), 4)
+    if "single_total" in ms:
+        figures["scaling_total"] = round(ms["single_total"] / (ranks * ms["cudistr"]), 4)
+    if "single_share" in ms:
+        figures["scaling_share"] = round(ranks * ms["single_share"] / ms["cudistr"], 4)
+    return figures
+
+
+def _check_shared_row(where: str, row: Any, ranks: int) -> None:
+    _check_names(where, row, ("method", "parallel", *_CASE_KINDS, "ms"), ("failed", *_FIGURES))
+    _check_case(where, row)
+    if not isinstance(row["method"], str) or re.fullmatch(r"exact|lsh[1-9]\d*", row["method"]) is None:
+        _refuse(f"{where}.method", row["method"], "'exact', or 'lsh' with a group size")
+    if row["parallel"] not in SHARINGS:
+        _refuse(f"{where}.parallel", row["parallel"], f"one of {', '.join(SHARINGS)}")
+    _check_numbers(f"{where}.ms", row["ms"])
+    _check_texts(f"{where}.failed", row.get("failed", {}))
+    if ("cudistr" in row["ms"]) == ("cudistr" in row.get("failed", {})):
+        _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
+    figures, found = sharing_figures(row["ms"], ranks), {x: row[x] for x in _FIGURES if x in row}
+    if figures != found:
+        _refuse(where, found, f"an object whose figures follow from its ms, {figures}")
+
+
 def validate(record: Any) -> None:
     """Check the form of a record.
 
@@ -379,20 +420,29 @@ def validate(record: Any) -> None:
     list of objects with the fields of a :class:`Case`, ``method`` ("exact", "lsh2", ..., or "group"),
     ``kernel`` ("portable" or "hopper"), ``ms`` (candidate to milliseconds) and, if something could not be
     timed, ``failed`` (candidate to message). "cudistr" is in one of the two. A record of host overhead has
-    ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well.
+    ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well. A record of several GPUs has
+    ``ranks`` and ``transport`` as well; its rows have ``parallel`` in place of ``kernel``, and what
+    :func:`sharing_figures` makes of their ms.
 
     Raises
     ------
     ValueError
         Naming the field, what it holds and what is allowed.
     """
-    host = ("host_us", "host_case")
-    _check_names("the record", record, _HEAD, host)
+    host, shared = ("host_us", "host_case"), ("ranks", "transport")
+    _check_names("the record", record, _HEAD, (*host, *shared))
     for name in ("device", "commit", "command"):
         _check_texts("the record", {name: record[name]})
     _check_texts("versions", record["versions"])
     if not isinstance(record["rows"], list):
         _refuse("rows", record["rows"], "a list")
+    if any(name in record for name in shared):
+        _check_names("the record", record, (*_HEAD, *shared))
+        _check_numbers("the record", {"ranks": record["ranks"]})
+        _check_texts("the record", {"transport": record["transport"]})
+        for i, row in enumerate(record["rows"]):
+            _check_shared_row(f"rows[{i}]", row, record["ranks"])
+        return
     for i, row in enumerate(record["rows"]):
         _check_row(f"rows[{i}]", row)
     if any(name in record for name in host):
@@ -464,10 +514,12 @@ def write(record: dict[str, Any], folder: pathlib.Path, name: str) -> pathlib.Pa
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as text, one line each; milliseconds, and a dash where a candidate was not timed."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["ms"], *row.get("failed", {}))))
-    head = ["method", "kernel", "dtype", "d", "dv", "heads", "kv", "batch", "seqlen", "causal"]
-    lines = [[*head, *(f"{name} ms" for name in names)]]
+    figures = [name for name in _FIGURES if any(name in row for row in rows)]
+    how = "parallel" if any("parallel" in row for row in rows) else "kernel"
+    head = ["method", how, "dtype", "d", "dv", "heads", "kv", "batch", "seqlen", "causal"]
+    lines = [[*head, *(f"{name} ms" for name in names), *figures]]
     for row in rows:
-        cells = [row["method"], row["kernel"], row["dtype"], row["head_dim"], row["head_dim_v"], row["heads"]]
+        cells = [row["method"], row[how], row["dtype"], row["head_dim"], row["head_dim_v"], row["heads"]]
         lengths = dict.fromkeys((row["seqlen_q"], row["seqlen_k"]))  # one if they are equal
         cells += [
             row["heads_kv"],
@@ -476,6 +528,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "yes" if row["causal"] else "no",
         ]
         cells += [f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names]
+        cells += [f"{row[name]:.2f}" if name in row else "-" for name in figures]
         lines.append([str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -736,11 +789,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grouping", action="store_true", help="time cudistr.group alone as well")
     parser.add_argument("--host", action="store_true", help="measure the host's time per call instead")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="measure several GPUs instead; every process of mpiexec runs this command",
+    )
+    parser.add_argument(
+        "--parallel", nargs="+", default=list(SHARINGS), choices=SHARINGS, help="with --distributed"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds, with --distributed (%(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing per candidate (%(default)s)")
     parser.add_argument(
         "--output", type=pathlib.Path, metavar="FOLDER", help="where the folder of the device goes"
     )
-    parser.add_argument("--name", help="of the record (attention; host with --host)")
+    parser.add_argument("--name", help="of the record (attention; host, distributed)")
 
 
 def _positive(text: str) -> int:
@@ -755,6 +819,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(dict.fromkeys(args.method))
     for method in chosen:
         reduction_of(method)  # refuse a wrong name before anything is timed
+    if args.distributed:
+        return int(importlib.import_module("cudistr.distributed.measure").run(args))
     record: dict[str, Any] = {"device": "", "commit": "", "command": command_of(args.argv)}
     rows: list[dict[str, Any]] = []
     with Machine() as machine:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cudistr
-from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
+from cudistr.errors import CompileError, CudaUnavailableError, DistributedError, UnsupportedDeviceError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -34,6 +34,7 @@ DEBUG_VARIABLE = "CUDISTR_DEBUG"
 EXPECTED = (
     CompileError,
     CudaUnavailableError,
+    DistributedError,
     UnsupportedDeviceError,
     ValueError,
     TypeError,

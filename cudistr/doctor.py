@@ -133,7 +133,7 @@ class Facts:
 
     ``driver`` and ``runtime`` are CUDA versions (major, minor); ``driver`` is the newest CUDA that the
     driver runs. ``sources`` counts the .cu and .cuh files. ``tiles`` are those that ``cudistr tune`` has kept for
-    the GPU of the self test.
+    the GPU of the self test. ``nccl`` and ``mpi`` are asked for where there are several GPUs.
     """
 
     python: str = ""
@@ -150,6 +150,8 @@ class Facts:
     cache: Cache | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     tiles: tuple[str, ...] = ()
+    nccl: str | None = None
+    mpi: str | None = None
     compiled: Compiled | None = None
     self_test: SelfTest | None = None
     errors: Mapping[str, str] = field(default_factory=dict)
@@ -247,6 +249,23 @@ def _architectures() -> tuple[int, ...]:
     from cupy.cuda import nvrtc
 
     return tuple(sorted(int(arch) for arch in nvrtc.getSupportedArchs()))
+
+
+def _nccl() -> str:
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        raise RuntimeError("CuPy does not find it")
+    version = int(nccl.get_version())
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _mpi() -> str:
+    from mpi4py import MPI
+
+    return (
+        f"mpi4py {importlib.metadata.version('mpi4py')}, {MPI.Get_library_version().splitlines()[0].strip()}"
+    )
 
 
 def _sources() -> tuple[str, int, int]:
@@ -385,6 +404,8 @@ def gather(self_test: bool = True) -> Facts:
         errors=errors,
         **asked,
     )
+    if len(facts.gpus or ()) > 1:
+        facts = dataclasses.replace(facts, nccl=ask("nccl", _nccl), mpi=ask("mpi", _mpi))
     facts = dataclasses.replace(facts, tiles=ask("tiles", lambda: _tiles(facts.device)) or ())
     if not self_test:
         return facts
@@ -538,6 +559,24 @@ def check_gpus(facts: Facts) -> list[Check]:
     return lines
 
 
+def check_several_gpus(facts: Facts) -> list[Check]:
+    """Where there are several GPUs: what :mod:`cudistr.distributed` needs to use them together."""
+    if len(facts.gpus or ()) < 2:
+        return []
+    major = facts.runtime[0] if facts.runtime is not None else 13
+    lines = []
+    for name, version, package in (
+        ("nccl", facts.nccl, f"nvidia-nccl-cu{major}"),
+        ("mpi", facts.mpi, "mpi4py, and mpich if the machine has no MPI"),
+    ):
+        if version is not None:
+            lines.append(Check(name, "ok", version))
+            continue
+        remedy = f"cudistr.distributed uses several GPUs with it: pip install {package}"
+        lines.append(Check(name, "note", facts.errors.get(name, "unknown"), remedy))
+    return lines
+
+
 def check_nvrtc(facts: Facts) -> list[Check]:
     """NVRTC, and whether it knows each GPU."""
     if facts.cupy is None:
@@ -660,6 +699,7 @@ CHECKS: tuple[Callable[[Facts], list[Check]], ...] = (
     check_cupy,
     check_cuda,
     check_gpus,
+    check_several_gpus,
     check_nvrtc,
     check_kernels,
     check_environment,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CompileError", "CudaUnavailableError", "UnsupportedDeviceError"]
+__all__ = ["CompileError", "CudaUnavailableError", "DistributedError", "UnsupportedDeviceError"]
 
 
 class UnsupportedDeviceError(RuntimeError):
@@ -25,3 +25,19 @@ class CompileError(RuntimeError):
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(f"{message}\n{log}" if log else message)
         self.log = log
+
+
+class DistributedError(RuntimeError):
+    """A process of a group of several did not do its part; the group cannot be used any more.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        Who did not.
+    operation : str
+        What was under way.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), operation: str = "") -> None:
+        super().__init__(message)
+        self.ranks, self.operation = ranks, operation

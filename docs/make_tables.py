@@ -83,6 +83,39 @@ def host_times(record: dict[str, Any]) -> str:
     return table(["method", "microseconds of the host per call"], rows)
 
 
+def sharing(record: dict[str, Any]) -> str:
+    """Rows of a bench record of several GPUs."""
+    columns = {
+        "cudistr": "ms",
+        "attention": "attention alone, ms",
+        "transfers": "transfers alone, ms",
+        "single_total": "one GPU, whole sequence, ms",
+        "single_share": "one GPU, share of a rank, ms",
+    }
+    figures = {
+        "overlap": "overlap",
+        "scaling_total": "scaling at fixed length",
+        "scaling_share": "scaling at fixed length per GPU",
+    }
+    rows = []
+    for row in record["rows"]:
+        heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}/{row['heads_kv']}"
+        case = [method_name(row["method"]), row["parallel"], row["dtype"], str(row["head_dim"]), heads]
+        case += [str(row["batch"]), str(row["seqlen_k"]), "causal" if row["causal"] else "none"]
+        times = [figure(row["ms"].get(name)) for name in columns]
+        rows.append([*case, *times, *(f"{row[name]:.2f}" if name in row else "-" for name in figures)])
+    head = ["method", "parallel", "dtype", "head_dim", "heads", "batch", "seqlen", "mask"]
+    return table([*head, *columns.values(), *figures.values()], rows)
+
+
+def several_gpus(folder: Path = RECORDS) -> str:
+    """The records of several GPUs, or that there are none."""
+    found = [section(path, record) for path, record in records(folder) if "ranks" in record]
+    return (
+        "\n".join(found) or "Speed on several GPUs has not been measured yet: no record has been committed.\n"
+    )
+
+
 def demo(record: dict[str, Any]) -> str:
     head = ["method", "ms per forward", "ms of attention", "layer error, mean", "worst layer", "worst head",
             "rounding, worst layer", "cosine of features, mean", "worst token"]  # fmt: skip
@@ -235,6 +268,8 @@ def section(path: Path, record: dict[str, Any]) -> str:
     text = f"`{record['command']}` on {record['device']}, commit {record['commit'][:12]}. {versions}.\n\n"
     if "host_us" in record:
         return title + text + host_times(record)
+    if "ranks" in record:
+        return f"{title}{record['ranks']} ranks over {record['transport'].upper()}. {text}{sharing(record)}"
     text += "Milliseconds of a call, medians over rounds in which the columns take turns.\n\n"
     return title + text + times(record["rows"])
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpu import mpi
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -27,8 +29,14 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def example(name: str) -> str:
-    return run(str(EXAMPLES / name))
+def example(name: str, processes: int = 0) -> str:
+    """What an example prints, by itself or in so many processes without GPUs."""
+    if not processes:
+        return run(str(EXAMPLES / name))
+    command = mpi.command(processes, str(EXAMPLES / name))
+    done = subprocess.run(command, cwd=ROOT, env=mpi.variables(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def value(label: str, text: str) -> float:
@@ -40,7 +48,7 @@ def value(label: str, text: str) -> float:
 
 def test_every_example_has_a_test() -> None:
     here = Path(__file__).read_text()
-    assert [p.name for p in sorted(EXAMPLES.glob("*.py")) if f'example("{p.name}")' not in here] == []
+    assert [p.name for p in sorted(EXAMPLES.glob("*.py")) if f'example("{p.name}"' not in here] == []
 
 
 def test_exact() -> None:
@@ -116,6 +124,30 @@ def test_evaluate() -> None:
         "LSH, 32 columns", "Projection, 32 columns on average"
     ))  # fmt: skip
     assert grouped < 0.8 < 0.9 < projected  # on data that neither has seen
+
+
+needs_mpi = pytest.mark.skipif(not mpi.available(), reason="mpi4py and mpiexec are not installed")
+
+
+@needs_mpi
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_gpus(processes: int) -> None:
+    text = example("09_several_gpus.py", processes)
+    assert text.startswith(f"{processes} processes, arrays: numpy")
+    for way in ("ring", "ring, LSH", "heads"):
+        # float32 sums in another order; outputs of the first rows are as large as values, up to 4.
+        assert value(f"{way}, largest difference from one call", text) <= 4e-6
+
+
+@needs_mpi
+def test_several_gpus_torch() -> None:
+    text = example("10_several_gpus_torch.py")
+    if importlib.util.find_spec("torch") is None:
+        assert text.startswith("PyTorch is not installed")
+        pytest.skip("PyTorch is not installed")
+    assert "out: Tensor (1, 8, 512, 64)" in text
+    bound = 2**-5 if "torch.bfloat16" in text else 1e-5  # two units in the last place of outputs up to 4
+    assert value("largest difference from torch's attention", text) <= bound
 
 
 def test_readme_snippet() -> None:

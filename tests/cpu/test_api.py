@@ -90,7 +90,9 @@ def test_public_names_exist_and_are_documented():
             assert getattr(cudistr, name).__doc__
 
 
-@pytest.mark.parametrize("module", ["cudistr.api", "cudistr.projection", "cudistr.reductions"])
+@pytest.mark.parametrize(
+    "module", ["cudistr.api", "cudistr.projection", "cudistr.distributed.schedule", "cudistr.reductions"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0 and result.failed == 0

@@ -318,6 +318,51 @@ def test_invalid_records(record: dict[str, Any], change: Callable[[dict[str, Any
         bench.validate(spoiled)
 
 
+@pytest.fixture
+def shared() -> dict[str, Any]:
+    """A record of several GPUs."""
+    ms = {"cudistr": 2.0, "attention": 1.75, "transfers": 1.0, "single_total": 6.0, "single_share": 0.4}
+    row = {"method": "lsh2", "parallel": "context", **bench.asdict(CASE), "ms": ms}
+    return {
+        "device": "NVIDIA H200", "commit": "0123abc", "command": "python -m cudistr bench --distributed",
+        "versions": {"cudistr": "0.1.0"}, "ranks": 4, "transport": "nccl",
+        "rows": [{**row, **bench.sharing_figures(ms, 4)}],
+    }  # fmt: skip
+
+
+def test_figures_of_several_gpus(shared: dict[str, Any]) -> None:
+    bench.validate(shared)
+    row = shared["rows"][0]
+    assert row["overlap"] == 0.75  # of the transfers' 1 ms, 0.25 are seen
+    assert row["scaling_total"] == 0.75  # 6 ms of one GPU are 1.5 ms of each of four
+    assert row["scaling_share"] == 0.8  # four shares of keys, 0.4 ms each
+    assert bench.sharing_figures({}, 4) == {}
+    assert bench.sharing_figures({"cudistr": 9.0, "attention": 2.0, "transfers": 1.0}, 2) == {"overlap": 0.0}
+    assert "overlap" in bench.table(shared["rows"]) and "context" in bench.table(shared["rows"])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (spoil("ranks", ...), r"missing \['ranks'\]"),
+        (spoil("ranks", 0), r"the record\['ranks'\] must be a positive number"),
+        (spoil("transport", ""), r"the record\['transport'\] must be text"),
+        (spoil("rows.0.method", "group"), r"rows\[0\]\.method must be 'exact', or 'lsh'"),
+        (spoil("rows.0.parallel", "batch"), r"rows\[0\]\.parallel must be one of context, heads"),
+        (spoil("rows.0.overlap", 0.9), r"figures follow from its ms"),
+        (spoil("rows.0.scaling_total", ...), r"figures follow from its ms"),
+        (spoil("rows.0.kernel", "portable"), r"unknown \['kernel'\]"),
+        (spoil("rows.0.ms.cudistr", ...), "'cudistr' in ms or in failed"),
+    ],
+)
+def test_invalid_records_of_several_gpus(
+    shared: dict[str, Any], change: Callable[[dict[str, Any]], None], text: str
+) -> None:
+    change(shared)
+    with pytest.raises(ValueError, match=text):
+        bench.validate(shared)
+
+
 def test_record_is_written_and_read_back(record: dict[str, Any], tmp_path: pathlib.Path) -> None:
     for written in (record, {**record, "rows": []}):
         path = bench.write(written, tmp_path / "benchmarks", "attention")

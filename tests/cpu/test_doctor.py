@@ -166,6 +166,20 @@ def test_only_an_old_gpu() -> None:
     assert "8.0" in line(facts, "GPU 1").remedy
 
 
+def test_several_gpus_need_nccl_and_mpi() -> None:
+    several = tuple(dataclasses.replace(ON_GPU.gpus[0], index=i) for i in range(2))
+    facts = changed(gpus=several, nccl="2.27.7", mpi="mpi4py 4.1.2, MPICH Version: 5.0.2")
+    assert problems(facts) == []
+    assert line(facts, "nccl") == Check("nccl", "ok", "2.27.7")
+    assert line(facts, "mpi").found.startswith("mpi4py 4.1.2")
+    facts = changed(gpus=several, errors={"nccl": "CuPy does not find it", "mpi": "No module named 'mpi4py'"})
+    assert problems(facts) == []  # each GPU works
+    assert line(facts, "nccl").status == line(facts, "mpi").status == "note"
+    assert line(facts, "nccl").remedy.endswith("pip install nvidia-nccl-cu13")
+    assert "mpi4py, and mpich" in line(facts, "mpi").remedy
+    assert "nccl" not in [check.name for check in doctor.checks(ON_GPU)]
+
+
 def test_architecture_that_nvrtc_does_not_know() -> None:
     check = line(changed(gpus=(NEWER,)), "GPU 0 target")
     assert check.status == "note"

@@ -143,7 +143,7 @@ def test_every_module_imports_with_cupy_blocked() -> None:
     assert {f"cudistr.{m}" for m in ROOMS} <= set(modules)
     program = (
         "import sys, importlib\n"
-        "for m in ('cupy', 'cupyx', 'torch', 'jax', 'onnx', 'skimage', 'scipy', 'matplotlib', 'tqdm', 'gguf', 'tokenizers'):\n"
+        "for m in ('cupy', 'cupyx', 'torch', 'jax', 'onnx', 'skimage', 'scipy', 'matplotlib', 'tqdm', 'gguf', 'tokenizers', 'mpi4py'):\n"
         "    sys.modules[m] = None\n"
         f"for m in {modules!r}:\n"
         "    importlib.import_module(m)\n"
@@ -170,6 +170,31 @@ def imported_rooms(path: Path) -> set[str]:
 def test_rooms_import_one_way(room: str) -> None:
     above = set(ROOMS[ROOMS.index(room) + 1 :])
     assert not imported_rooms(PACKAGE / f"{room}.py") & above
+
+
+# Of cudistr.distributed, which stands above all of the rooms. Each may import those before it.
+SHARED_ROOMS = ("schedule", "transport", "solve", "group", "measure")
+
+
+@pytest.mark.parametrize("room", SHARED_ROOMS)
+def test_rooms_of_several_processes_import_one_way(room: str) -> None:
+    text = (PACKAGE / "distributed" / f"{room}.py").read_text()
+    above = set(SHARED_ROOMS[SHARED_ROOMS.index(room) + 1 :])
+    assert not set(re.findall(r"cudistr\.distributed(?:\.| import )(\w+)", text)) & above
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_do_not_know_of_several_processes(room: str) -> None:
+    assert "distributed" not in imported_rooms(PACKAGE / f"{room}.py")
+
+
+def test_schedules_are_pure() -> None:
+    """Who sends what when is decided from numbers alone."""
+    found = {
+        m.partition(".")[0]
+        for m in imports_at_top(ast.parse((PACKAGE / "distributed" / "schedule.py").read_text()))
+    }
+    assert not found & {"mpi4py", "cupy", "threading", "time"}
 
 
 def test_kernels_map_names_every_source() -> None:

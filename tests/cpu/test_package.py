@@ -99,7 +99,7 @@ def test_wheel_metadata(built: tuple[Path, Path]) -> None:
         entry_points = wheel.read(name).decode()
     assert f"\nVersion: {cudistr.__version__}\n" in metadata
     assert set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M)) == {
-        "bench", "cuda12", "cuda13", "demo", "docs", "eval", "test",
+        "bench", "cuda12", "cuda13", "demo", "distributed", "docs", "eval", "test",
     }  # fmt: skip
     # What is installed without extras: NumPy and its bfloat16, and nothing else.
     required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_-]+)[^;\n]*$", metadata, re.M)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cudistr import plan
+from cudistr import bench, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +117,22 @@ def test_evaluation(folder: Path) -> None:
     assert found["eval-m"].startswith(
         "M, 99 tokens, float32, GPU X:\n\n| method |"
     )  # a GPU's before the CPU's
+
+
+def test_several_gpus(folder: Path) -> None:
+    unmeasured = "Speed on several GPUs has not been measured yet: no record has been committed.\n"
+    assert make_tables.several_gpus(folder) == unmeasured
+    ms = {"cudistr": 2.0, "attention": 1.75, "transfers": 1.0, "single_total": 6.0, "single_share": 0.4}
+    ring = {"method": "lsh2", "parallel": "context", **CASE, "ms": ms, **bench.sharing_figures(ms, 4)}
+    heads = {"method": "exact", "parallel": "heads", **CASE, "ms": {"cudistr": 3.0}}
+    record = {**BENCH, "ranks": 4, "transport": "nccl", "rows": [ring, heads]}
+    (folder / "gpu-x" / "distributed.json").write_text(json.dumps(record))
+    text = make_tables.several_gpus(folder)
+    assert text in make_tables.all_tables(folder)
+    assert "4 ranks over NCCL. `python -m cudistr bench` on GPU X" in text
+    case = "bfloat16 | 64 | 32/8 | 4 | 4096 | none"
+    assert f"| LSH(2) | context | {case} | 2.00 | 1.75 | 1.00 | 6.00 | 0.400 | 0.75 | 0.75 | 0.80 |" in text
+    assert f"| exact | heads | {case} | 3.00 | - | - | - | - | - | - | - |" in text
 
 
 def test_no_record(tmp_path: Path) -> None:

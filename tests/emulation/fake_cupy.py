@@ -83,7 +83,20 @@ def _memory(size: int) -> _Buffer:
     buffer = whole[start : start + size].view(_Buffer)
     buffer.fill(POISON)
     buffer.written = np.zeros(size, np.uint8)
+    _memories[_address(buffer)] = buffer
     return buffer
+
+
+_memories: weakref.WeakValueDictionary[int, _Buffer] = weakref.WeakValueDictionary()  # alive
+
+
+def _memcpy_async(target: int, source: int, size: int, kind: int, stream: int) -> None:
+    """``cupy.cuda.runtime.memcpyAsync`` within the device."""
+    for start, buffer in list(_memories.items()):
+        if start <= target < start + buffer.size and buffer.written is not None:
+            assert target + size <= start + buffer.size
+            buffer.written[target - start : target - start + size] = 1
+    ctypes.memmove(target, source, size)
 
 
 def _address(array: np.ndarray) -> int:
@@ -264,6 +277,9 @@ class Stream:
     def synchronize(self) -> None:
         """Nothing is ever under way."""
 
+    def wait_event(self, event: Event) -> None:
+        """Nothing is ever under way."""
+
     def __enter__(self) -> Stream:
         return self
 
@@ -272,6 +288,18 @@ class Stream:
 
 
 Stream.null = Stream()
+
+
+class Event:
+    """It has happened when it is recorded."""
+
+    done = True
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
+        pass
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Nothing is ever under way."""
 
 
 class _Region(ctypes.Structure):
@@ -528,6 +556,9 @@ def modules() -> dict[str, types.ModuleType]:
         getDevice=lambda: 0,
         getDeviceProperties=lambda device: {"name": b"Emulated GPU"},
         getDeviceCount=lambda: 1,
+        deviceGetPCIBusId=lambda device: f"0000:{device:02x}:00.0",
+        memcpyAsync=_memcpy_async,
+        memcpyDeviceToDevice=3,
         CUDARuntimeError=CUDARuntimeError,
     )
     function = _module("cupy.cuda.function", Module=Module, Function=Function)
@@ -539,6 +570,7 @@ def modules() -> dict[str, types.ModuleType]:
         function=function,
         Device=Device,
         Stream=Stream,
+        Event=Event,
         alloc=_alloc,
         get_current_stream=lambda: Stream.null,
         is_available=lambda: True,
