@@ -85,12 +85,13 @@ def _dim(reductions: list[Any], inputs: Inputs, causal: bool, xp: Any) -> float 
     dims: list[float | None] = []
     for reduction, (q, k, v) in zip(reductions, inputs, strict=True):
         if isinstance(reduction, Within):
-            dims.append(float(decided(q, k, v, reduction, causal, xp).mean()))
+            ranks = decided(q, k, v, reduction, causal, xp)
+            dims.append(mean_dim(reduction.projection, head_dim, seqlen, causal, ranks))
             continue
-        ranks = getattr(reduction, "ranks", reduction)
-        if ranks not in known:
-            known[ranks] = mean_dim(reduction, head_dim, seqlen, causal)
-        dims.append(known[ranks])
+        key = getattr(reduction, "ranks", reduction)
+        if key not in known:
+            known[key] = mean_dim(reduction, head_dim, seqlen, causal)
+        dims.append(known[key])
     return None if None in dims else statistics.fmean(dim for dim in dims if dim is not None)
 
 

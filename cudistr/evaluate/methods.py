@@ -80,7 +80,7 @@ def parse(spec: str) -> Method:
         options = OPTIONS | options
         if options["fit"] not in FITS:
             raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
-        options["tolerance"] = _tolerance(spec, options)
+        options["tolerance"] = _tolerance(options)
         if number is None and options["share"] == "yes":
             raise EvalError(
                 f"--reduction: {spec!r} shares ranks, for which it needs their mean, such as projection:32"
@@ -88,7 +88,7 @@ def parse(spec: str) -> Method:
     return Method(spec, kind, number, options)
 
 
-def _tolerance(spec: str, options: dict[str, Any]) -> float:
+def _tolerance(options: dict[str, Any]) -> float:
     """The tolerance of a projection's options, 0 without one."""
     try:
         tolerance = float(options["tolerance"])
@@ -98,8 +98,6 @@ def _tolerance(spec: str, options: dict[str, Any]) -> float:
         raise EvalError(
             f"--reduction: tolerance must be a number between 0 and 1, such as 0.02, got {options['tolerance']!r}"
         )
-    if tolerance and (options.get("near") or options.get("sinks")):
-        raise EvalError(f"--reduction: {spec!r} has a tolerance, which does not go with near and sinks")
     return tolerance
 
 
@@ -140,14 +138,19 @@ def prepare(
     return [Within(projection, tolerance) for projection in chosen] if tolerance else chosen
 
 
-def mean_dim(reduction: Any, head_dim: int, seqlen: int, causal: bool) -> float | None:
-    """Columns that the score product of a query and a visible key sums over, on average; None if that is unknown."""
+def mean_dim(
+    reduction: Any, head_dim: int, seqlen: int, causal: bool, ranks: NDArray[np.int32] | None = None
+) -> float | None:
+    """Columns that the score product of a query and a visible key sums over, on average; None if that is unknown.
+
+    ``ranks`` are what a call has decided on, instead of those of the projection.
+    """
     if reduction is None:
         return float(head_dim)
     if isinstance(reduction, cudistr.LSH):
         reduced = head_dim / reduction.group_size
     elif isinstance(reduction, cudistr.Projection):
-        reduced = float(np.mean(reduction.ranks))
+        reduced = float(np.mean(reduction.ranks if ranks is None else ranks))
     else:
         return None
     rows = np.zeros((1, 1, seqlen, 8), np.float32)

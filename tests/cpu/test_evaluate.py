@@ -44,7 +44,6 @@ def test_parse() -> None:
             "projection:16,tolerance=low",
             "tolerance must be a number between 0 and 1, such as 0.02, got 'low'",
         ),
-        ("projection:16,tolerance=0.1,near=8", "has a tolerance, which does not go with near and sinks"),
         ("projection,tolerance=0.1,share=yes", "shares ranks, for which it needs their mean"),
     ],
 )
@@ -72,11 +71,13 @@ def test_float32_code_is_the_reference(spec: str, causal: bool) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_heads_keep_to_a_tolerance(causal: bool) -> None:
+@pytest.mark.parametrize(("causal", "near"), [(False, ""), (True, ""), (True, ",near=20,sinks=5")])
+def test_heads_keep_to_a_tolerance(causal: bool, near: str) -> None:
     q, k, v = arrays(4, 2, 300)
     q[:, 2:, :, 16:] = 0  # those of the second KV head lose nothing at rank 16, the others much
-    (within,) = methods.prepare(methods.parse("projection:16,tolerance=0.02"), [(q, k, v)], [], causal, {})
+    (within,) = methods.prepare(
+        methods.parse(f"projection:16,tolerance=0.02{near}"), [(q, k, v)], [], causal, {}
+    )
     assert methods.decided(q, k, v, within, causal, np).tolist() == [[32, 32, 16, 16]]
     found = methods.attend(q, k, v, within, causal, np)
     wanted = reference.attention(q, k, v, reduction=within.projection, causal=causal, tolerance=0.02)
@@ -96,6 +97,10 @@ def test_mean_dim_counts_exact_keys() -> None:
     assert methods.mean_dim(cudistr.LSH(2, near=1), 64, 4, True) == pytest.approx((4 * 64 + 6 * 32) / 10)
     assert methods.mean_dim(None, 64, 4, True) == 64
     assert methods.mean_dim(0.02, 64, 4, True) is None
+    q, k = arrays(2, 2, 4, 64)[:2]
+    projection = cudistr.Projection.fit(q, k, rank=16).with_near(1)
+    found = methods.mean_dim(projection, 64, 4, True, np.array([[64, 16]]))
+    assert found == pytest.approx((4 * 64 + 6 * 40) / 10)
 
 
 # Rivals
