@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_tables
 
+NAMES = ("eval-smollm2", "eval-dinov2")  # of the records, one panel each
 KINDS = {
     "lsh": ("LSH (the paper)", "C3", "o"),
     "projection": ("Projection", "C0", "s"),
@@ -21,13 +22,18 @@ KINDS = {
 }
 
 
+def words_of(row: dict[str, Any]) -> list[str]:
+    """Kind, number and options of a row's method."""
+    return str(row["method"]).replace(":", ",", 1).split(",")
+
+
 def draw(path: Path) -> None:
     """One panel per evaluation: GPU records by milliseconds, others by columns."""
     from matplotlib.figure import Figure
 
     chosen: dict[str, dict[str, Any]] = {}
     for file, record in sorted(make_tables.records(), key=lambda x: x[0].parent.name == "cpu"):
-        if "evaluated" in record:
+        if file.stem in NAMES:
             chosen.setdefault(file.stem, record)
     if not chosen:
         raise ValueError("docs/benchmarks holds no record of an evaluation. Make one: python -m cudistr eval")
@@ -37,13 +43,13 @@ def draw(path: Path) -> None:
         timed = all("ms_attention" in row for row in record["rows"])
         across = "ms_attention" if timed else "dim"
         for kind, (name, colour, marker) in KINDS.items():
-            rows = [r for r in record["rows"] if r["method"].split(":")[0] == kind and across in r]
+            rows = [r for r in record["rows"] if words_of(r)[0] == kind and across in r]
             if rows:
                 points = ([r[across] for r in rows], [r["error_mean"] for r in rows])
                 panel.plot(*points, marker, color=colour, label=name)
                 for row in rows:
-                    words = row["method"].partition(":")[2].split(",")[1:]
-                    note = ",".join(w for w in words if not w.startswith(("near", "sinks")))
+                    options = (w for w in words_of(row)[1:] if "=" in w)
+                    note = ",".join(w for w in options if not w.startswith(("near", "sinks")))
                     place = (row[across], row["error_mean"])
                     panel.annotate(note, place, fontsize=5.5, xytext=(4, 2), textcoords="offset points")
         if timed:
