@@ -32,11 +32,14 @@ DEFAULTS = {
     "smollm2": [
         "exact", "lsh:2", "lsh:4", f"lsh:2,{NEAR}", f"lsh:2,representative=mean,{NEAR}",
         f"projection:32,weights=plain,{NEAR}", f"projection:48,share=yes,{NEAR}",
-        f"projection:32,share=yes,{NEAR}", f"projection:16,{NEAR}", f"projection:32,share=yes,fit=static,{NEAR}",
+        f"projection:32,share=yes,{NEAR}", f"projection:18,share=yes,{NEAR}", f"projection:16,share=yes,{NEAR}",
+        f"projection:32,share=yes,fit=static,{NEAR}", f"projection:18,share=yes,fit=static,{NEAR}",
+        "projection,tolerance=0.02",
     ],
     "dinov2": [
         "exact", "lsh:2", "lsh:4", "lsh:2,representative=mean", "projection:32,weights=plain", "projection:32",
         "projection:48,share=yes", "projection:32,share=yes", "projection:32,share=yes,fit=static",
+        "projection,tolerance=0.02", "projection,tolerance=0.02,fit=static",
         "hyper", "hydra", "flatten",
     ],
 }  # fmt: skip
@@ -50,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reduction",
         nargs="+",
         metavar="METHOD",
-        help="such as exact, lsh:2,near=256,sinks=64, projection:32,share=yes,fit=static (default: a selection)",
+        help="such as exact, lsh:2,near=256,sinks=64, projection:32,share=yes,fit=static, "
+        "projection,tolerance=0.02 (default: a selection)",
     )
     parser.add_argument(
         "--seqlen", type=int, default=2048, metavar="N", help="tokens of smollm2 (%(default)s)"

@@ -10,7 +10,7 @@ import numpy as np
 
 from cudistr.demo.measure import Device
 
-from .methods import Method, attend, mean_dim, prepare
+from .methods import Inputs, Method, Within, attend, decided, mean_dim, prepare
 from .models import Case, Forward
 from .rivals import TRAINED
 
@@ -72,21 +72,25 @@ def measure(
             )
             if device.gpu:
                 part["ms"] = _milliseconds(inputs, attention, device)
-            seqlen, head_dim = inputs[0][0].shape[2:]
-            part["dim"] = _dim(reductions, head_dim, seqlen, case.causal)
+            part["dim"] = _dim(reductions, inputs, case.causal, device.xp)
             parts[method.spec].append(part)
             tick()
     return [_row(method, parts[method.spec]) for method in methods]
 
 
-def _dim(reductions: list[Any], head_dim: int, seqlen: int, causal: bool) -> float | None:
-    """Mean over layers of what `mean_dim` says; None if that is unknown."""
+def _dim(reductions: list[Any], inputs: Inputs, causal: bool, xp: Any) -> float | None:
+    """Mean over layers of what `mean_dim` says, or of the columns that a call has decided on; None if unknown."""
+    seqlen, head_dim = inputs[0][0].shape[2:]
     known: dict[Any, float | None] = {}
-    for reduction in reductions:
+    dims: list[float | None] = []
+    for reduction, (q, k, v) in zip(reductions, inputs, strict=True):
+        if isinstance(reduction, Within):
+            dims.append(float(decided(q, k, v, reduction, causal, xp).mean()))
+            continue
         ranks = getattr(reduction, "ranks", reduction)
         if ranks not in known:
             known[ranks] = mean_dim(reduction, head_dim, seqlen, causal)
-    dims = [known[getattr(reduction, "ranks", reduction)] for reduction in reductions]
+        dims.append(known[ranks])
     return None if None in dims else statistics.fmean(dim for dim in dims if dim is not None)
 
 

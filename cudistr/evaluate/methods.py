@@ -15,14 +15,24 @@ from cudistr import normalize, reference
 from .errors import EvalError
 from .rivals import RIVALS
 
-__all__ = ["Method", "attend", "mean_dim", "parse", "prepare"]
+__all__ = ["Method", "Within", "attend", "decided", "mean_dim", "parse", "prepare"]
 
 ROWS = 128  # of a block of queries on the CPU: those of LSH's default
+FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
 KINDS = ("exact", "lsh", "projection", *RIVALS)
 FITS = ("self", "static")
-OPTIONS = {"fit": "self", "weights": "output", "share": "no"}  # of projection, besides near and sinks
+# Of projection, besides near and sinks; a tolerance of 0 is none.
+OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0}
 
 Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
+
+
+@dataclass(frozen=True)
+class Within:
+    """A projection whose heads keep to a tolerance, or are exact: decided in every call."""
+
+    projection: cudistr.Projection
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,12 @@ def parse(spec: str) -> Method:
     EvalError
         If there is no such method.
     """
-    kind, _, rest = spec.partition(":")
+    kind, *words = spec.replace(":", ",", 1).split(",")
     if kind not in KINDS:
         raise EvalError(f"--reduction: {kind!r} is no method. Allowed: {', '.join(KINDS)}")
     number: int | None = None
     options: dict[str, Any] = {}
-    for i, word in enumerate(filter(None, rest.split(","))):
+    for i, word in enumerate(filter(None, words)):
         name, equals, value = word.partition("=")
         try:
             if equals:
@@ -61,7 +71,7 @@ def parse(spec: str) -> Method:
             raise EvalError(
                 f"--reduction: {word!r} in {spec!r} is neither a number in first place nor name=value"
             ) from None
-    if number is None and kind in ("lsh", "projection"):
+    if number is None and (kind == "lsh" or (kind == "projection" and not options.get("tolerance"))):
         raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
     if kind == "projection":
         unknown = set(options) - set(OPTIONS) - {"near", "sinks"}
@@ -70,13 +80,33 @@ def parse(spec: str) -> Method:
         options = OPTIONS | options
         if options["fit"] not in FITS:
             raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
+        options["tolerance"] = _tolerance(spec, options)
+        if number is None and options["share"] == "yes":
+            raise EvalError(
+                f"--reduction: {spec!r} shares ranks, for which it needs their mean, such as projection:32"
+            )
     return Method(spec, kind, number, options)
+
+
+def _tolerance(spec: str, options: dict[str, Any]) -> float:
+    """The tolerance of a projection's options, 0 without one."""
+    try:
+        tolerance = float(options["tolerance"])
+    except ValueError:
+        tolerance = -1.0
+    if not 0 <= tolerance < 1:
+        raise EvalError(
+            f"--reduction: tolerance must be a number between 0 and 1, such as 0.02, got {options['tolerance']!r}"
+        )
+    if tolerance and (options.get("near") or options.get("sinks")):
+        raise EvalError(f"--reduction: {spec!r} has a tolerance, which does not go with near and sinks")
+    return tolerance
 
 
 def prepare(
     method: Method, inputs: Inputs, calibration: list[Inputs], causal: bool, fitted: dict[Any, Any]
 ) -> list[Any]:
-    """The reduction of each layer: None, a `cudistr` reduction, or a rival's function.
+    """The reduction of each layer: None, a `cudistr` reduction, one `Within` a tolerance, or a rival's function.
 
     ``inputs`` are q, k and v of each layer of an exact forward on the data of the evaluation, ``calibration`` the same
     on other data. ``fitted`` keeps what methods have in common between calls with the same data.
@@ -93,18 +123,21 @@ def prepare(
         return [cudistr.LSH(method.number or 0, **options)] * depth
     near, sinks = options.get("near", 0), options.get("sinks", 0)
     rank, share = method.number or 0, options["share"] == "yes"
-    columns = int(inputs[0][0].shape[3]) if share else rank
-    key = (options["fit"], options["weights"], near, sinks, columns)
+    tolerance = options["tolerance"]
+    if method.number is None:  # each head its own rank, well within the tolerance on the data of the fit
+        size: dict[str, Any] = {"tolerance": FIT_MARGIN * tolerance}
+    else:
+        size = {"rank": int(inputs[0][0].shape[3]) if share else rank}
+    key = (options["fit"], options["weights"], near, sinks, *size.items())
     if key not in fitted:
         sources = [inputs] if options["fit"] == "self" else calibration
         fitted[key] = layers = []
         for layer in range(depth):
             q, k, *v = zip(*(source[layer] for source in sources), strict=True)
             values = v[0] if options["weights"] == "output" else None
-            layers.append(
-                cudistr.Projection.fit(q, k, values, rank=columns, causal=causal, near=near, sinks=sinks)
-            )
-    return cudistr.Projection.share(fitted[key], rank) if share else fitted[key]
+            layers.append(cudistr.Projection.fit(q, k, values, **size, causal=causal, near=near, sinks=sinks))
+    chosen = cudistr.Projection.share(fitted[key], rank) if share else fitted[key]
+    return [Within(projection, tolerance) for projection in chosen] if tolerance else chosen
 
 
 def mean_dim(reduction: Any, head_dim: int, seqlen: int, causal: bool) -> float | None:
@@ -130,13 +163,34 @@ def attend(q: Any, k: Any, v: Any, reduction: Any, causal: bool, xp: Any) -> Any
     """One call of a prepared method. On CuPy arrays it is `cudistr.attention`, on NumPy arrays float32 code."""
     if callable(reduction):
         return reduction(q, k, v, xp)
+    tolerance, ranks = None, None
+    if isinstance(reduction, Within):
+        if xp is np:
+            ranks = decided(q, k, v, reduction, causal, np)
+        reduction, tolerance = reduction.projection, reduction.tolerance
     if xp is not np:
-        return cudistr.attention(q, k, v, causal=causal, reduction=reduction)
-    return _on_cpu(q, k, v, reduction, causal)
+        return cudistr.attention(q, k, v, causal=causal, reduction=reduction, tolerance=tolerance)
+    return _on_cpu(q, k, v, reduction, causal, ranks)
 
 
-def _on_cpu(q: Any, k: Any, v: Any, reduction: Any, causal: bool) -> NDArray[np.float32]:
-    """What `cudistr.reference.attention` computes, in float32 and without the keys after a block of queries."""
+def decided(q: Any, k: Any, v: Any, within: Within, causal: bool, xp: Any) -> NDArray[np.int32]:
+    """Columns that each head of a call uses, (batch, heads) on the host."""
+    if xp is not np:
+        report = cudistr.attention_error(
+            q, k, v, causal=causal, reduction=within.projection, tolerance=within.tolerance
+        )
+        return np.array(report.ranks, np.int32)
+    problem = normalize.problem(q, k, v, reduction=within.projection, causal=causal)
+    return reference.decide(q, k, v, problem, within.projection, within.tolerance)[0]
+
+
+def _on_cpu(
+    q: Any, k: Any, v: Any, reduction: Any, causal: bool, ranks: NDArray[np.int32] | None
+) -> NDArray[np.float32]:
+    """What `cudistr.reference.attention` computes, in float32 and without the keys after a block of queries.
+
+    A projection is not used for heads whose ``ranks`` (1, heads) are head_dim.
+    """
     heads, seqlen, head_dim = q.shape[1:]
     scale = np.float32(head_dim**-0.5)
     out = np.empty((1, heads, seqlen, v.shape[3]), np.float32)
@@ -147,7 +201,7 @@ def _on_cpu(q: Any, k: Any, v: Any, reduction: Any, causal: bool) -> NDArray[np.
         kv = h * k.shape[1] // heads
         queries, keys, values = (np.ascontiguousarray(x, np.float32) for x in (q[0, h], k[0, kv], v[0, kv]))
         reduced_keys = None
-        if isinstance(reduction, cudistr.Projection):
+        if isinstance(reduction, cudistr.Projection) and (ranks is None or ranks[0, h] < head_dim):
             a, b, mean = reduction.queries[kv], reduction.keys[kv], reduction.mean[kv]
             reduced_queries, reduced_keys = scale * (queries @ a), (keys - mean) @ b
             shift = scale * (queries @ mean)[:, None]

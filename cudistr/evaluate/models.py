@@ -19,7 +19,7 @@ from .errors import EvalError
 __all__ = ["Case", "dinov2", "save", "smollm2", "to_dtype"]
 
 SIZE = 518  # pixels of a photograph's side: 1370 tokens, what DINOv2 was trained for
-CALIBRATION_STARTS = (60000, 90000)  # tokens of the text, far from what is evaluated
+CALIBRATION_STARTS = (30000, 60000, 75000, 90000)  # tokens of the text, far from what is evaluated
 CALIBRATION_TOKENS = 2048
 SAVED_TOKENS = 96000  # of the text, enough for both
 

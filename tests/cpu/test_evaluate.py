@@ -38,6 +38,14 @@ def test_parse() -> None:
         ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),
         ("projection:32,bear=2", "projection has no option bear"),
         ("projection:32,fit=mine", "fit must be one of self, static, got 'mine'"),
+        ("projection", "'projection' needs a number, such as projection:32"),
+        ("projection,tolerance=2", "tolerance must be a number between 0 and 1, such as 0.02, got 2"),
+        (
+            "projection:16,tolerance=low",
+            "tolerance must be a number between 0 and 1, such as 0.02, got 'low'",
+        ),
+        ("projection:16,tolerance=0.1,near=8", "has a tolerance, which does not go with near and sinks"),
+        ("projection,tolerance=0.1,share=yes", "shares ranks, for which it needs their mean"),
     ],
 )
 def test_what_is_no_method(spec: str, text: str) -> None:
@@ -62,6 +70,25 @@ def test_float32_code_is_the_reference(spec: str, causal: bool) -> None:
     found = methods.attend(q, k, v, reduction, causal, np)
     wanted = reference.attention(q, k, v, reduction=reduction, causal=causal)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_keep_to_a_tolerance(causal: bool) -> None:
+    q, k, v = arrays(4, 2, 300)
+    q[:, 2:, :, 16:] = 0  # those of the second KV head lose nothing at rank 16, the others much
+    (within,) = methods.prepare(methods.parse("projection:16,tolerance=0.02"), [(q, k, v)], [], causal, {})
+    assert methods.decided(q, k, v, within, causal, np).tolist() == [[32, 32, 16, 16]]
+    found = methods.attend(q, k, v, within, causal, np)
+    wanted = reference.attention(q, k, v, reduction=within.projection, causal=causal, tolerance=0.02)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
+
+
+def test_a_fit_to_a_tolerance_leaves_a_margin() -> None:
+    q, k, v = arrays(4, 2, 300)
+    q[:, 2:, :, 16:] = 0
+    (within,) = methods.prepare(methods.parse("projection,tolerance=0.02"), [(q, k, v)], [], True, {})
+    assert within.projection.ranks == (32, 16)
+    assert within.projection.output_errors[1, 0] <= 0.01
 
 
 def test_mean_dim_counts_exact_keys() -> None:
@@ -185,7 +212,13 @@ def test_eval_writes_a_record(
         tiny(), np.random.RandomState(6).randint(0, 50, 200).astype(np.int32), tmp_path / "weights"
     )
     assert len(paths) > 1
-    specs = ["exact", "lsh:2", "projection:16,share=yes", "projection:16,fit=static,near=4,sinks=2"]
+    specs = [
+        "exact",
+        "lsh:2",
+        "projection:16,share=yes",
+        "projection:16,fit=static,near=4,sinks=2",
+        "projection,fit=static,tolerance=0.9",
+    ]
     words = ["eval", "--device", "cpu", "--seqlen", "50", "--weights", str(tmp_path / "weights")]
     assert cli.main([*words, "--output", str(tmp_path), "--reduction", *specs]) == 0
     record = json.loads((tmp_path / "cpu" / "eval-smollm2.json").read_text())
@@ -195,6 +228,7 @@ def test_eval_writes_a_record(
     assert rows[0]["error_worst"] == 0
     assert all(row["error_worst"] > 0 and "ms_attention" not in row for row in rows[1:])
     assert rows[2]["dim"] == 16
+    assert 16 <= rows[4]["dim"] <= 32
     assert "projection:16,share=yes" in capsys.readouterr().out
 
 
