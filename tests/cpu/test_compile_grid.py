@@ -6,6 +6,7 @@ It takes minutes and all cores. pytest-xdist would share cores that the grid use
 from __future__ import annotations
 
 import os
+import struct
 from itertools import zip_longest
 
 import pytest
@@ -93,6 +94,29 @@ def test_the_grid_compiles_without_spills(nvrtc: None, capsys: pytest.CaptureFix
     assert not wrong, "\n".join(wrong)
 
 
+def machine_code(cubin: bytes) -> list[bytes]:
+    """The instructions of an ELF file: its sections named .text and what follows."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [
+        struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)
+    ]  # name, ..., offset, size
+    text = sections[names][4]
+    return [cubin[x[4] : x[4] + x[5]] for x in sections if cubin.startswith(b".text", text + x[0])]
+
+
+def test_architectures_that_are_compiled_once_have_the_same_code(nvrtc: None) -> None:
+    for capability, like in grid.SAME_CODE.items():
+        kernels = grid.kernels(capability)
+        some = {kernel.name: name for name, kernel in kernels.items()}  # the last variant of every kernel
+        for name in some.values():
+            codes = [
+                machine_code(compiler.compile_cubin(kernel, compiler.target(c))[0])
+                for c, kernel in ((like, grid.kernels(like)[name]), (capability, kernels[name]))
+            ]
+            assert codes[0] and codes[0] == codes[1], name
+
+
 @pytest.mark.parametrize(
     ("capability", "threads", "registers", "shared_bytes", "blocks"),
     [
@@ -121,7 +145,7 @@ def test_the_plan_knows_how_many_blocks_fit() -> None:
             estimate = planner.resident_blocks(tile, kernel, device, problem.head_dim_v)
             assert abs(estimate - int(cell[2])) <= 1, f"{name} sm_{capability}: {estimate}, is {cell[2]}"
             checked += 1
-    assert checked > 1000
+    assert checked > 800
 
 
 def test_everything_fits_the_smallest_gpus() -> None:
