@@ -4,7 +4,7 @@ from cudistr import reference
 from cudistr.api import attention, attention_error, group, merge
 from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
 from cudistr.projection import Projection
-from cudistr.reductions import LSH
+from cudistr.reductions import LSH, Energy
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "LSH",
     "CompileError",
     "CudaUnavailableError",
+    "Energy",
     "Projection",
     "UnsupportedDeviceError",
     "__version__",

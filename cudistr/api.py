@@ -7,7 +7,7 @@ from typing import Any
 
 from cudistr import compose, launch, normalize
 from cudistr.measure import ErrorReport, measure
-from cudistr.reductions import LSH, Reduction
+from cudistr.reductions import LSH, Energy, Reduction
 
 __all__ = ["attention", "attention_error", "group", "merge"]
 
@@ -39,10 +39,11 @@ def attention(
         heads must be a multiple of heads_kv: query head h reads KV head ``h // (heads // heads_kv)``.
     v : array (batch, heads_kv, seqlen_k, head_dim_v)
         head_dim_v is a multiple of 8 up to 256 and need not be head_dim.
-    reduction : None, cudistr.LSH or cudistr.Projection, optional
-        None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention; ``cudistr.Projection.fit(q, k,
-        rank=...)`` is the best of a given rank on calibration data. Both are approximations whose error depends on
-        the data: :func:`attention_error` measures it.
+    reduction : None, cudistr.LSH, cudistr.Energy or cudistr.Projection, optional
+        None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention; ``cudistr.Energy(keep)`` keeps the
+        columns of each block of queries that matter most; ``cudistr.Projection.fit(q, k, rank=...)`` is the best of
+        a given rank on calibration data. All are approximations whose error depends on the data:
+        :func:`attention_error` measures it.
     causal : bool, default False
         Query i sees key j when ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right, so that the
         last query sees every key. For seqlen_q = 2 and seqlen_k = 4 (1 is visible)::
@@ -231,18 +232,23 @@ def attention_error(
     return measure(problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream, tolerance)
 
 
-def group(q: Any, reduction: LSH) -> Any:
+def group(q: Any, reduction: LSH | Energy, k: Any = None) -> Any:
     """The column order that a reduction finds for every block of queries, for people who want to look.
 
-    Group t of a block is ``permutation[t * group_size : (t + 1) * group_size]``; its first entry is the
-    sampled column. See arXiv 2507.17245, section 3, and the method page of the documentation.
+    Of an ``LSH``, group t of a block is ``permutation[t * group_size : (t + 1) * group_size]``; its first entry is
+    the sampled column, or with "rank1" the one with the largest weight. Of an ``Energy``, the first ``keep`` entries
+    are the columns that stay, those with the most energy first. See arXiv 2507.17245, section 3, and the method page
+    of the documentation.
 
     Parameters
     ----------
     q : array (batch, heads, seqlen_q, head_dim)
         As for :func:`attention`.
-    reduction : cudistr.LSH
-        ``block_q``, ``n_proj`` and ``seed`` decide the order.
+    reduction : cudistr.LSH or cudistr.Energy
+        ``block_q``, ``n_proj``, ``seed`` and, with "rank1", ``group_size`` decide the order; of an ``Energy``,
+        ``block_q`` and ``sinks``.
+    k : array (batch, heads_kv, seqlen_k, head_dim)
+        For an ``Energy`` only, as for :func:`attention`.
 
     Returns
     -------
@@ -261,9 +267,10 @@ def group(q: Any, reduction: LSH) -> Any:
     >>> cudistr.group(q, cudistr.LSH(group_size=2)).shape
     (1, 1, 1, 16)
     """
-    adopted = normalize.adopt(q=q)
-    normalize.check_group(adopted.arrays[0], reduction)
-    result = launch.group(adopted.arrays[0], reduction, adopted.stream)
+    adopted = normalize.adopt(q=q) if k is None else normalize.adopt(q=q, k=k)
+    q_in, k_in = adopted.arrays if len(adopted.arrays) == 2 else (*adopted.arrays, None)
+    normalize.check_group(q_in, reduction, k_in)
+    result, _ = launch.columns(q_in, k_in, reduction, adopted.stream)
     return result if adopted.restore is None else adopted.restore(result)
 
 

@@ -32,11 +32,15 @@ from cudistr.plan import (
     Plan,
     Prepare,
     Split,
+    Step,
     Tile,
     TileKey,
     check_blocks,
     check_device,
     decide_kernel,
+    energy_order,
+    key_energy,
+    key_spans,
     merge_kernel,
     panel_columns,
     passes,
@@ -47,8 +51,9 @@ from cudistr.plan import (
     probe_splits,
     probe_variants,
     project_kernel,
+    weights,
 )
-from cudistr.reductions import LSH, MAX_PROJ, projections
+from cudistr.reductions import LSH, MAX_PROJ, Energy, projections
 from cudistr.tensormap import MAP_BYTES, Layout, encode
 
 LOG2_E = math.log2(math.e)
@@ -69,14 +74,15 @@ def _parameters(*fields: tuple[str, str], multiple: int = 1) -> np.dtype[Any]:
 
 
 # Twins of the structs at the head of each kernel.
-_ATTENTION = _parameters(
-    ("q k v out lse partial permutation", "u8"),
+_EVERY_ATTENTION = (
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
     ("band_low band_high split_rows", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
+_ATTENTION = _parameters(("q k v out lse partial permutation", "u8"), *_EVERY_ATTENTION)
+_WEIGHTED = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
 _PASSES = range(MAX_PASSES + 1)
 _BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
 _ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end") for i in _PASSES), "i4")
@@ -142,6 +148,25 @@ _PREPARE = _parameters(
         "order_blocks spacing heads seqlen_q block_q group_blocks heads_kv seqlen_k key_columns key_blocks",
         "i4",
     ),
+    ("code_bits", "u4"),
+    multiple=8,
+)
+_WEIGHTS = _parameters(
+    ("q permutation weights", "u8"),
+    ("q_batch q_head q_row", "i8"),
+    ("heads seqlen_q block_q group_blocks", "i4"),
+)
+_KEY_ENERGY = _parameters(
+    ("k sums", "u8"),
+    ("k_batch k_head k_row units", "i8"),
+    ("heads_kv seqlen_k spans", "i4"),
+    multiple=8,
+)
+_ENERGY_ORDER = _parameters(
+    ("q sums permutation means", "u8"),
+    ("q_batch q_head q_row units", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans", "i4"),
+    multiple=8,
 )
 _MERGE = _parameters(
     (" ".join(f"out{s}" for s in range(MAX_SHARDS)), "u8"),
@@ -204,15 +229,46 @@ def _launch(
     )
 
 
+class _Columns(NamedTuple):
+    """What finds the columns of every block: their order, and weights or means for them."""
+
+    # By hash; for attention it transposes K too, and where columns go by energy nothing else.
+    order: _Launch | None
+    vectors: Any  # of the hash
+    key_energy: _Launch | None
+    weights: _Launch | None  # or the order by energy, and means
+    permutation_bytes: int
+    weights_bytes: int
+    sums_bytes: int
+
+    @property
+    def more_bytes(self) -> int:
+        """Of what follows the permutation."""
+        return self.weights_bytes + self.sums_bytes
+
+    def __call__(self, q: int, k: int, transposed: int, permutation: int, more: int) -> None:
+        """Run on addresses; ``more`` is where weights, and sums over K behind them, have their place."""
+        if self.order is not None:
+            vectors = 0 if self.vectors is None else self.vectors.data.ptr
+            self.order(q, vectors, permutation, k, transposed)
+        if self.weights is None:
+            return
+        if self.key_energy is None:
+            self.weights(q, permutation, more)
+            return
+        sums = more + self.weights_bytes
+        if self.key_energy.blocks:  # none without keys
+            self.key_energy(k, sums)
+        self.weights(q, sums, permutation, more)
+
+
 class _Recipe(NamedTuple):
     attention: _Launch
-    prepare: _Launch | None
-    projections: Any
+    columns: _Columns | None
     transposed_bytes: int
-    permutation_bytes: int
-    counter_bytes: (
-        int  # what the Hopper kernel counts tiles with; behind the transposed K and the column orders
-    )
+    permutation_bytes: int  # of the column orders; their weights follow
+    more_bytes: int  # of the weights and the sums that they come from
+    counter_bytes: int  # what the Hopper kernel counts tiles with; behind all of these
     maps: tuple[Layout, ...] | None  # of q, k and v, and of Qhat and Khat, for the Hopper kernel
     merge: _Launch | None  # of what splits find
     partial_bytes: int  # of the outputs of all splits; their lses follow
@@ -387,52 +443,110 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         merge = _merge_splits_launch(problem, chosen.split, device, out_strides)
         partial_bytes = chosen.split.splits * rows * problem.head_dim_v * 4
         split_bytes = partial_bytes + chosen.split.splits * rows * 4
-    launch_prepare = vectors = None
-    transposed_bytes = permutation_bytes = 0
+    columns = None
+    transposed_bytes = permutation_bytes = more_bytes = 0
     if reduction is not None:
         assert chosen.prepare_kernel is not None and chosen.prepare is not None
-        columns = chosen.prepare.key_columns
-        per_head = problem.head_dim * columns
+        key_columns = chosen.prepare.key_columns
+        per_head = problem.head_dim * key_columns
         transposed_bytes = problem.batch * problem.heads_kv * per_head * ITEMSIZE[problem.dtype]
-        permutation_bytes = chosen.prepare.order_units * problem.head_dim
         values |= {
             "k_batch": problem.heads_kv * per_head,
             "k_head": per_head,
-            "k_row": columns,
+            "k_row": key_columns,
             "group_blocks": chosen.prepare.group_blocks,
             "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
-            "key_columns": columns,
+            "key_columns": key_columns,
         }
-        launch_prepare, vectors = _prepare_launch(
+        own = {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k}
+        order, vectors = _prepare_launch(
             chosen.prepare_kernel,
             chosen.prepare,
             (problem.heads, problem.seqlen_q),
             problem.q_strides,
             reduction,
             problem.device,
-            {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k},
+            own,
         )
+        columns = _columns(
+            order,
+            vectors,
+            (chosen.key_energy, chosen.columns),
+            (problem.batch, problem.heads, problem.seqlen_q, problem.head_dim),
+            problem.q_strides,
+            reduction,
+            problem.device,
+            own | {"heads_per_kv": problem.heads // problem.heads_kv},
+        )
+        permutation_bytes, more_bytes = columns.permutation_bytes, columns.more_bytes
     ranked = problem.ranked
     if ranked is not None:
         values |= _passes(problem)
         for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
+    if more_bytes:
+        parameters = _WEIGHTED
     if chosen.attention.specific:
         parameters, maps = _HOPPER if ranked is None else _HOPPER_RANKED, _maps(problem, chosen)
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
         _launch(chosen.attention, chosen.blocks, device, problem.device, parameters, values),
-        launch_prepare,
-        vectors,
+        columns,
         transposed_bytes,
         permutation_bytes,
+        more_bytes,
         4 if chosen.dynamic else 0,
         maps,
         merge,
         partial_bytes,
         split_bytes,
+    )
+
+
+def _columns(
+    order: _Launch | None,
+    vectors: Any,
+    steps: tuple[Step | None, Step | None],
+    shape: tuple[int, ...],
+    strides: tuple[int, int, int],
+    reduction: LSH | Energy,
+    index: int,
+    more: dict[str, Any],
+) -> _Columns:
+    """The steps that find columns, behind the order by hash; ``more`` is what K has to say."""
+    device = device_properties(index)
+    batch, heads, seqlen_q, head_dim = shape
+    blocks = -(-seqlen_q // reduction.rows_per_block)
+    size = batch * heads * blocks * head_dim
+    queries = {
+        **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
+        "heads": heads,
+        "seqlen_q": seqlen_q,
+        "block_q": reduction.rows_per_block,
+        "group_blocks": blocks,
+    }
+    sums, last = steps
+    if last is None:
+        return _Columns(order, vectors, None, None, size, 0, 0)
+    if sums is None:
+        launch = _launch(last.kernel, last.blocks, device, index, _WEIGHTS, queries)
+        return _Columns(order, vectors, None, launch, size, 4 * size, 0)
+    spans = key_spans(more["seqlen_k"])
+    units = batch * more["heads_kv"] * spans
+    keys = {name: x for name, x in more.items() if name in (_KEY_ENERGY.names or ())}
+    keys |= {"units": units, "spans": spans}
+    queries |= {name: more[name] for name in ("heads_per_kv", "seqlen_k")}
+    queries |= {"units": size // head_dim, "spans": spans}
+    return _Columns(
+        order,
+        vectors,
+        _launch(sums.kernel, sums.blocks, device, index, _KEY_ENERGY, keys),
+        _launch(last.kernel, last.blocks, device, index, _ENERGY_ORDER, queries),
+        size,
+        4 * size,
+        8 * units * head_dim,
     )
 
 
@@ -492,11 +606,11 @@ def _prepare_launch(
     chosen: Prepare,
     lengths: tuple[int, int],
     strides: tuple[int, int, int],
-    reduction: LSH,
+    reduction: LSH | Energy,
     index: int,
     more: dict[str, Any],
 ) -> tuple[_Launch, Any]:
-    """The kernel that orders columns, and the projections that it reads; ``more`` is what transposing needs."""
+    """The kernel that orders columns by hash, and the projections that it reads; ``more`` is what transposing needs."""
     values = {
         **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
         "order_units": chosen.order_units,
@@ -510,6 +624,9 @@ def _prepare_launch(
         "key_blocks": chosen.key_blocks,
         **more,
     }
+    if isinstance(reduction, Energy):
+        return _launch(kernel, chosen.blocks, device_properties(index), index, _PREPARE, values), None
+    values["code_bits"] = 2**reduction.n_proj - 1
     launch = _launch(kernel, chosen.blocks, device_properties(index), index, _PREPARE, values)
     vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
     return launch, vectors
@@ -521,15 +638,34 @@ def _group_recipe(
     shape: tuple[int, ...],
     strides: tuple[int, int, int],
     aligned: bool,
-    reduction: LSH,
+    reduction: LSH | Energy,
     index: int,
-) -> tuple[_Launch, Any]:
-    """Compile and prepare the order of columns alone."""
+    keys: tuple[int, int, tuple[int, int, int]] | None,
+) -> _Columns:
+    """Compile and prepare the order of columns alone; ``keys`` is heads_kv, seqlen_k and strides of K."""
     check_device(device_properties(index), index)
     batch, heads, seqlen_q, head_dim = shape
+    units = batch * heads * -(-seqlen_q // reduction.rows_per_block)
+    if isinstance(reduction, Energy):
+        assert keys is not None
+        heads_kv, seqlen_k, k_strides = keys
+        steps = (
+            key_energy(dtype, head_dim, batch * heads_kv, seqlen_k),
+            energy_order(dtype, head_dim, units),
+        )
+        more = {
+            **dict(zip(("k_batch", "k_head", "k_row"), k_strides, strict=True)),
+            "heads_kv": heads_kv,
+            "heads_per_kv": heads // heads_kv,
+            "seqlen_k": seqlen_k,
+        }
+        return _columns(None, None, steps, shape, strides, reduction, index, more)
     chosen = prepare(batch, heads, seqlen_q, head_dim, reduction.rows_per_block, None)
-    kernel = prepare_kernel(dtype, head_dim, aligned)
-    return _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
+    weighted = reduction.representative == "rank1"
+    kernel = prepare_kernel(dtype, head_dim, aligned, weighted)
+    order, vectors = _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
+    last = weights(dtype, head_dim, reduction.group_size, units) if weighted else None
+    return _columns(order, vectors, (None, last), shape, strides, reduction, index, {})
 
 
 @functools.lru_cache(maxsize=64)
@@ -618,13 +754,20 @@ def _attention(
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
     keys, permutation, counter = k.data.ptr, 0, 0
-    scratch_bytes = recipe.transposed_bytes + recipe.permutation_bytes + recipe.counter_bytes
+    # Addresses behind that of the permutation.
+    more = [] if reduced is None else [0 if x is None else x.data.ptr for x in reduced]
+    scratch_bytes = (
+        recipe.transposed_bytes + recipe.permutation_bytes + recipe.more_bytes + recipe.counter_bytes
+    )
     if scratch_bytes:
         scratch = cupy.cuda.alloc(scratch_bytes)
         hold(scratch)
-        if recipe.prepare is not None:
+        if recipe.columns is not None:
             keys, permutation = scratch.ptr, scratch.ptr + recipe.transposed_bytes
-            recipe.prepare(q.data.ptr, recipe.projections.data.ptr, permutation, k.data.ptr, keys)
+            weights_address = permutation + recipe.permutation_bytes
+            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, weights_address)
+            if recipe.more_bytes:
+                more.append(weights_address)
         if recipe.counter_bytes:
             place = scratch + (scratch_bytes - recipe.counter_bytes)
             place.memset_async(0, recipe.counter_bytes)
@@ -638,7 +781,6 @@ def _attention(
         maps = map(encode, recipe.maps, pointers)
         recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
         return out, lse
-    more = [] if reduced is None else [0 if x is None else x.data.ptr for x in reduced]
     if recipe.merge is None:
         recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
         return out, lse
@@ -776,10 +918,13 @@ def decide(
     return ranks, errors
 
 
-def group(q: Any, reduction: LSH, stream: Any) -> Any:
-    """Column order of every block of checked queries."""
+def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, Any]:
+    """Column order of every block of checked queries, and the weights or means of the columns in this order.
+
+    k is None where the order does not go by energy. The second is None where there are neither weights nor means.
+    """
     if type(q) is np.ndarray:
-        return reference.solve_group(q, reduction)
+        return reference.solve_columns(q, reduction, k)
     import cupy
 
     index = q.device.id
@@ -788,10 +933,21 @@ def group(q: Any, reduction: LSH, stream: Any) -> Any:
         aligned = rows_aligned(q.data.ptr, strides, q.itemsize)
         blocks = -(-q.shape[2] // reduction.rows_per_block)
         permutation = cupy.ndarray((*q.shape[:2], blocks, q.shape[3]), np.uint8)
-        if permutation.size:
-            recipe, vectors = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index)
-            recipe(q.data.ptr, vectors.data.ptr, permutation.data.ptr, 0, 0)
-        return permutation
+        keys, address = None, 0
+        if isinstance(reduction, Energy):
+            k = k[:, :, reduction.sinks :]
+            keys = (k.shape[1], k.shape[2], row_strides(k.shape, k.strides, k.itemsize))
+            address = k.data.ptr
+        if not permutation.size:
+            return permutation, None
+        run = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index, keys)
+        if not run.more_bytes:
+            run(q.data.ptr, address, 0, permutation.data.ptr, 0)
+            return permutation, None
+        scratch = cupy.cuda.alloc(run.more_bytes)
+        hold(scratch)
+        run(q.data.ptr, address, 0, permutation.data.ptr, scratch.ptr)
+        return permutation, cupy.ndarray(permutation.shape, np.float32, scratch)
 
 
 def _dtype_name(array: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from cudistr import compose, launch, reference
 from cudistr.normalize import Problem
 from cudistr.projection import Projection, wide
-from cudistr.reductions import Reduction
+from cudistr.reductions import Energy, Reduction
 
 __all__ = ["ErrorReport", "Estimate", "measure"]
 
@@ -244,7 +245,12 @@ def _energies(
     """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
     norms = np.stack([_host((wide(x, xp) ** 2).sum(axis=2)) for x in out])
     samples = list(_samples(norms, problem, rows, seed))
-    orders = launch.group(q, problem.reduction, stream) if problem.reduction is not None else None
+    orders = weights = None
+    if problem.reduction is not None:
+        # The energy of K's columns is that of the keys that are reduced.
+        energy = isinstance(problem.reduction, Energy)
+        chosen = dataclasses.replace(problem.reduction, sinks=problem.sinks)
+        orders, weights = launch.columns(q, k if energy else None, chosen, stream)
     projection = reduction if isinstance(reduction, Projection) else None
     energies = np.zeros((problem.heads, rows, 4))
     shared = problem.heads // problem.heads_kv
@@ -261,7 +267,8 @@ def _energies(
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     reduced = _projected(queries, keys, projection, group, problem, xp)
                 elif orders is not None:
-                    copied = _expanded(queries, orders[b, h], positions, problem, xp)
+                    of_head = None if weights is None else weights[b, h]
+                    copied = _expanded(queries, orders[b, h], of_head, positions, problem, xp)
                     reduced = _scores(copied, keys, problem, xp)
                 reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
                 found = _compare(
@@ -290,14 +297,29 @@ def _samples(norms: Float, problem: Problem, rows: int, seed: int) -> Iterator[_
         yield _Sample(chosen // problem.seqlen_q, chosen % problem.seqlen_q, factors)
 
 
-def _expanded(queries: Any, orders: Any, positions: Any, problem: Problem, xp: Any) -> Any:
-    """What stands for a group, copied into each of its columns: the reduced scores are its products with K."""
+def _expanded(queries: Any, orders: Any, weights: Any, positions: Any, problem: Problem, xp: Any) -> Any:
+    """What stands for each column of Q: the reduced scores are its products with K."""
     reduction = problem.reduction
     assert reduction is not None
-    order = orders[positions // reduction.rows_per_block].astype(np.int64)
-    grouped = xp.take_along_axis(queries, order, 1).reshape(len(queries), -1, reduction.group_size)
-    one = grouped[..., :1] if reduction.representative == "sample" else grouped.mean(axis=2, keepdims=True)
-    copies = xp.broadcast_to(one, grouped.shape).reshape(queries.shape)
+    blocks = positions // reduction.rows_per_block
+    order = orders[blocks].astype(np.int64)
+    sorted_queries = xp.take_along_axis(queries, order, 1)
+    if weights is not None:
+        weights = weights[blocks].astype(np.float64)
+    if isinstance(reduction, Energy):
+        kept = xp.arange(queries.shape[1])[None] < reduction.keep
+        copies = xp.where(kept, sorted_queries, weights)
+    else:
+        grouped = sorted_queries.reshape(len(queries), -1, reduction.group_size)
+        if weights is not None:
+            weights = weights.reshape(grouped.shape)
+            shares = (weights * grouped).sum(axis=2, keepdims=True) / (weights**2).sum(axis=2, keepdims=True)
+            copies = weights * shares
+        elif reduction.representative == "sample":
+            copies = xp.broadcast_to(grouped[..., :1], grouped.shape)
+        else:
+            copies = xp.broadcast_to(grouped.mean(axis=2, keepdims=True), grouped.shape)
+        copies = copies.reshape(queries.shape)
     return xp.take_along_axis(copies, xp.argsort(order, axis=1), 1)
 
 

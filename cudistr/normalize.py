@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cudistr.errors import CudaUnavailableError
-from cudistr.reductions import LSH, RANK_MULTIPLE, LowRank, Reduction
+from cudistr.reductions import KEEP_MULTIPLE, LSH, RANK_MULTIPLE, Energy, LowRank, Reduction
 
 __all__ = [
     "Adopted",
@@ -99,7 +99,7 @@ class Problem:
     softcap: float | None
     left: int | None
     right: int | None
-    reduction: LSH | None
+    reduction: LSH | Energy | None
     q_strides: tuple[int, int, int]
     k_strides: tuple[int, int, int]
     v_strides: tuple[int, int, int]
@@ -375,8 +375,8 @@ def problem(
     """
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(
-            f"reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got {_kind(reduction)}. "
-            "Pass, for example, cudistr.LSH(group_size=2)."
+            f"reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got "
+            f"{_kind(reduction)}. Pass, for example, cudistr.LSH(group_size=2)."
         )
     outline = None if reduction is None else reduction.outline
     if causal is not True and causal is not False:
@@ -432,7 +432,7 @@ def _problem(
     tf32: bool,
     device: int | None,
     family: str | None,
-    outline: LSH | LowRank | None,
+    outline: LSH | Energy | LowRank | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
     scale: float | None,
@@ -480,9 +480,9 @@ def _problem(
                 f"{name} must be at most {MAX_SEQLEN}, got {size}. Split it and use cudistr.merge."
             )
     reduction, rank, near, sinks = None, None, 0, 0
-    if isinstance(outline, LSH):
-        _check_group_size(outline, head_dim)
-        if outline.group_size > 1:
+    if isinstance(outline, LSH | Energy):
+        _check_columns(outline, head_dim)
+        if _terms(outline, head_dim) < head_dim:
             reduction = dataclasses.replace(outline, near=0, sinks=0)
             near, sinks = outline.near, outline.sinks
     elif outline is not None:
@@ -570,7 +570,23 @@ def _check_head_dim(name: str, size: int) -> None:
         raise ValueError(f"{name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {size}. {remedy}")
 
 
-def _check_group_size(reduction: LSH, head_dim: int) -> None:
+def _terms(reduction: LSH | Energy, head_dim: int) -> int:
+    """Columns of Q and K that the product of a reduction has."""
+    return reduction.keep if isinstance(reduction, Energy) else head_dim // reduction.group_size
+
+
+def _check_columns(reduction: LSH | Energy, head_dim: int) -> None:
+    if isinstance(reduction, Energy):
+        if reduction.keep > head_dim:
+            remedy = (
+                f"Pass {head_dim // KEEP_MULTIPLE * KEEP_MULTIPLE} or less"
+                if head_dim >= KEEP_MULTIPLE
+                else "This head_dim has too few columns to leave any out: pass reduction=None"
+            )
+            raise ValueError(
+                f"reduction: keep must be at most head_dim {head_dim}, got {reduction.keep}. {remedy}."
+            )
+        return
     if head_dim % reduction.group_size or head_dim // reduction.group_size % 8:
         allowed = [g for g in range(1, head_dim // 8 + 1) if head_dim % g == 0 and head_dim // g % 8 == 0]
         raise ValueError(
@@ -657,30 +673,43 @@ def _self_overlap(array: Any) -> bool:
     return False
 
 
-def check_group(q: Any, reduction: Any, *, reference: bool = False) -> None:
+def check_group(q: Any, reduction: Any, k: Any = None, *, reference: bool = False) -> None:
     """Refuse bad arguments of :func:`cudistr.group`.
 
     Raises
     ------
     TypeError, ValueError
     """
-    if type(reduction) is not LSH:
+    if type(reduction) not in (LSH, Energy):
         raise TypeError(
-            f"reduction must be a cudistr.LSH, got {_kind(reduction)}. Pass, for example, cudistr.LSH(group_size=2)."
+            f"reduction must be a cudistr.LSH or a cudistr.Energy, got {_kind(reduction)}. "
+            "Pass, for example, cudistr.LSH(group_size=2)."
         )
-    if reference and type(q) is not np.ndarray:
-        raise TypeError(f"cudistr.reference takes NumPy arrays, got {_kind(q)}. Use cupy.asnumpy.")
-    if len(q.shape) != 4:
-        raise ValueError(
-            f"q must have 4 axes (batch, heads, seqlen_q, head_dim), got {len(q.shape)} with shape {q.shape}."
+    if (k is None) == (type(reduction) is Energy):
+        raise TypeError(
+            "k must be given for a cudistr.Energy, which goes by its columns too. Pass k as for attention."
+            if k is None
+            else "k must be None for a cudistr.LSH, which goes by q alone. Leave k away."
         )
-    _check_dtype("q", q.dtype, reference)
+    arrays = {"q": q} if k is None else {"q": q, "k": k}
+    for name, array in arrays.items():
+        if reference and type(array) is not np.ndarray:
+            raise TypeError(f"cudistr.reference takes NumPy arrays, got {_kind(array)}. Use cupy.asnumpy.")
+        if len(array.shape) != 4:
+            raise ValueError(
+                f"{name} must have 4 axes (batch, heads, seqlen_{name}, head_dim), got {len(array.shape)} "
+                f"with shape {array.shape}."
+            )
+        _check_dtype(name, array.dtype, reference)
+        if type(array) is not np.ndarray:
+            _check_steps(name, array.shape, array.strides, array.itemsize)
+        if array.shape[2] > MAX_SEQLEN:
+            raise ValueError(f"seqlen_{name} must be at most {MAX_SEQLEN}, got {array.shape[2]}.")
     _check_head_dim("head_dim", q.shape[3])
-    _check_group_size(reduction, q.shape[3])
-    if type(q) is not np.ndarray:
-        _check_steps("q", q.shape, q.strides, q.itemsize)
-    if q.shape[2] > MAX_SEQLEN:
-        raise ValueError(f"seqlen_q must be at most {MAX_SEQLEN}, got {q.shape[2]}.")
+    _check_columns(reduction, q.shape[3])
+    if k is not None:
+        # What the two have to have in common is what attention asks for; v is not looked at.
+        problem(q, k, k, reduction=reduction, reference=reference)
 
 
 def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = False) -> None:

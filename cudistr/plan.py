@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cudistr.errors import UnsupportedDeviceError
 from cudistr.normalize import Problem
-from cudistr.reductions import BLOCK_Q_DEFAULT
+from cudistr.reductions import BLOCK_Q_DEFAULT, LSH, Energy
 
 __all__ = [
     "Device",
@@ -17,12 +17,16 @@ __all__ = [
     "Plan",
     "Prepare",
     "Split",
+    "Step",
     "Tile",
     "TileKey",
     "attention_kernel",
     "candidate_tiles",
     "decide_kernel",
+    "energy_order",
     "hopper_kernel",
+    "key_energy",
+    "key_spans",
     "merge_kernel",
     "merge_splits_kernel",
     "passes",
@@ -38,6 +42,7 @@ __all__ = [
     "tile_clocks",
     "tile_kernel",
     "tile_key",
+    "weights",
 ]
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
@@ -47,6 +52,10 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 PREPARE_THREADS = 128  # of a thread block of smxx_lsh_prepare.cu
 TRANSPOSE_TILE = 64  # keys and columns that one of them transposes
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
+WEIGHTS_THREADS = 128  # of smxx_lsh_weights.cu
+ENERGY_KEYS = 256  # keys that a thread of smxx_key_energy.cu sums
+KEY_ENERGY_THREADS = 128
+ENERGY_ORDER_THREADS = 256
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
 MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu
 
@@ -73,7 +82,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileKey:
-    """The problems that share a measured tile; ``group_size`` is 0 for exact attention, ``small`` few queries."""
+    """The problems that share a measured tile; ``group_size`` is 0 for exact attention, ``small`` few queries.
+
+    Columns that are kept by energy are groups of one, whose ``representative`` is "energy" and their number.
+    """
 
     dtype: str
     tf32: bool
@@ -127,7 +139,7 @@ class Prepare:
     group_blocks : int
         Blocks of queries with one column order each, per head.
     order_units, order_blocks : int
-        Blocks of queries in all, and the thread blocks that order their columns.
+        Blocks of queries in all whose columns are ordered by hash, and the thread blocks that order them.
     key_columns, key_blocks : int
         Row length of the transposed K, and thread blocks along it; 0 if K is not transposed.
     spacing : int
@@ -142,6 +154,14 @@ class Prepare:
     key_columns: int
     key_blocks: int
     spacing: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel and its thread blocks."""
+
+    kernel: Kernel
     blocks: int
 
 
@@ -189,6 +209,10 @@ class Plan:
         What runs before it when the score product is grouped: the column order, and K transposed.
     prepare : Prepare or None
         Its thread blocks.
+    key_energy : Step or None
+        What follows where columns are kept by energy: sums over K's columns.
+    columns : Step or None
+        What comes last before attention: the weights of a group's columns, or the order of columns by energy.
     packed : int
         Query heads whose rows, one head after another, share tiles, because they share keys and have few rows each.
     split : Split or None
@@ -203,6 +227,8 @@ class Plan:
     dynamic: bool = False
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
+    key_energy: Step | None = None
+    columns: Step | None = None
     packed: int = 1
     split: Split | None = None
 
@@ -259,9 +285,32 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
 SMALL_SEQLEN_Q = 64  # up to here a 128-row tile would be half empty
 
 
-def _depth(head_dim: int, group: int) -> int:
+def _group(problem: Problem) -> int:
+    """Columns per group, 0 for exact attention. Kept columns are groups of one."""
+    reduction = problem.reduction
+    if reduction is None:
+        return 0
+    return reduction.group_size if isinstance(reduction, LSH) else 1
+
+
+def _keep(problem: Problem) -> int:
+    """Columns that are kept by energy, 0 if that is not how it is done."""
+    return problem.reduction.keep if isinstance(problem.reduction, Energy) else 0
+
+
+def _mean(problem: Problem) -> bool:
+    """Whether the mean of a group's columns of Q stands for it."""
+    return isinstance(problem.reduction, LSH) and problem.reduction.representative == "mean"
+
+
+def _weighted(problem: Problem) -> bool:
+    """Whether the columns of a group have weights."""
+    return isinstance(problem.reduction, LSH) and problem.reduction.representative == "rank1"
+
+
+def _depth(head_dim: int, group: int, keep: int) -> int:
     """Terms of the score product, padded to whole matrix instructions."""
-    return _round_up(head_dim // max(group, 1), 16)
+    return keep or _round_up(head_dim // max(group, 1), 16)
 
 
 def fuses_in_shared(problem: Problem, device: Device) -> bool:
@@ -273,25 +322,32 @@ def fuses_in_shared(problem: Problem, device: Device) -> bool:
     1.75 / 6.16 ms.
     """
     reduction = problem.reduction
-    if reduction is None:
+    if not isinstance(reduction, LSH):
         return False
     # float32 has no matrix load that transposes. The others are those for which ptxas has no registers left.
-    crowded = reduction.representative == "mean" or (problem.head_dim_v == 64 and device.capability < 90)
+    crowded = reduction.representative != "sample" or (problem.head_dim_v == 64 and device.capability < 90)
     return problem.dtype == "float32" or reduction.group_size > 2 or crowded
 
 
-def shared_bytes(
-    tile: Tile, itemsize: int, head_dim: int, head_dim_v: int, group: int, fuse_in_shared: bool
-) -> int:
+def shared_bytes(problem: Problem, device: Device, tile: Tile) -> int:
     """Shared memory of the attention kernel; a ``static_assert`` in the kernel compares it with its own."""
+    itemsize, head_dim, group, keep = (
+        ITEMSIZE[problem.dtype],
+        problem.head_dim,
+        _group(problem),
+        _keep(problem),
+    )
     pad = 16 // itemsize
     members = max(group, 1)
-    depth = _depth(head_dim, group)
-    columns_v = _round_up(head_dim_v, 16)
+    depth = _depth(head_dim, group, keep)
+    columns_v = _round_up(problem.head_dim_v, 16)
     queries = tile.block_m * (depth + pad) * itemsize
-    if group:
-        keys = (members + fuse_in_shared) * depth * (tile.tile_k + 8) * itemsize
-        table = members * depth * 8
+    if keep:
+        keys = head_dim * (tile.tile_k + 8) * itemsize
+        table = head_dim * 8 + (head_dim - keep + tile.tile_k) * 4
+    elif group:
+        keys = (members + fuses_in_shared(problem, device)) * depth * (tile.tile_k + 8) * itemsize
+        table = members * depth * (8 + _weighted(problem) * itemsize)
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0
@@ -355,14 +411,10 @@ def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> li
 
 def _possible(problem: Problem, device: Device, tile: Tile) -> bool:
     """Whether the device has the shared memory for a tile, and its rows lie inside one block of the reduction."""
-    group = 0 if problem.reduction is None else problem.reduction.group_size
     block_q = problem.reduction.rows_per_block if problem.reduction is not None else BLOCK_Q_DEFAULT
     if block_q % tile.block_m or (problem.seqlen_q <= SMALL_SEQLEN_Q and tile.block_m > SMALL_SEQLEN_Q):
         return False
-    fused = fuses_in_shared(problem, device)
-    itemsize = ITEMSIZE[problem.dtype]
-    needed = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
-    return needed <= device.shared_bytes
+    return shared_bytes(problem, device, tile) <= device.shared_bytes
 
 
 def tile_key(problem: Problem) -> TileKey | None:
@@ -373,14 +425,14 @@ def tile_key(problem: Problem) -> TileKey | None:
     """
     if not problem.aligned or problem.softcap is not None or problem.scale <= 0:
         return None
-    reduction = problem.reduction
+    reduction, keep = problem.reduction, _keep(problem)
     return TileKey(
         problem.dtype,
         problem.tf32,
         problem.head_dim,
         problem.head_dim_v,
-        0 if reduction is None else reduction.group_size,
-        "sample" if reduction is None else reduction.representative,
+        _group(problem),
+        reduction.representative if isinstance(reduction, LSH) else f"energy{keep}" if keep else "sample",
         problem.seqlen_q <= SMALL_SEQLEN_Q,
     )
 
@@ -400,9 +452,8 @@ CANDIDATE_KEYS = (16, 32, 48, 64, 80, 96, 112, 128)
 
 def step_clocks(problem: Problem, device: Device, tile: Tile) -> dict[str, float]:
     """Clocks that a thread block's step of keys takes each unit of a multiprocessor, with nothing beside it."""
-    group = 1 if problem.reduction is None else problem.reduction.group_size
-    itemsize = ITEMSIZE[problem.dtype]
-    terms = _depth(problem.head_dim, group)
+    itemsize, keep = ITEMSIZE[problem.dtype], _keep(problem)
+    terms = _depth(problem.head_dim, _group(problem), keep)
     pairs = tile.block_m * tile.tile_k
     products = pairs * (terms + problem.head_dim_v)
     bytes_in = tile.tile_k * (problem.head_dim + problem.head_dim_v) * itemsize
@@ -413,6 +464,9 @@ def step_clocks(problem: Problem, device: Device, tile: Tile) -> dict[str, float
         fused = tile.tile_k * terms * itemsize
         bytes_fused = tile.tile_k * problem.head_dim * itemsize + fused
         bytes_loaded += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
+    elif keep:
+        bytes_fused = tile.tile_k * (problem.head_dim - keep) * itemsize  # summed to a number for each key
+        bytes_loaded += warps * (bytes_in - bytes_fused)
     else:
         bytes_loaded += warps * bytes_in
     instructions = (
@@ -478,25 +532,22 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
 
 def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) -> tuple[Kernel, Tile]:
     """The kernel that runs everywhere, and its tile; with ``share_keys`` one whose thread blocks may share keys."""
-    group = 0 if problem.reduction is None else problem.reduction.group_size
-    tile = _choose_tile(problem, device, group, share_keys)
+    tile = _choose_tile(problem, device, _group(problem), share_keys)
     return tile_kernel(problem, device, tile, share_keys), tile
 
 
 def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool = False) -> Kernel:
     """The portable kernel of a problem with a given tile."""
-    reduction = problem.reduction
-    group = 0 if reduction is None else reduction.group_size
-    itemsize = ITEMSIZE[problem.dtype]
-    fused = fuses_in_shared(problem, device)
-    smem = shared_bytes(tile, itemsize, problem.head_dim, problem.head_dim_v, group, fused)
+    smem = shared_bytes(problem, device, tile)
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
-        "GROUP": group,
-        "FUSE_IN_SHARED": int(fused),
-        "MEAN": int(reduction is not None and reduction.representative == "mean"),
+        "GROUP": _group(problem),
+        "FUSE_IN_SHARED": int(fuses_in_shared(problem, device)),
+        "MEAN": int(_mean(problem)),
+        "WEIGHTED": int(_weighted(problem)),
+        "KEEP": _keep(problem),
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "ROW_TILES": tile.row_tiles,
@@ -558,8 +609,7 @@ def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int, group: int) 
 
 def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     """The tile of the Hopper kernel, None if shared memory is too small for any."""
-    reduction = problem.reduction
-    group = 0 if reduction is None else reduction.group_size
+    group = _group(problem)
     if group:
         # Rows of a panel of the transposed K are 64 keys. 208 registers: scores, weights, output, and Qhat.
         for tile_k in (192, 128, 64):
@@ -585,10 +635,15 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
 
 
 def _hopper_groups(problem: Problem) -> bool:
-    """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms."""
+    """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms.
+
+    Weights, and columns kept by energy, are the portable kernel's alone.
+    """
     reduction = problem.reduction
     if reduction is None:
         return True
+    if isinstance(reduction, Energy) or _weighted(problem):
+        return False
     return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
 
@@ -617,14 +672,13 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
     tile = _hopper_tile(problem, device) if _hopper_covers(problem, device) else None
     if tile is None:
         return None
-    reduction = problem.reduction
-    group = 0 if reduction is None else reduction.group_size
+    group = _group(problem)
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "GROUP": group,
-        "MEAN": int(reduction is not None and reduction.representative == "mean"),
+        "MEAN": int(_mean(problem)),
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
@@ -650,16 +704,29 @@ def _hopper_section(problem: Problem) -> int:
     return max(1, min(heads, problem.batch * problem.heads))
 
 
-def prepare_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
-    """The kernel that orders the columns of every block of queries, and transposes K."""
-    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("ALIGNED", int(aligned)))
+def prepare_kernel(dtype: str, head_dim: int, aligned: bool, signed: bool = False) -> Kernel:
+    """The kernel that orders the columns of every block of queries, and transposes K.
+
+    ``signed`` takes a column and its negative for alike.
+    """
+    constants = (
+        ("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("ALIGNED", int(aligned)), ("SIGNED", int(signed)),
+    )  # fmt: skip
     return Kernel("smxx_lsh_prepare", constants, PREPARE_THREADS)
 
 
 def prepare(
-    batch: int, heads: int, seqlen_q: int, head_dim: int, block_q: int, keys: tuple[int, int] | None
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    head_dim: int,
+    block_q: int,
+    keys: tuple[int, int] | None,
+    hashed: bool = True,
 ) -> Prepare:
     """Plan the preparation of grouped attention; keys is (heads_kv, seqlen_k), None for the order alone.
+
+    Columns that are not ordered by hash are ordered elsewhere.
 
     Raises
     ------
@@ -667,7 +734,7 @@ def prepare(
         If one launch cannot hold it.
     """
     group_blocks = -(-seqlen_q // block_q)
-    order_units = batch * heads * group_blocks
+    order_units = batch * heads * group_blocks if hashed else 0
     order_blocks = -(-order_units // (PREPARE_THREADS // _round_up(head_dim // 2, 32)))
     key_columns = key_blocks = transpose_blocks = 0
     if keys is not None:
@@ -678,6 +745,32 @@ def prepare(
     spacing = 1 + min(4, transpose_blocks // max(order_blocks, 1))
     blocks = check_blocks(order_blocks + transpose_blocks)
     return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, spacing, blocks)
+
+
+def weights(dtype: str, head_dim: int, group_size: int, units: int) -> Step:
+    """What finds the weights of the columns of each group, for so many blocks of queries."""
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("GROUP", group_size))
+    return Step(Kernel("smxx_lsh_weights", constants, WEIGHTS_THREADS), check_blocks(units))
+
+
+def key_spans(seqlen_k: int) -> int:
+    """Parts of a head's keys that are summed by themselves."""
+    return -(-seqlen_k // ENERGY_KEYS)
+
+
+def key_energy(dtype: str, head_dim: int, heads: int, seqlen_k: int) -> Step:
+    """What sums over K's columns, for so many KV heads over all batches."""
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim))
+    spans = KEY_ENERGY_THREADS // (head_dim // 2)  # of a thread block
+    blocks = check_blocks(-(-heads * key_spans(seqlen_k) // spans))
+    return Step(Kernel("smxx_key_energy", constants, KEY_ENERGY_THREADS), blocks)
+
+
+def energy_order(dtype: str, head_dim: int, units: int) -> Step:
+    """What orders the columns of so many blocks of queries by energy."""
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim))
+    blocks = check_blocks(-(-units // (ENERGY_ORDER_THREADS // _round_up(head_dim, 32))))
+    return Step(Kernel("smxx_energy_order", constants, ENERGY_ORDER_THREADS), blocks)
 
 
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
@@ -967,17 +1060,29 @@ def plan(problem: Problem, device: Device) -> Plan:
         chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), masked and grid < tiles)
     else:
         chosen = _portable_plan(problem, device)
-    if problem.reduction is None:
+    reduction = problem.reduction
+    if reduction is None:
         return chosen
+    dtype, head_dim = problem.dtype, problem.head_dim
+    units = problem.batch * problem.heads * -(-problem.seqlen_q // reduction.rows_per_block)
+    energy, columns = None, None
+    if isinstance(reduction, Energy):
+        energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, problem.seqlen_k)
+        columns = energy_order(dtype, head_dim, units)
+    elif _weighted(problem):
+        columns = weights(dtype, head_dim, reduction.group_size, units)
     return dataclasses.replace(
         chosen,
-        prepare_kernel=prepare_kernel(problem.dtype, problem.head_dim, problem.aligned),
+        prepare_kernel=prepare_kernel(dtype, head_dim, problem.aligned, _weighted(problem)),
         prepare=prepare(
             problem.batch,
             problem.heads,
             problem.seqlen_q,
-            problem.head_dim,
-            problem.reduction.rows_per_block,
+            head_dim,
+            reduction.rows_per_block,
             (problem.heads_kv, problem.seqlen_k),
+            hashed=isinstance(reduction, LSH),
         ),
+        key_energy=energy,
+        columns=columns,
     )

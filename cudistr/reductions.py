@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 __all__ = [
     "BLOCK_Q_DEFAULT",
     "BLOCK_Q_MULTIPLE",
+    "KEEP_MULTIPLE",
     "LSH",
     "MAX_BLOCK_Q",
     "MAX_PROJ",
     "RANK_MULTIPLE",
+    "Energy",
     "LowRank",
     "Reduction",
     "projections",
@@ -28,6 +30,8 @@ BLOCK_Q_DEFAULT = (
 BLOCK_Q_MULTIPLE = 64  # a query tile (64 or 128 rows) must lie inside one block: it has one column order
 MAX_BLOCK_Q = 65536  # beyond any use, and the projections are still small
 RANK_MULTIPLE = 16  # columns of one matrix instruction
+KEEP_MULTIPLE = 16  # the same
+REPRESENTATIVES = ("sample", "mean", "rank1")
 MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
 
 
@@ -57,12 +61,26 @@ def exact_keys(owner: str, near: object, sinks: object) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def rows_of_block(owner: str, value: object) -> int:
+    """``block_q`` of a reduction as a Python int, None as the default."""
+    if value is None:
+        return BLOCK_Q_DEFAULT
+    block_q = integer(owner, "block_q", value, "Pass a multiple of 64, or None for 128.")
+    if not BLOCK_Q_MULTIPLE <= block_q <= MAX_BLOCK_Q or block_q % BLOCK_Q_MULTIPLE:
+        nearest = min(MAX_BLOCK_Q, max(1, block_q // BLOCK_Q_MULTIPLE) * BLOCK_Q_MULTIPLE)
+        raise ValueError(
+            f"{owner}: block_q must be a positive multiple of {BLOCK_Q_MULTIPLE}, at most {MAX_BLOCK_Q}, "
+            f"got {block_q}. Pass {nearest}, or None for {BLOCK_Q_DEFAULT}."
+        )
+    return block_q
+
+
 class Reduction(abc.ABC):
     """Base of what may stand for the score product."""
 
     @property
     @abc.abstractmethod
-    def outline(self) -> LSH | LowRank:
+    def outline(self) -> LSH | Energy | LowRank:
         """All that checks and planning have to know: a value without arrays, equal for equal ones."""
 
 
@@ -101,8 +119,11 @@ class LSH(Reduction):
         Bits of the hash, 1 to 16: the number of Gaussian projections.
     seed : int, default 0
         Seed of the projections, 0 to 2**32 - 1. Equal seeds give equal bits.
-    representative : {"sample", "mean"}, default "sample"
-        What stands for a group in Q: its first column (the paper's sampling), or the mean of its columns.
+    representative : {"sample", "mean", "rank1"}, default "sample"
+        What stands for a group in Q: its first column (the paper's sampling); the mean of its columns; or their best
+        approximation of rank one: each column is a multiple of the representative, by a weight of its own, with
+        which its column of K enters the sum. Weights may be negative, so "rank1" hashes a column and its negative
+        alike. Of the three it leaves the least of Q out.
     near : int, default 0
         Keys less than ``near`` positions away from a query's own position (bottom-right aligned) keep the full
         score product: with a causal mask the last ``near`` keys, the query's own included. 0 is none; beyond the
@@ -137,29 +158,21 @@ class LSH(Reduction):
 
     def __post_init__(self) -> None:
         group_size = integer("LSH", "group_size", self.group_size, "Pass 1 (exact), 2, 4, 8, ...")
-        block_q = BLOCK_Q_DEFAULT
-        if self.block_q is not None:
-            block_q = integer("LSH", "block_q", self.block_q, "Pass a multiple of 64, or None for 128.")
+        block_q = rows_of_block("LSH", self.block_q)
         n_proj = integer("LSH", "n_proj", self.n_proj, f"Pass 1 to {MAX_PROJ}.")
         seed = integer("LSH", "seed", self.seed, "Pass an integer from 0 to 2**32 - 1.")
         if group_size < 1:
             raise ValueError(
                 f"LSH: group_size must be at least 1, got {group_size}. Pass 1 (exact), 2, 4, 8, ..."
             )
-        if not BLOCK_Q_MULTIPLE <= block_q <= MAX_BLOCK_Q or block_q % BLOCK_Q_MULTIPLE:
-            nearest = min(MAX_BLOCK_Q, max(1, block_q // BLOCK_Q_MULTIPLE) * BLOCK_Q_MULTIPLE)
-            raise ValueError(
-                f"LSH: block_q must be a positive multiple of {BLOCK_Q_MULTIPLE}, at most {MAX_BLOCK_Q}, "
-                f"got {block_q}. Pass {nearest}, or None for {BLOCK_Q_DEFAULT}."
-            )
         if not 1 <= n_proj <= MAX_PROJ:
             raise ValueError(f"LSH: n_proj must be from 1 to {MAX_PROJ}, got {n_proj}. The default is 16.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"LSH: seed must be from 0 to 2**32 - 1, got {seed}.")
-        if self.representative not in ("sample", "mean"):
+        if self.representative not in REPRESENTATIVES:
             raise ValueError(
-                f"LSH: representative must be 'sample' or 'mean', got {self.representative!r}. "
-                "'sample' is the paper's choice, 'mean' has the smaller error."
+                f"LSH: representative must be 'sample', 'mean' or 'rank1', got {self.representative!r}. "
+                "'sample' is the paper's choice, 'rank1' leaves the least of Q out."
             )
         near, sinks = exact_keys("LSH", self.near, self.sinks)
         for name, value in (
@@ -173,7 +186,7 @@ class LSH(Reduction):
             object.__setattr__(self, name, value)
         # Hashed on every call, so once; numbers alone, because the hash travels with a pickle to other processes,
         # where text has another hash.
-        numbers = (group_size, block_q, n_proj, seed, self.representative == "mean", near, sinks)
+        numbers = (group_size, block_q, n_proj, seed, REPRESENTATIVES.index(self.representative), near, sinks)
         object.__setattr__(self, "_hash", hash(numbers))
 
     def __hash__(self) -> int:
@@ -181,6 +194,76 @@ class LSH(Reduction):
 
     @property
     def outline(self) -> LSH:
+        """Itself: it has no arrays."""
+        return self
+
+    @property
+    def rows_per_block(self) -> int:
+        """Query rows of a block as an int: ``block_q`` with its default filled in."""
+        assert self.block_q is not None  # __post_init__ filled it in
+        return self.block_q
+
+
+@dataclass(frozen=True)
+class Energy(Reduction):
+    """Keep the columns of each block of queries that matter most, and put the mean of Q for the rest.
+
+    The energy of column c in a block of ``block_q`` query rows is ``||q_c - mean(q_c)|| * ||k_c - mean(k_c)||``: the
+    norm of what column c adds to the scores, less what softmax does not see. The ``keep`` columns with the most are
+    multiplied as they are. Of the others Q is taken for constant over the block, so that together they add one
+    number to each key's scores, ``sum_c mean(q_c) k_jc``, in float32.
+
+    This is an approximation whose error depends on the data; see the accuracy page of the documentation.
+
+    Parameters
+    ----------
+    keep : int, default 32
+        Columns of each block that stay, a multiple of 16, at most head_dim, with which attention is exact.
+    near : int, default 256
+        Keys less than ``near`` positions away from a query's own position (bottom-right aligned) keep the full score
+        product, as in :class:`LSH`. 0 is none.
+    sinks : int, default 64
+        The first ``sinks`` keys keep the full score product too.
+    block_q : int, optional
+        Query rows per block, a multiple of 64 up to 65536. 128 unless given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is of the wrong kind or out of its range.
+
+    Notes
+    -----
+    The mean and the norm of a column of K are taken over all keys of its head, seen or not. The order of the columns
+    by energy is that of float32 sums in a fixed order, so that NumPy and the GPU keep the same columns;
+    :func:`cudistr.group` shows it.
+
+    Examples
+    --------
+    >>> import cudistr
+    >>> cudistr.Energy(keep=32)
+    Energy(keep=32, near=256, sinks=64, block_q=128)
+    """
+
+    keep: int = 32
+    near: int = 256
+    sinks: int = 64
+    block_q: int | None = None
+
+    def __post_init__(self) -> None:
+        keep = integer("Energy", "keep", self.keep, f"Pass a multiple of {KEEP_MULTIPLE}, 32 for example.")
+        if keep < KEEP_MULTIPLE or keep % KEEP_MULTIPLE:
+            raise ValueError(
+                f"Energy: keep must be a positive multiple of {KEEP_MULTIPLE} (columns of one matrix instruction), got "
+                f"{keep}. Pass {max(1, keep // KEEP_MULTIPLE) * KEEP_MULTIPLE}."
+            )
+        near, sinks = exact_keys("Energy", self.near, self.sinks)
+        block_q = rows_of_block("Energy", self.block_q)
+        for name, value in (("keep", keep), ("near", near), ("sinks", sinks), ("block_q", block_q)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def outline(self) -> Energy:
         """Itself: it has no arrays."""
         return self
 

@@ -15,14 +15,32 @@ from numpy.typing import NDArray
 from cudistr import normalize
 from cudistr.normalize import Problem
 from cudistr.plan import PROBE_ROWS
-from cudistr.reductions import LSH, Reduction, projections
+from cudistr.reductions import LSH, Energy, Reduction, projections
 
 if TYPE_CHECKING:  # it stands above the launch room, which computes NumPy arrays by this module
     from cudistr.projection import Projection
 
-__all__ = ["attention", "fuse", "group", "hash_codes", "merge", "order", "rank", "sample"]
+__all__ = [
+    "attention",
+    "balance",
+    "energy_order",
+    "fuse",
+    "group",
+    "hash_codes",
+    "key_energies",
+    "merge",
+    "order",
+    "rank",
+    "sample",
+]
 
 Float = NDArray[np.float64]
+Single = NDArray[np.float32]
+
+# Twins of constants in smxx_lsh_weights.cu and smxx_key_energy.cu.
+SQUARINGS = 10  # of a group's products: the largest eigenvalue's share grows to its 1024th power
+WEIGHT_STEPS = 256  # weights are multiples of 1/256: every dtype has them exactly
+ENERGY_KEYS = 256  # keys whose deviations are summed one after another
 
 # Standard errors of the logarithm of a squared error that are added to it before it is held against a tolerance. Errors
 # are skewed: what a sample misses makes the true one larger.
@@ -66,20 +84,147 @@ def rank(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def order(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.intp]:
-    """Column order of one block of queries: columns sorted by (rank, column index). Shape (head_dim,)."""
-    return np.argsort(rank(hash_codes(q_block, reduction)), kind="stable")
+    """Column order of one block of queries: columns sorted by (rank, column index). Shape (head_dim,).
+
+    Where a group has weights, a column and its negative are alike: of a code and its complement the smaller counts.
+    """
+    codes = hash_codes(q_block, reduction)
+    if reduction.representative == "rank1":
+        codes = np.minimum(codes, codes ^ np.uint32(2**reduction.n_proj - 1))
+    return np.argsort(rank(codes), kind="stable")
 
 
-def sample(q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH) -> NDArray[Any]:
-    """Qhat (rows, head_dim / group_size): the first column of each group, or the mean of the group."""
+def balance(
+    q_block: NDArray[Any], permutation: NDArray[np.intp], reduction: LSH
+) -> tuple[NDArray[np.intp], Single]:
+    """Weights of the columns of each group: their best approximation of rank one, ``q_c ~ w_c qhat``.
+
+    The weights are the eigenvector of the largest eigenvalue of the group's products ``q_a . q_b``, found by squaring
+    their matrix until nothing else is left of it, and scaled so that the largest is 1; its column comes first. They
+    are rounded to multiples of 1/256, which every dtype has, and qhat, see :func:`sample`, is the best for the
+    rounded ones. Where there is no largest (zeros, NaN) the first column stands for the group, and the others'
+    weights are 0. All in float32, in one order, so that the kernel gives the same bits.
+
+    Returns
+    -------
+    permutation (head_dim,), weights (head_dim,)
+        The order with each group's largest column moved to its first place, and the weights in this order.
+    """
+    size = reduction.group_size
+    order = permutation.reshape(-1, size)
+    columns = q_block.astype(np.float32)[:, order]
+    groups = np.arange(len(order))
+    with np.errstate(all="ignore"):
+        products = np.zeros((len(order), size, size), np.float32)
+        for row in columns:
+            products += row[:, :, None] * row[:, None, :]
+        for _ in range(SQUARINGS):
+            products = _squared(_over_trace(products))
+        diagonal = products[:, np.arange(size), np.arange(size)]
+        # A strict comparison, as the kernel's: NaN is never the largest.
+        lead, largest = np.zeros(len(order), np.intp), diagonal[:, 0]
+        for member in range(1, size):
+            larger = diagonal[:, member] > largest
+            lead = np.where(larger, member, lead)
+            largest = np.where(larger, diagonal[:, member], largest)
+        weights = products[groups, lead] / largest[:, None]
+        weights = np.rint(weights * np.float32(WEIGHT_STEPS)) / np.float32(WEIGHT_STEPS) + np.float32(
+            0
+        )  # no -0
+        weights = np.where(np.abs(weights) <= 1, weights, np.float32(0))
+    weights[groups, lead] = 1
+    order = order.copy()
+    for array in (order, weights):
+        array[groups, lead], array[:, 0] = array[:, 0].copy(), array[groups, lead].copy()
+    return order.reshape(-1), weights.reshape(-1)
+
+
+def _over_trace(products: Single) -> Single:
+    trace = np.zeros(len(products), np.float32)
+    for member in range(products.shape[1]):
+        trace += products[:, member, member]
+    return products / trace[:, None, None]
+
+
+def _squared(products: Single) -> Single:
+    square = np.zeros_like(products)
+    for member in range(products.shape[1]):
+        square += products[:, :, member, None] * products[:, None, member, :]
+    return square
+
+
+def sample(
+    q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH, weights: Single | None = None
+) -> NDArray[Any]:
+    """Qhat (rows, head_dim / group_size): the first column of each group, the mean of the group, or its weighted mean.
+
+    The last is ``sum_c w_c q_c / sum_c w_c**2``, the best that the weights allow.
+    """
     grouped = q_block[:, permutation].reshape(len(q_block), -1, reduction.group_size)
+    if weights is not None:
+        shares = weights.astype(np.float64).reshape(-1, reduction.group_size)
+        return (grouped * shares).sum(axis=2) / (shares**2).sum(axis=1)  # type: ignore[no-any-return]
     return grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
 
 
-def fuse(k: NDArray[Any], permutation: NDArray[Any], group_size: int) -> NDArray[Any]:
-    """Khat (seqlen_k, head_dim / group_size): the sum of each group's columns of K."""
-    khat: NDArray[Any] = k[:, permutation].reshape(len(k), -1, group_size).sum(axis=2)
+def fuse(
+    k: NDArray[Any], permutation: NDArray[Any], group_size: int, weights: Single | None = None
+) -> NDArray[Any]:
+    """Khat (seqlen_k, head_dim / group_size): the sum of each group's columns of K, with their weights if given."""
+    columns = k[:, permutation] if weights is None else k[:, permutation] * weights
+    khat: NDArray[Any] = columns.reshape(len(k), -1, group_size).sum(axis=2)
     return khat
+
+
+def key_energies(k: NDArray[Any]) -> Single:
+    """``||k_c - mean(k_c)||`` of each column of one head's K (seqlen_k, head_dim), float32, shape (head_dim,).
+
+    From sums of the deviations from the first key and of their squares, over 256 keys one after another and then over
+    these sums, so that the kernel gives the same bits.
+    """
+    columns = k.astype(np.float32)
+    head_dim = columns.shape[1]
+    padded = -(-len(columns) // ENERGY_KEYS) * ENERGY_KEYS
+    with np.errstate(all="ignore"):
+        deviations = np.zeros((padded, head_dim), np.float32)
+        deviations[: len(columns)] = columns - columns[:1]
+        parts = np.zeros((2, padded // ENERGY_KEYS, head_dim), np.float32)
+        for key in deviations.reshape(-1, ENERGY_KEYS, head_dim).swapaxes(0, 1):
+            parts += np.stack([key, key * key])
+        sums = np.zeros((2, head_dim), np.float32)
+        for part in parts.swapaxes(0, 1):
+            sums += part
+        squares = sums[1] - sums[0] * (sums[0] / np.float32(len(columns)))
+        energies: Single = np.sqrt(np.where(squares < 0, np.float32(0), squares))
+    return energies
+
+
+def energy_order(q_block: NDArray[Any], energies: Single) -> tuple[NDArray[np.intp], Single]:
+    """Columns of one block of queries by energy, the largest first, and the mean of each column.
+
+    The energy of a column is its norm in the block, less its mean, times that of its column of K; NaN counts as the
+    largest. Columns of equal energy stay in order. float32 in one order, so that the kernel gives the same bits.
+
+    Returns
+    -------
+    permutation (head_dim,), means (head_dim,)
+        The means are in the order of the permutation.
+    """
+    columns = q_block.astype(np.float32)
+    with np.errstate(all="ignore"):
+        means = np.zeros(columns.shape[1], np.float32)
+        for row in columns:
+            means += row
+        means /= np.float32(len(columns))
+        squares = np.zeros_like(means)
+        for row in columns:
+            squares += (row - means) * (row - means)
+        own = np.sqrt(squares) * energies
+    bits = np.where(
+        np.isnan(own), np.uint32(0x7FFFFFFF), own.view(np.uint32)
+    )  # of numbers >= 0: as they are ordered
+    permutation = np.argsort(~bits, kind="stable")
+    return permutation, means[permutation]
 
 
 def visible(rows: Any, problem: Problem, xp: Any = np) -> Any:
@@ -123,6 +268,24 @@ def _scores(q: Float, k: Float, problem: Problem) -> Float:
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     return scores
+
+
+def columns_of(q_block: NDArray[Any], reduction: LSH) -> tuple[NDArray[np.intp], Single | None]:
+    """Order and weights of the columns of one block of queries; weights are None where all are 1."""
+    permutation = order(q_block, reduction)
+    return (
+        balance(q_block, permutation, reduction)
+        if reduction.representative == "rank1"
+        else (permutation, None)
+    )
+
+
+def _kept_scores(q: Float, k: Float, energies: Single, reduction: Energy, problem: Problem) -> Float:
+    """Scores of the columns with the most energy, and of the means of the others."""
+    permutation, means = energy_order(q, energies)
+    copied = q.copy()
+    copied[:, permutation[reduction.keep :]] = means[reduction.keep :]
+    return _scores(copied, k, problem)
 
 
 def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:
@@ -240,30 +403,48 @@ def solve(
     with np.errstate(invalid="ignore", over="ignore"):
         for b, h in np.ndindex(problem.batch, problem.heads):
             keys, values = (x[b, h // shared].astype(np.float64, order="C") for x in (k, v))
+            if isinstance(reduction, Energy):
+                energies = key_energies(k[b, h // shared, problem.sinks :])
             for start in range(0, problem.seqlen_q, block_q):
                 rows = np.arange(start, min(start + block_q, problem.seqlen_q))
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
                 scores = exact = _scores(q_block, keys, problem)
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     scores = _projected_scores(q_block, keys, projection, h // shared, problem)
+                elif isinstance(reduction, Energy):
+                    scores = _kept_scores(q_block, keys, energies, reduction, problem)
                 elif reduction is not None:
-                    permutation = order(q[b, h, rows], reduction)
-                    khat = fuse(keys, permutation, reduction.group_size)
-                    scores = _scores(sample(q_block, permutation, reduction), khat, problem)
+                    permutation, weights = columns_of(q[b, h, rows], reduction)
+                    khat = fuse(keys, permutation, reduction.group_size, weights)
+                    scores = _scores(sample(q_block, permutation, reduction, weights), khat, problem)
                 if problem.near or problem.sinks:
                     scores = np.where(kept(rows, problem), exact, scores)
                 out[b, h, rows], lse[b, h, rows] = _attend(scores, values, visible(rows, problem))
     return out, lse
 
 
-def solve_group(q: NDArray[Any], reduction: LSH) -> NDArray[np.uint8]:
-    """Permutations for checked arguments, see :func:`group`."""
+def solve_columns(
+    q: NDArray[Any], reduction: LSH | Energy, k: NDArray[Any] | None = None
+) -> tuple[NDArray[np.uint8], Single | None]:
+    """Permutations for checked arguments, see :func:`group`, and the weights or means that go with them."""
     batch, heads, seqlen_q, head_dim = q.shape
     block_q = reduction.rows_per_block
-    result = np.zeros((batch, heads, -(-seqlen_q // block_q), head_dim), np.uint8)
-    for b, h, n in np.ndindex(*result.shape[:3]):
-        result[b, h, n] = order(q[b, h, n * block_q : (n + 1) * block_q], reduction)
-    return result
+    permutations = np.zeros((batch, heads, -(-seqlen_q // block_q), head_dim), np.uint8)
+    numbers = np.ones(permutations.shape, np.float32)
+    for b, h in np.ndindex(batch, heads):
+        if isinstance(reduction, Energy):
+            assert k is not None
+            energies = key_energies(k[b, h // (heads // k.shape[1]), reduction.sinks :])
+        for n in range(permutations.shape[2]):
+            block = q[b, h, n * block_q : (n + 1) * block_q]
+            if isinstance(reduction, Energy):
+                permutations[b, h, n], numbers[b, h, n] = energy_order(block, energies)
+                continue
+            permutations[b, h, n], weights = columns_of(block, reduction)
+            if weights is not None:
+                numbers[b, h, n] = weights
+    plain = isinstance(reduction, LSH) and reduction.representative != "rank1"
+    return permutations, None if plain else numbers
 
 
 def solve_merge(outs: Sequence[NDArray[Any]], lses: Sequence[NDArray[Any]]) -> tuple[Float, Float]:
@@ -313,10 +494,10 @@ def attention(
     return (result, lse) if return_lse else result
 
 
-def group(q: Any, reduction: LSH) -> NDArray[np.uint8]:
+def group(q: Any, reduction: LSH | Energy, k: Any = None) -> NDArray[np.uint8]:
     """NumPy twin of :func:`cudistr.group`."""
-    normalize.check_group(q, reduction, reference=True)
-    return solve_group(q, reduction)
+    normalize.check_group(q, reduction, k, reference=True)
+    return solve_columns(q, reduction, k)[0]
 
 
 def merge(outs: Sequence[Any], lses: Sequence[Any], *, return_lse: bool = False) -> Any:

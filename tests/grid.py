@@ -9,14 +9,14 @@ import argparse
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from cudistr import LSH, compiler, normalize
+from cudistr import LSH, Energy, compiler, normalize
 from cudistr import plan as planner
 from cudistr.plan import Device, Kernel
 
@@ -47,6 +47,8 @@ GROUPS = (
     (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
     (256, (2, 4, 8, 32)),
 )  # fmt: skip
+RANK1 = {64: 2, 96: 3, 128: 2, 256: 2}  # group size for a head_dim
+KEPT = {24: 16, 64: 32, 128: 64, 256: 128}  # columns kept by energy
 # Heads of different ranks: Qhat and Khat of 32 columns. Their strides are no constants of a kernel.
 RANKED = normalize.Ranked(32, (32 * 256,) * 2 + (32,), (32 * 256,) * 2 + (32,))
 EDGE_HEAD_DIMS = (64, 128, 256)  # where the other constants are varied
@@ -76,6 +78,11 @@ def _group_sizes(dtype: str, head_dim: int, sizes: tuple[int, ...]) -> list[int]
     return [g for g in sizes if dtype == "float16" or g in (sizes[0], sizes[-1])]
 
 
+def _few(dtype: str, head_dims: Iterable[int]) -> list[int]:
+    """Head dims of kernels that come in few variants, or of which little depends on the dtype."""
+    return [d for d in head_dims if dtype == "float16" or d == 64 or (dtype == "float32" and d == 256)]
+
+
 def problems() -> Iterator[tuple[str, normalize.Problem]]:
     """The grid: a name and a problem for every combination of constants that it covers.
 
@@ -91,6 +98,11 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
         for d, sizes in GROUPS:
             for g in _group_sizes(dtype, d, sizes):
                 yield f"{dtype} {d} lsh{g}", _problem(dtype, d, d, reduction=LSH(g))
+        for d in _few(dtype, RANK1):
+            rank1 = LSH(RANK1[d], representative="rank1")
+            yield f"{dtype} {d} lsh{RANK1[d]} rank1", _problem(dtype, d, d, reduction=rank1)
+        for d in _few(dtype, KEPT):
+            yield f"{dtype} {d} keep{KEPT[d]}", _problem(dtype, d, d, reduction=Energy(KEPT[d]))
         for d in (128,) if twin else EDGE_HEAD_DIMS:
             yield f"{dtype} {d} small", _problem(dtype, d, d, seqlen_q=17)
             yield f"{dtype} {d} softcap", _problem(dtype, d, d, softcap=30.0)
@@ -152,11 +164,19 @@ def kernels(capability: int) -> dict[str, Kernel]:
         of_hopper = planner.hopper_kernel(problem, DEVICES[capability])
         if of_hopper is not None:
             found[f"sm90_flash_fwd {name}"] = of_hopper[0]
+    found["smxx_lsh_prepare float16 64 signed"] = planner.prepare_kernel("float16", 64, True, signed=True)
     for dtype in DTYPES:
         for d in HEAD_DIMS if dtype == "float16" else (64, 72, 192, 256):
             for aligned in (True, False) if d in UNALIGNED else (True,):
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
+        for d in _few(dtype, RANK1):
+            found[f"smxx_lsh_weights {dtype} {d} lsh{RANK1[d]}"] = planner.weights(
+                dtype, d, RANK1[d], 1
+            ).kernel
+        for d in _few(dtype, KEPT):
+            found[f"smxx_key_energy {dtype} {d}"] = planner.key_energy(dtype, d, 1, 1).kernel
+            found[f"smxx_energy_order {dtype} {d}"] = planner.energy_order(dtype, d, 1).kernel
         for d in (64,) if dtype == "bfloat16" else EDGE_HEAD_DIMS:
             for aligned in (True, False) if d in UNALIGNED else (True,):
                 suffix = "" if aligned else " unaligned"

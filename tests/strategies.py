@@ -162,8 +162,18 @@ def reductions(draw: st.DrawFn, group_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> 
         block_q=draw(st.sampled_from([None, 64, 128, 192])),
         n_proj=draw(st.sampled_from([16, 1, 7, 12])),
         seed=draw(st.integers(0, 3)),
-        representative=draw(st.sampled_from(["sample", "mean"])),
+        representative=draw(st.sampled_from(["sample", "mean", "rank1"])),
     )
+
+
+# Columns kept by energy, of heads of 32 columns and more.
+kept = st.builds(
+    cudistr.Energy,
+    keep=st.just(16),
+    near=st.just(0),
+    sinks=st.just(0),
+    block_q=st.sampled_from([None, 64, 192]),
+)
 
 
 @st.composite
@@ -286,14 +296,29 @@ def naive_softmax(scores: np.ndarray, v: np.ndarray, seen: np.ndarray) -> tuple[
     return out, lse
 
 
-def expanded(q: np.ndarray, reduction: cudistr.LSH) -> np.ndarray:
-    """Qtilde, float64: what stands for a group, copied into every column of it. ``S_hat = Qtilde K^T``."""
+def expanded(
+    q: np.ndarray, reduction: cudistr.LSH | cudistr.Energy, k: np.ndarray | None = None
+) -> np.ndarray:
+    """Qtilde, float64: what stands for each column of Q. ``S_hat = Qtilde K^T``. Columns kept by energy ask for k."""
     result = q.astype(np.float64)
-    permutations = cudistr.reference.group(np.ascontiguousarray(q), reduction)
+    q = np.ascontiguousarray(q)
+    if isinstance(reduction, cudistr.Energy):
+        permutations = cudistr.reference.group(q, reduction, k)
+        for b, h, n in np.ndindex(*permutations.shape[:3]):
+            rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
+            for column in permutations[b, h, n, reduction.keep :]:
+                result[b, h, rows, column] = q[b, h, rows, column].astype(np.float64).mean()
+        return result
+    permutations = cudistr.reference.group(q, reduction)
     for b, h, n in np.ndindex(*permutations.shape[:3]):
         rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
         block = q[b, h, rows].astype(np.float64)
         for group in permutations[b, h, n].reshape(-1, reduction.group_size):
+            if reduction.representative == "rank1":
+                _, weights = cudistr.reference.balance(q[b, h, rows], group.astype(int), reduction)
+                one = block[:, group] @ weights / (weights.astype(np.float64) @ weights)
+                result[b, h, rows, group] = np.outer(weights, one)
+                continue
             one = block[:, group[0]] if reduction.representative == "sample" else block[:, group].mean(axis=1)
             result[b, h, rows, group] = one  # advanced index first: (group_size, rows)
     return result

@@ -1,4 +1,5 @@
-// Attention forward for sm_80 and newer: exact, and DistrAttention with Khat made in shared memory.
+// Attention forward for sm_80 and newer: exact; DistrAttention with Khat made in shared memory; and with the columns of
+// each block that have the most energy.
 // One thread block per tile of BLOCK_M queries of one head; K and V stream through in tiles of TILE_K keys. Where that
 // leaves multiprocessors idle, the keys of a tile are shared by several thread blocks, and smxx_merge_splits.cu merges
 // what they found. Few queries of heads with the same keys may be packed into one tile.
@@ -10,6 +11,9 @@
 //   FUSE_IN_SHARED  1: the columns of a group are summed in shared memory, once for all warps; 0: on the way from there
 //               to the product, by every warp
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
+//   WEIGHTED    1: by their weighted mean, and columns of K are summed with the same weights
+//   KEEP        0, or with GROUP 1: the first KEEP columns of the permutation are multiplied, and for the others the
+//               means of Q's columns stand in the place of Q
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
 //   ALIGNED     1: every row of q, k and v starts on 16 bytes
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
@@ -34,6 +38,9 @@ struct AttentionParams {
     float* lse;             // (splits, batch, heads, seqlen_q), contiguous; null if not wanted
     float* partial;         // (splits, batch, heads, seqlen_q, HEAD_DIM_V), contiguous: takes the place of out
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
+#if WEIGHTED || KEEP
+    const float* weights;   // the same shape: of the columns in this order, weights, or the means of Q
+#endif
 #if RANKED
     const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
     const T* khat;
@@ -72,8 +79,8 @@ namespace {
 constexpr int kElements = kChunkBytes / int(sizeof(T));
 constexpr int kGroup = GROUP;
 constexpr int kMembers = kGroup ? kGroup : 1;
-constexpr int kGroups = HEAD_DIM / kMembers;          // terms of a score
-constexpr int kDepth = (kGroups + 15) / 16 * 16;      // the same, padded with zero columns
+constexpr int kGroups = KEEP ? KEEP : HEAD_DIM / kMembers;  // terms of a score
+constexpr int kDepth = (kGroups + 15) / 16 * 16;            // the same, padded with zero columns
 constexpr int kOutColumns = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int kWarps = BLOCK_M / (16 * ROW_TILES);
 constexpr int kThreads = kWarps * kWarpSize;
@@ -83,12 +90,14 @@ constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr bool kSplit = SPLIT;
 constexpr bool kShareKeys = SHARE_KEYS;
+constexpr bool kWeighted = WEIGHTED;
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
-// How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; or
-// summed within shared memory first.
-enum Fusion { kExact, kOnTheWay, kInShared };
-constexpr Fusion kFusion = !kGroup ? kExact : FUSE_IN_SHARED ? kInShared : kOnTheWay;
-static_assert(kFusion != kOnTheWay || sizeof(T) == 2, "float32 is fused in shared memory");
+// How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; summed
+// within shared memory first; or some columns as they are, the others summed to one number for each key.
+enum Fusion { kExact, kOnTheWay, kInShared, kKept };
+constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : FUSE_IN_SHARED ? kInShared : kOnTheWay;
+static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are fused in shared memory");
+static_assert(!KEEP || (kGroup == 1 && KEEP % 16 == 0 && KEEP < HEAD_DIM), "whole matrix instructions, and a rest");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
@@ -100,8 +109,18 @@ typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
 // Grouped: the transposed K, and perhaps its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types;
 // float32 lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
 typedef SharedTile<T, TILE_K, kDepth> PlainKeyTile;
-typedef SharedTile<T, kMembers * kDepth, TILE_K, 8> RawKeyTile;
+typedef SharedTile<T, KEEP ? HEAD_DIM : kMembers * kDepth, TILE_K, 8> RawKeyTile;
 typedef SharedTile<T, kDepth, TILE_K, 8> FusedKeyTile;
+
+// The weights of the rows of the transposed K tile.
+template <bool kSome>
+struct RowWeights {
+    T weight[kMembers * kDepth];
+};
+template <>
+struct RowWeights<false> {
+    static constexpr const T* weight = nullptr;
+};
 
 template <Fusion kHow>
 struct LoopShared {
@@ -111,12 +130,21 @@ struct LoopShared {
     const T* key_row[kMembers * kDepth];  // where each row of the tile comes from in the transposed K
 };
 template <>
-struct LoopShared<kInShared> {
+struct LoopShared<kInShared> : RowWeights<kWeighted> {
     QueryTile q;
     RawKeyTile k;
     FusedKeyTile khat;
     ValueTile v;
     const T* key_row[kMembers * kDepth];
+};
+template <>
+struct LoopShared<kKept> {
+    QueryTile q;
+    RawKeyTile k;
+    ValueTile v;
+    const T* key_row[HEAD_DIM];
+    float mean[HEAD_DIM - KEEP];  // of the columns that are not kept
+    float sum[TILE_K];            // of their part in the scores of each key
 };
 template <>
 struct LoopShared<kExact> {
@@ -132,18 +160,32 @@ static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel di
 
 // Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
 // neighbouring groups side by side: the permutation costs an address per row, and fusion reads whole rows. Groups that
-// only pad the sum to whole matrix instructions have the first row, which is not read.
+// only pad the sum to whole matrix instructions have the first row, which is not read. Where columns are kept, all rows
+// lie in the order of the permutation.
 template <class Shared>
-DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* permutation, int thread) {
-    for (int row = thread; row < kMembers * kDepth; row += kThreads) {
-        const int group = row % kDepth;
-        shared.key_row[row] = k + (group < kGroups ? permutation[group * kMembers + row / kDepth] : 0) * row_stride;
+DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* permutation, const float* weights,
+                          int thread) {
+    if constexpr (KEEP) {
+        for (int row = thread; row < HEAD_DIM; row += kThreads) {
+            shared.key_row[row] = k + permutation[row] * row_stride;
+            if (row >= KEEP) shared.mean[row - KEEP] = weights[row];
+        }
+    } else {
+        for (int row = thread; row < kMembers * kDepth; row += kThreads) {
+            const int group = row % kDepth;
+            shared.key_row[row] = k + (group < kGroups ? permutation[group * kMembers + row / kDepth] : 0) * row_stride;
+            if constexpr (kWeighted) {
+                const float weight = group < kGroups ? weights[group * kMembers + row / kDepth] : 0.f;
+                shared.weight[row] = Traits<T>::from_float(weight);
+            }
+        }
     }
 }
 
 // Qhat: one column per group, sampled or averaged. Padding becomes zero.
 template <class Shared>
-DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation, int thread) {
+DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation,
+                           const float* weights, int thread) {
     for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
         const int row = i / kDepth;
         const int group = i % kDepth;
@@ -152,7 +194,17 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
         if (valid) {
             const T* source = q + row * row_stride;
             const u8* columns = permutation + group * kMembers;
-            if constexpr (MEAN) {
+            if constexpr (kWeighted) {
+                float total = 0.f;
+                float square = 0.f;
+#pragma unroll
+                for (int member = 0; member < kMembers; ++member) {
+                    const float weight = weights[group * kMembers + member];
+                    total = fmaf(weight, Traits<T>::to_float(source[columns[member]]), total);
+                    square = fmaf(weight, weight, square);
+                }
+                value = Traits<T>::from_float(total / square);
+            } else if constexpr (MEAN) {
                 float total = 0.f;
 #pragma unroll
                 for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(source[columns[member]]);
@@ -322,6 +374,22 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
     }
 }
 
+// One number for each key, in all rows.
+DEVICE void add_to_scores(float (&scores)[ROW_TILES][kKeyTiles][4], const float (&sums)[TILE_K], int thread) {
+#pragma unroll
+    for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float sum = sums[nt * 8 + thread % 4 * 2 + i];
+#pragma unroll
+            for (int mt = 0; mt < ROW_TILES; ++mt) {
+                scores[mt][nt][i] += sum;
+                scores[mt][nt][i + 2] += sum;
+            }
+        }
+    }
+}
+
 // One thread block's work. A template, so that the branch not taken need not make sense.
 template <Fusion kHow>
 DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
@@ -388,11 +456,15 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         if (RANKED && tile < first_tile) continue;
 
         const u8* permutation = nullptr;
+        const float* weights = nullptr;
         if constexpr (kGrouped) {
             const i64 block =
                 static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
             permutation = params.permutation + block * HEAD_DIM;
-            find_key_rows(shared, k, k_row, permutation, thread);
+#if WEIGHTED || KEEP
+            weights = params.weights + block * HEAD_DIM;
+#endif
+            find_key_rows(shared, k, k_row, permutation, weights, thread);
             __syncthreads();
         }
         // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
@@ -401,7 +473,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         ValueCopy value_copy;
         if constexpr (kGrouped) {
             if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
-            gather_queries(shared, q, q_row, rows, permutation, thread);
+            gather_queries(shared, q, q_row, rows, permutation, weights, thread);
         } else {
             key_copy.open(k + tile * (TILE_K * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
@@ -426,7 +498,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 
             float scores[ROW_TILES][kKeyTiles][4] = {};
             if constexpr (kHow == kInShared) {
-                fuse_keys<T, kMembers, kThreads>(shared.khat, shared.k, thread_index());
+                fuse_keys<T, kMembers, kThreads, kWeighted>(shared.khat, shared.k, shared.weight, thread_index());
                 __syncthreads();  // Khat is complete, and the raw keys may be overwritten
                 if (tile > first_tile) {
                     copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
@@ -438,6 +510,11 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                 cp_async_wait<1>();
                 __syncthreads();  // the values have landed, and every warp is done with Khat
             } else {
+                if constexpr (kHow == kKept) {
+                    sum_rows<KEEP, kThreads>(shared.sum, shared.k, shared.mean, thread_index());
+                    __syncthreads();  // the sums are complete
+                    add_to_scores(scores, shared.sum, thread_index());
+                }
                 if (!idle) {
                     multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
                                                                                         columns / kStepColumns);

@@ -3,12 +3,13 @@
 //
 // Order: angular LSH, Gray rank, stable sort. The NumPy twin is reference.order, and both give the same bits: float32
 // sums over the rows in order, product and sum rounded apart (no fma). A sum of exactly zero, or a NaN, gives bit 0.
+// SIGNED: a column and its negative are alike, so of a code and its complement the smaller counts.
 //
 // Transpose: K (batch, heads_kv, seqlen_k, HEAD_DIM) to (batch, heads_kv, HEAD_DIM, key_columns), rows padded with
 // zeros to key_columns, a multiple of 8, so that the attention kernel copies whole chunks.
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM (at most 256), ALIGNED (1: every row of q and k starts
-// on 16 bytes).
+// on 16 bytes), SIGNED.
 #include "tile/dtype.cuh"
 #include "tile/shared.cuh"
 
@@ -28,6 +29,7 @@ struct PrepareParams {
     i32 spacing;       // every spacing-th thread block orders, until all order_blocks have come
     i32 heads, seqlen_q, block_q, group_blocks;
     i32 heads_kv, seqlen_k, key_columns, key_blocks;
+    u32 code_bits;  // SIGNED: the bits that a code has
 };
 
 namespace {
@@ -65,10 +67,11 @@ DEVICE Pair load_pair(const T* source) {
 }
 
 // The position of a column's code in the Gray sequence, and the column: all keys differ, so sorting is stable.
-DEVICE u32 sort_key(const float (&sums)[kProjections], int column) {
+DEVICE u32 sort_key(const float (&sums)[kProjections], u32 code_bits, int column) {
     u32 rank = 0;
 #pragma unroll
     for (int b = 0; b < kProjections; ++b) rank |= sums[b] > 0.f ? 1u << b : 0u;
+    if constexpr (SIGNED) rank = min(rank, rank ^ code_bits);
 #pragma unroll
     for (int shift = 1; shift < kProjections; shift *= 2) rank ^= rank >> shift;
     return rank << 8 | static_cast<u32>(column);
@@ -118,8 +121,8 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
     }
 
     if (active && column < HEAD_DIM) {
-        shared.keys[unit][column] = sort_key(sums[0], column);
-        shared.keys[unit][column + 1] = sort_key(sums[1], column + 1);
+        shared.keys[unit][column] = sort_key(sums[0], params.code_bits, column);
+        shared.keys[unit][column + 1] = sort_key(sums[1], params.code_bits, column + 1);
     }
     __syncthreads();
     if (!active) return;

@@ -1,4 +1,4 @@
-// Fusion: the columns of K that a group has in common, summed.
+// Fusion: the columns of K that a group has in common, summed; and the sum of all columns with a number each.
 #pragma once
 #include "tile/dtype.cuh"
 #include "tile/shared.cuh"
@@ -34,11 +34,35 @@ DEVICE Chunk sum_chunks(const Chunk (&chunks)[kMembers]) {
     return sum;
 }
 
+// The same with a weight for each: they lie kDistance apart, and the first is 1. In float32, rounded once.
+template <class T, int kDistance, int kMembers>
+DEVICE Chunk sum_weighted_chunks(const Chunk (&chunks)[kMembers], const T* weights) {
+    constexpr int kElements = kChunkBytes / int(sizeof(T));
+    float total[kElements];
+    union {
+        Chunk chunk;
+        T element[kElements];
+    } value;
+    value.chunk = chunks[0];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) total[i] = Traits<T>::to_float(value.element[i]);
+#pragma unroll
+    for (int member = 1; member < kMembers; ++member) {
+        const float weight = Traits<T>::to_float(weights[member * kDistance]);
+        value.chunk = chunks[member];
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) total[i] = fmaf(weight, Traits<T>::to_float(value.element[i]), total[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) value.element[i] = Traits<T>::from_float(total[i]);
+    return value.chunk;
+}
+
 // khat (groups, keys) from keys (members x groups, keys): row g of khat is the sum of the rows g, g + groups, ...
 // Threads side by side take chunks side by side: with rows of eight chunks (64 keys of 16 bits) and more, neither reads
-// nor writes have bank conflicts; shorter rows have a few.
-template <class T, int kMembers, int kThreads, class RawTile, class FusedTile>
-DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
+// nor writes have bank conflicts; shorter rows have a few. kWeighted: weights has a number for each row of keys.
+template <class T, int kMembers, int kThreads, bool kWeighted, class RawTile, class FusedTile>
+DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, const T* weights, int thread) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
     constexpr int kAcross = FusedTile::kColumns / kElements;
     constexpr int kChunks = FusedTile::kRows * kAcross;
@@ -55,7 +79,50 @@ DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, int thread) {
                 const int distance = member * FusedTile::kRows * FusedTile::kPitch;
                 chunks[member] = *reinterpret_cast<const Chunk*>(keys.data + offset + distance);
             }
-            *reinterpret_cast<Chunk*>(khat.data + offset) = sum_chunks<T>(chunks);
+            if constexpr (kWeighted) {
+                const T* own = weights + i / kAcross;
+                *reinterpret_cast<Chunk*>(khat.data + offset) = sum_weighted_chunks<T, FusedTile::kRows>(chunks, own);
+            } else {
+                *reinterpret_cast<Chunk*>(khat.data + offset) = sum_chunks<T>(chunks);
+            }
+        }
+    }
+}
+
+// sums[key] = sum over the rows of keys from kFirst on of factors[row - kFirst] * keys(row, key). Each thread has two
+// keys and every kSlices-th row; the slices of a sum lie side by side in a warp, which adds them up.
+template <int kFirst, int kThreads, class Tile>
+DEVICE void sum_rows(float (&sums)[Tile::kColumns], const Tile& keys, const float* factors, int thread) {
+    constexpr int kPairs = Tile::kColumns / 2;
+    constexpr int kMost = kThreads / kPairs < kWarpSize ? kThreads / kPairs : kWarpSize;
+    constexpr int kSlices = kMost >= 32 ? 32 : kMost >= 16 ? 16 : kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+    constexpr int kRows = Tile::kRows - kFirst;
+    constexpr int kTurns = (kPairs * kSlices + kThreads - 1) / kThreads;
+    const int slice = thread % kSlices;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+        // Threads without a pair of their own sum the last one for nothing: a warp adds up together.
+        const int pair = turn * (kThreads / kSlices) + thread / kSlices;
+        const int key = min(pair, kPairs - 1) * 2;
+        float low = 0.f;
+        float high = 0.f;
+#pragma unroll
+        for (int start = 0; start < kRows; start += kSlices) {
+            const int row = start + slice;
+            if (kRows % kSlices == 0 || row < kRows) {
+                const auto& two = *reinterpret_cast<const Two<typename Tile::Element>*>(&keys.at(kFirst + row, key));
+                low = fmaf(factors[row], Traits<typename Tile::Element>::to_float(two.element[0]), low);
+                high = fmaf(factors[row], Traits<typename Tile::Element>::to_float(two.element[1]), high);
+            }
+        }
+#pragma unroll
+        for (int step = 1; step < kSlices; step *= 2) {
+            low += __shfl_xor_sync(kFullWarp, low, step);
+            high += __shfl_xor_sync(kFullWarp, high, step);
+        }
+        if (slice == 0 && pair < kPairs) {
+            sums[key] = low;
+            sums[key + 1] = high;
         }
     }
 }

@@ -8,6 +8,7 @@
 // arithmetic: every offset inside a tile is a constant in the instruction.
 template <class T, int kRows_, int kColumns_, int kPad = kChunkBytes / int(sizeof(T))>
 struct SharedTile {
+    typedef T Element;
     static constexpr int kRows = kRows_;
     static constexpr int kColumns = kColumns_;
     static constexpr int kPitch = kColumns + kPad;
@@ -17,6 +18,12 @@ struct SharedTile {
 
     DEVICE T& at(int row, int column) { return data[row * kPitch + column]; }
     DEVICE const T& at(int row, int column) const { return data[row * kPitch + column]; }
+};
+
+// Two neighbours, read at once.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+    T element[2];
 };
 
 // How kThreads threads walk over a tile whose rows have kChunks chunks: a power of two of threads side by side, so

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 import cudistr
 from cudistr.measure import Estimate, estimate, probabilities
 from tests.cpu.fakes import library
-from tests.strategies import Case, cases, expanded, naive_attention, naive_scores, random, seen_pairs
+from tests.strategies import (
+    Case,
+    cases,
+    expanded,
+    kept_pairs,
+    naive_attention,
+    naive_scores,
+    random,
+    seen_pairs,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -80,6 +89,17 @@ def test_all_rows_give_the_error_itself(case):
             if sizes[:, h].sum() > 1e-12:
                 assert one.value == pytest.approx(ratio(errors[:, h], sizes[:, h]), **close)
             assert one.low == one.value == one.high
+
+
+def test_all_rows_where_columns_are_kept_by_energy():
+    q, k, v = (random(seed, 2, 2, 90, 32) for seed in range(3))
+    k[:, :, :9] *= 20 * random(4, 32)  # sinks, which do not decide which columns stay
+    report = cudistr.attention_error(q, k, v, reduction=cudistr.Energy(16, near=5, sinks=9), rows=1000)
+    left = expanded(q, cudistr.Energy(16, near=0, sinks=9), k)
+    exact = naive_scores(q, k)
+    error = np.where(kept_pairs(90, 90, 5, 9), 0.0, exact - naive_scores(left, k, scale=32**-0.5))
+    errors, sizes = (((x - x.mean(axis=3, keepdims=True)) ** 2).sum(axis=3) for x in (error, exact))
+    assert report.scores.value == pytest.approx(ratio(errors, sizes), rel=1e-5)
 
 
 def test_a_sample_estimates_the_error():
@@ -260,7 +280,7 @@ def test_report_prints_as_a_table():
         (
             {"reduction": 2},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got int",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got",
         ),
     ],
     ids=str,

@@ -185,12 +185,12 @@ def test_sequence_too_long(name):
         (
             {"reduction": 2},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got int. Pass, for example",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got int. Pass, for example",
         ),
         (
             {"reduction": cudistr.LSH},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH or a cudistr.Projection, got the class cudistr.reductions.LSH. Pass",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got the class cudistr.reductions.LSH. Pass",
         ),
         (
             {"reduction": cudistr.LSH(3)},
@@ -198,6 +198,11 @@ def test_sequence_too_long(name):
             "group_size must divide head_dim 16 into a multiple of 8 columns, got 3",
         ),
         ({"reduction": cudistr.LSH(4)}, ValueError, "columns, got 4. Allowed here: 1, 2."),
+        (
+            {"reduction": cudistr.Energy(32)},
+            ValueError,
+            "keep must be at most head_dim 16, got 32. Pass 16 or less.",
+        ),
         ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
         ({"causal": "yes"}, TypeError, "causal must be True or False, got str 'yes'"),
         ({"causal": None}, TypeError, "causal must be True or False, got NoneType None"),
@@ -393,7 +398,7 @@ def test_group_arguments():
     for function in (cudistr.group, reference.group):
         with raises(
             TypeError,
-            "reduction must be a cudistr.LSH, got NoneType. Pass, for example, cudistr.LSH(group_size=2)",
+            "reduction must be a cudistr.LSH or a cudistr.Energy, got NoneType. Pass, for example, cudistr.LSH(group_size=2)",
         ):
             function(zeros(Q), None)
         with raises(
@@ -409,6 +414,19 @@ def test_group_arguments():
             "group_size must divide head_dim 48 into a multiple of 8 columns, got 4. Allowed here: 1, 2, 3, 6.",
         ):
             function(zeros((1, 1, 5, 48)), cudistr.LSH(4))
+        energy = cudistr.Energy(16)
+        with raises(TypeError, "k must be given for a cudistr.Energy"):
+            function(zeros((1, 1, 5, 32)), energy)
+        with raises(TypeError, "k must be None for a cudistr.LSH"):
+            function(zeros((1, 1, 5, 32)), cudistr.LSH(2), zeros((1, 1, 5, 32)))
+        with raises(ValueError, "keep must be at most head_dim 8, got 16. This head_dim has too few columns"):
+            function(zeros((1, 1, 5, 8)), energy, zeros((1, 1, 5, 8)))
+        with raises(ValueError, "k must have 4 axes (batch, heads, seqlen_k, head_dim), got 2"):
+            function(zeros((1, 1, 5, 32)), energy, zeros((5, 32)))
+        with raises(ValueError, "k: head_dim must be that of q, 32, got 48"):
+            function(zeros((1, 1, 5, 32)), energy, zeros((1, 1, 5, 48)))
+        with raises(ValueError, "heads of q must be a multiple of heads of k"):
+            function(zeros((1, 3, 5, 32)), energy, zeros((1, 2, 5, 32)))
     with raises(TypeError, "q must be an array"):
         cudistr.group([[1.0]], cudistr.LSH(2))
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cudistr import LSH, UnsupportedDeviceError, compiler, launch, normalize
+from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
 from cudistr.normalize import Problem
-from cudistr.plan import Device, Kernel, Plan, Prepare, Split, Tile, plan
+from cudistr.plan import Device, Kernel, Plan, Prepare, Split, Step, Tile, plan
 from tests.grid import DEVICES
 
 AMPERE, HOPPER = DEVICES[80], DEVICES[90]
@@ -72,14 +72,17 @@ def problems(draw: st.DrawFn, *, reduced: bool | None = None, hopper: bool = Fal
     if hopper:
         reduced = False
     head_dim = draw(head_dims.filter(group_sizes) if reduced else head_dims)
-    reduction = None
+    reduction: LSH | Energy | None = None
     if reduced or (reduced is None and group_sizes(head_dim) and draw(st.booleans())):
+        block_q = draw(st.sampled_from([None, 64, 128, 192, 320, 1024]))
         reduction = LSH(
             draw(st.sampled_from(group_sizes(head_dim))),
-            block_q=draw(st.sampled_from([None, 64, 128, 192, 320, 1024])),
+            block_q=block_q,
             n_proj=draw(st.integers(1, 16)),
-            representative=draw(st.sampled_from(["sample", "mean"])),
+            representative=draw(st.sampled_from(["sample", "mean", "rank1"])),
         )
+        if head_dim > 16 and draw(st.integers(0, 3)) == 0:
+            reduction = Energy(16 * draw(st.integers(1, (head_dim - 1) // 16)), 0, 0, block_q)
     dtype = draw(st.sampled_from(DTYPES[:2] if hopper else DTYPES))
     heads_kv = draw(st.integers(1, 3))
     head_dim_v = draw(head_dims)
@@ -287,13 +290,19 @@ def test_exact_attention_is_one_kernel(one: Problem, device: Device) -> None:
 
 
 @given(problems(reduced=True), devices)
-def test_grouped_attention_is_two_kernels(one: Problem, device: Device) -> None:
+def test_grouped_attention_is_prepared(one: Problem, device: Device) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
     assert chosen.prepare_kernel is not None and chosen.prepare is not None
     constants = dict(chosen.prepare_kernel.constants)
     assert DTYPES[constants["DTYPE"]] == one.dtype
     assert (constants["HEAD_DIM"], constants["ALIGNED"]) == (one.head_dim, one.aligned)
+    energy = isinstance(one.reduction, Energy)
+    rank1 = isinstance(one.reduction, LSH) and one.reduction.representative == "rank1"
+    assert constants["SIGNED"] == rank1
+    assert (chosen.key_energy is not None, chosen.columns is not None) == (energy, energy or rank1)
+    assert (chosen.prepare.order_units == 0) == energy  # not by hash
+    assert not (chosen.attention.specific and (energy or rank1))
     assert {type(value) for value in constants.values()} == {int}
     assert chosen.prepare_kernel.shared_bytes == 0
     columns, key_blocks = chosen.prepare.key_columns, chosen.prepare.key_blocks
@@ -351,8 +360,11 @@ def test_constants_say_what_was_asked_for(one: Problem, device: Device) -> None:
     assert constants["SCORE"] == (one.softcap is not None or one.scale <= 0)
     assert constants["SPLIT"] == (one.dtype == "float32" and not one.tf32)
     assert constants["ALIGNED"] == one.aligned
-    assert constants["GROUP"] == (0 if one.reduction is None else one.reduction.group_size)
-    assert constants["MEAN"] == (one.reduction is not None and one.reduction.representative == "mean")
+    energy = isinstance(one.reduction, Energy)
+    representative = one.reduction.representative if isinstance(one.reduction, LSH) else None
+    group = one.reduction.group_size if isinstance(one.reduction, LSH) else int(energy)
+    assert (constants["GROUP"], constants["KEEP"]) == (group, one.reduction.keep if energy else 0)
+    assert (constants["MEAN"], constants["WEIGHTED"]) == (representative == "mean", representative == "rank1")
     assert constants["SHARED_BYTES"] == kernel.shared_bytes
     assert Tile(constants["BLOCK_M"], constants["TILE_K"], constants["ROW_TILES"]) == tile
 
@@ -423,6 +435,8 @@ def test_what_the_hopper_kernel_covers() -> None:
         {"seqlen_q": 64},
         {"reduction": LSH(2, block_q=64)},
         {"reduction": LSH(16)},
+        {"reduction": LSH(2, representative="rank1")},
+        {"reduction": Energy(32)},
         {"family": "portable"},
         {"q_strides": (0, -128, 128)},
         {"v_strides": (2**39, 0, 128)},
@@ -491,7 +505,7 @@ def test_a_plan_is_a_value(one: Problem, device: Device) -> None:
     assert plan(dataclasses.replace(one), dataclasses.replace(device)) is chosen
     assert plan.__wrapped__(one, device) == chosen
     # Printable: what is printed says everything.
-    assert eval(repr(chosen), {x.__name__: x for x in (Plan, Kernel, Prepare, Split, Tile)}) == chosen
+    assert eval(repr(chosen), {x.__name__: x for x in (Plan, Kernel, Prepare, Split, Step, Tile)}) == chosen
 
 
 @pytest.mark.parametrize(
@@ -577,6 +591,8 @@ VARIANTS = {
     "float16 G2": {"reduction": LSH(2)},
     "bfloat16 G5 padded": {"dtype": "bfloat16", "head_dim": 40, "reduction": LSH(5, block_q=64)},
     "float32 G8 mean": {"dtype": "float32", "reduction": LSH(8, representative="mean")},
+    "bfloat16 G5 rank1": {"dtype": "bfloat16", "head_dim": 40, "reduction": LSH(5, representative="rank1")},
+    "float32 keep 48 of 72": {"dtype": "float32", "head_dim": 72, "reduction": Energy(48)},
 }
 
 
@@ -645,18 +661,50 @@ def test_threads_and_rows_of_merging(asserting: Callable[..., None]) -> None:
     )
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 256])
+def test_threads_and_units_of_columns(asserting: Callable[..., None], head_dim: int) -> None:
+    weights = planner.weights("float16", head_dim, 1, 7)
+    asserting(weights.kernel, f"kThreads == {weights.kernel.threads}", f"{weights.blocks} == 7")
+    sums, order = (
+        planner.key_energy("float16", head_dim, 1000, 513),
+        planner.energy_order("float16", head_dim, 1000),
+    )
+    for step, units in ((sums, 1000 * planner.key_spans(513)), (order, 1000)):
+        asserting(
+            step.kernel,
+            f"kThreads == {step.kernel.threads}",
+            f"({units} + kUnits - 1) / kUnits == {step.blocks}",
+        )
+    asserting(sums.kernel, f"kSpanKeys == {planner.ENERGY_KEYS}")
+
+
 LAYOUTS = {
     "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
     "HopperParams": (planner.attention_kernel(problem(), HOPPER)[0], launch._HOPPER),
     "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
+    "WeightsParams": (planner.weights("float16", 64, 2, 1).kernel, launch._WEIGHTS),
+    "KeyEnergyParams": (planner.key_energy("float16", 64, 1, 1).kernel, launch._KEY_ENERGY),
+    "EnergyOrderParams": (planner.energy_order("float16", 64, 1).kernel, launch._ENERGY_ORDER),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
     "MergeSplitsParams": (planner.merge_splits_kernel("float16", 64), launch._MERGE_SPLITS),
 }
 
 
-@pytest.mark.parametrize("struct", LAYOUTS)
-def test_parameters_lie_where_the_kernel_reads_them(asserting: Callable[..., None], struct: str) -> None:
-    kernel, layout = LAYOUTS[struct]
+WEIGHTED = planner.attention_kernel(problem(reduction=LSH(2, representative="rank1")), AMPERE)[0]
+KEPT = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
+
+
+@pytest.mark.parametrize(
+    ("struct", "kernel", "layout"),
+    [
+        *((struct, *of) for struct, of in LAYOUTS.items()),
+        *(("AttentionParams", kernel, launch._WEIGHTED) for kernel in (WEIGHTED, KEPT)),
+    ],
+    ids=[*LAYOUTS, "weighted", "kept"],
+)
+def test_parameters_lie_where_the_kernel_reads_them(
+    asserting: Callable[..., None], struct: str, kernel: Kernel, layout: np.dtype
+) -> None:
     assert layout.names is not None and layout.fields is not None
     offsets = {}
     for name in layout.names:

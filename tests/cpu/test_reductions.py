@@ -1,4 +1,4 @@
-"""LSH as data: what it refuses, and that equal ones are equal."""
+"""LSH and Energy as data: what they refuse, and that equal ones are equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from cudistr import LSH
+from cudistr import LSH, Energy
 from cudistr.reductions import projections
 
 
@@ -49,7 +49,11 @@ from cudistr.reductions import projections
         ({"seed": -1}, ValueError, "seed must be from 0 to 2**32 - 1, got -1"),
         ({"seed": 2**32}, ValueError, "seed must be from 0 to 2**32 - 1, got 4294967296"),
         ({"seed": None}, TypeError, "seed must be an integer, got NoneType None"),
-        ({"representative": "median"}, ValueError, "representative must be 'sample' or 'mean', got 'median'"),
+        (
+            {"representative": "median"},
+            ValueError,
+            "representative must be 'sample', 'mean' or 'rank1', got 'median'",
+        ),
         (
             {"near": -1},
             ValueError,
@@ -62,7 +66,11 @@ from cudistr.reductions import projections
             TypeError,
             "sinks must be an integer, got NoneType None. Pass how many of the first",
         ),
-        ({"representative": None}, ValueError, "representative must be 'sample' or 'mean', got None"),
+        (
+            {"representative": None},
+            ValueError,
+            "representative must be 'sample', 'mean' or 'rank1', got None",
+        ),
     ],
 )
 def test_bad_parameters(arguments, error, text):
@@ -82,13 +90,46 @@ def test_defaults_print_and_compare_by_value():
     assert type(LSH(np.int64(2)).group_size) is int
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            {"keep": 0},
+            ValueError,
+            "keep must be a positive multiple of 16 (columns of one matrix instruction), got 0",
+        ),
+        ({"keep": 40}, ValueError, "got 40. Pass 32."),
+        ({"keep": -16}, ValueError, "got -16. Pass 16."),
+        ({"keep": 32.0}, TypeError, "keep must be an integer, got float 32.0. Pass a multiple of 16, 32"),
+        ({"keep": True}, TypeError, "keep must be an integer, got bool True"),
+        ({"near": -1}, ValueError, "near must not be negative, got -1"),
+        ({"sinks": 1.5}, TypeError, "sinks must be an integer, got float 1.5"),
+        (
+            {"block_q": 100},
+            ValueError,
+            "block_q must be a positive multiple of 64, at most 65536, got 100. Pass 64",
+        ),
+    ],
+)
+def test_bad_parameters_of_energy(arguments, error, text):
+    with pytest.raises(error, match=re.escape("Energy: ")) as caught:
+        Energy(**arguments)
+    assert text in str(caught.value)
+
+
+def test_equal_energies_are_equal():
+    assert repr(Energy(48)) == "Energy(keep=48, near=256, sinks=64, block_q=128)"
+    assert Energy() == Energy(np.int64(32), block_q=128) != Energy(near=0)
+    assert hash(Energy()) == hash(Energy(32, 256, 64, 128))
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LSH(2).group_size = 4  # type: ignore[misc]
 
 
 def test_limits_are_allowed():
-    reduction = LSH(256, block_q=64, n_proj=1, seed=2**32 - 1, representative="mean")
+    reduction = LSH(256, block_q=64, n_proj=1, seed=2**32 - 1, representative="rank1")
     assert projections(reduction.n_proj, reduction.block_q, reduction.seed).shape == (1, 64)
 
 

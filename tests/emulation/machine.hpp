@@ -101,6 +101,7 @@ float fminf(float, float) noexcept;
 float fabsf(float) noexcept;
 float logf(float) noexcept;
 float expf(float) noexcept;
+float sqrtf(float) noexcept;
 float tanhf(float) noexcept;
 float sqrtf(float) noexcept;
 double exp2(double) noexcept;
@@ -113,6 +114,8 @@ inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x
 // Kernels are compiled with -ffp-contract=off: these are what they say.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
 
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
