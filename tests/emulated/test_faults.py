@@ -27,6 +27,9 @@ FLASH = "kernels/sm80_flash_fwd.cu"
 HOPPER = "kernels/sm90_flash_fwd.cu"
 PANELS = "tile/panels.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
+WEIGHTS = "kernels/smxx_lsh_weights.cu"
+KEY_ENERGY = "kernels/smxx_key_energy.cu"
+ENERGY_ORDER = "kernels/smxx_energy_order.cu"
 MERGE = "kernels/smxx_merge.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
 PROJECT = "kernels/smxx_project.cu"
@@ -34,6 +37,8 @@ PROBE = "kernels/smxx_probe.cu"
 DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
+RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
+ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
 BARRIER = "__syncthreads();"
@@ -76,8 +81,8 @@ FAULTS = {
     ),
     "no barrier after the permutation is read": Fault(
         FLASH,
-        f"permutation, thread);\n            {BARRIER}",
-        "permutation, thread);",
+        f"weights, thread);\n            {BARRIER}",
+        "weights, thread);",
         RACE,
         GROUPED,
     ),
@@ -123,6 +128,21 @@ FAULTS = {
         "top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
         "if (thread_index() % 32 < 31) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
         "has diverged: one lane waits for __shfl_xor_sync, lane 31 for",
+    ),
+    "no barrier before the sums of the rest are read": Fault(
+        FLASH, f"{BARRIER}  // the sums are complete", "", RACE, ENERGY
+    ),
+    "no barrier before new products of a group": Fault(
+        WEIGHTS, f"    {BARRIER}\n    own.each(", "    own.each(", RACE, RANK1
+    ),
+    "no barrier before products of a group are read": Fault(
+        WEIGHTS, f"= value; }});\n    {BARRIER}", "= value; });", RACE, RANK1
+    ),
+    "no barrier before rows are overwritten": Fault(
+        WEIGHTS, f"{BARRIER}  // the columns are there", "// the columns are there", RACE, RANK1
+    ),
+    "no barrier before energies are compared": Fault(
+        ENERGY_ORDER, f"    {BARRIER}\n    if (!active) return;", "    if (!active) return;", RACE, ENERGY
     ),
     # Asynchronous copies
     "no wait for the keys": Fault(
@@ -189,6 +209,38 @@ FAULTS = {
     "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge=True),
     "a group without a column": Fault(
         FLASH, "group < kGroups ? permutation", "group < kGroups - 1 ? permutation", WRONG, GROUPED
+    ),
+    "the weights of another group": Fault(
+        "tile/fuse.cuh", "weights + i / kAcross", "weights + i % kAcross", WRONG, RANK1
+    ),
+    "a weight that Qhat has and Khat has not": Fault(
+        "tile/fuse.cuh", "fmaf(weight, Traits<T>::to_float(value.element[i]), total[i])",
+        "fmaf(1.f, Traits<T>::to_float(value.element[i]), total[i])", WRONG, RANK1
+    ),
+    "a column that is hashed with its sign": Fault(
+        PREPARE, "if constexpr (SIGNED) rank", "if constexpr (false) rank", WRONG, RANK1
+    ),
+    "a group's columns in the old order": Fault(
+        WEIGHTS, "permutation[group * GROUP + place]", "permutation[group * GROUP + member]", WRONG, RANK1
+    ),
+    "the mean of another column": Fault(
+        FLASH, "shared.mean[row - KEEP] = weights[row]", "shared.mean[row - KEEP] = weights[row - 1]", WRONG, ENERGY
+    ),
+    "a row of the rest left out": Fault(
+        "tile/fuse.cuh", "for (int start = 0; start < kRows; start += kSlices)",
+        "for (int start = kSlices; start < kRows; start += kSlices)", WRONG, ENERGY
+    ),
+    "the sums of other keys": Fault(
+        FLASH, "sums[nt * 8 + thread % 4 * 2 + i]", "sums[nt * 8 + thread % 4 + i]", WRONG, ENERGY
+    ),
+    "columns ordered by the energy of Q alone": Fault(
+        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), key_energy(sums, params.spans, params.seqlen_k))", "square", WRONG, ENERGY
+    ),
+    "the energy of another KV head": Fault(
+        ENERGY_ORDER, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, ENERGY
+    ),
+    "one key too many in a span": Fault(
+        KEY_ENERGY, "min(kSpanKeys, params.seqlen_k - first_key)", "kSpanKeys", "outside|" + WRONG, ENERGY
     ),
     # Matrix instructions and shared tiles
     "a wrong swizzle of the transposed operand": Fault(

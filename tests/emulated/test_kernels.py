@@ -43,6 +43,9 @@ def other_variants(kind: str) -> dict[str, Kernel]:
 
 ATTENTION = attention_variants()
 PREPARE = other_variants("smxx_lsh_prepare")
+WEIGHTS = other_variants("smxx_lsh_weights")
+KEY_ENERGY = other_variants("smxx_key_energy")
+ENERGY_ORDER = other_variants("smxx_energy_order")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
 PROBE = other_variants("smxx_probe")
@@ -73,6 +76,9 @@ def test_the_suite_is_the_grid() -> None:
         *ATTENTION,
         *SPLIT,
         *PREPARE.values(),
+        *WEIGHTS.values(),
+        *KEY_ENERGY.values(),
+        *ENERGY_ORDER.values(),
         *MERGE.values(),
         *MERGE_SPLITS.values(),
         *PROJECT.values(),
@@ -158,7 +164,7 @@ def test_prepare(kernel: Kernel) -> None:
     head_dim = constants["HEAD_DIM"]
     dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
     layout = "transposed" if constants["ALIGNED"] else "ragged"
-    reduction = cudistr.LSH(1)
+    reduction = cudistr.LSH(1, representative="rank1" if constants["SIGNED"] else "sample")
     q = random(1, 1, 2, 161, head_dim, dtype=dtype)
     k = random(2, 2, 1, 77, head_dim, dtype=dtype)
     on_device = util.on_device(q, layout)
@@ -178,6 +184,25 @@ def test_prepare(kernel: Kernel) -> None:
     expected[..., :77] = k.swapaxes(2, 3)
     util.same_bits(transposed, expected)
     assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", [*WEIGHTS.values(), *ENERGY_ORDER.values()], ids=[*WEIGHTS, *ENERGY_ORDER])
+def test_columns(kernel: Kernel) -> None:
+    # Two heads that share their keys, two blocks, the last one short; of keys two spans.
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    q = random(1, 1, 2, 161, constants["HEAD_DIM"], dtype=dtype)
+    k = random(2, 1, 1, 277, constants["HEAD_DIM"], dtype=dtype)
+    reduction: cudistr.LSH | cudistr.Energy = cudistr.Energy(16)
+    if "GROUP" in constants:
+        reduction = cudistr.LSH(constants["GROUP"], representative="rank1")
+    found = launch.columns(util.on_device(q, "ragged"), util.on_device(k, "ragged"), reduction, None)
+    for one, other in zip(found, reference.solve_columns(q, reduction, k), strict=True):
+        util.same_bits(one, other)
+    assert (kernel, 0) in compiler._functions
+    if kernel in ENERGY_ORDER.values():
+        sums = planner.key_energy(dtype.name, constants["HEAD_DIM"], 1, 277).kernel
+        assert sums in KEY_ENERGY.values() and (sums, 0) in compiler._functions
 
 
 @pytest.mark.parametrize("kernel", PROJECT.values(), ids=PROJECT)
@@ -240,9 +265,15 @@ def test_merge(kernel: Kernel, shards: int) -> None:
     assert (kernel, 0) in compiler._functions
 
 
-@pytest.mark.parametrize("reduction", [None, cudistr.LSH(2)], ids=["exact", "G2"])
+@pytest.mark.parametrize(
+    "reduction",
+    [None, cudistr.LSH(2), cudistr.LSH(2, representative="rank1"), cudistr.Energy(32, near=0, sinks=0)],
+    ids=["exact", "G2", "rank1", "energy"],
+)
 @pytest.mark.parametrize("dtype", grid.DTYPES.values(), ids=grid.DTYPES)
-def test_the_order_of_warps_and_lanes_does_not_matter(dtype: Any, reduction: cudistr.LSH | None) -> None:
+def test_the_order_of_warps_and_lanes_does_not_matter(
+    dtype: Any, reduction: cudistr.LSH | cudistr.Energy | None
+) -> None:
     arrays = [util.on_device(x) for x in util.inputs(7, dtype, batch=1, heads=2, lengths=(161, 173))]
     results = []
     for seed in range(5):

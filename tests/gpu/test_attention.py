@@ -63,6 +63,55 @@ def test_representative_mean(dtype, head_dim, group_size):
     check_kernel(q, k, v, reduction=cudistr.LSH(group_size, representative="mean"))
 
 
+RANK1 = cudistr.LSH(2, representative="rank1")
+ENERGY = cudistr.Energy(32, near=0, sinks=0)
+each_other = pytest.mark.parametrize("reduction", [RANK1, ENERGY], ids=["rank1", "energy"])
+
+
+@each_dtype
+@pytest.mark.parametrize(("head_dim", "group_size"), [(64, 4), (96, 3), (128, 8)])
+def test_representative_rank1(dtype, head_dim, group_size):
+    q, k, v = inputs(3, dtype, lengths=(200, 150), head_dim=head_dim, head_dim_v=64)
+    check_kernel(q, k, v, reduction=cudistr.LSH(group_size, representative="rank1"))
+
+
+@each_dtype
+@pytest.mark.parametrize(("head_dim", "keep"), [(24, 16), (64, 48), (128, 64), (256, 240)])
+def test_columns_kept(dtype, head_dim, keep):
+    q, k, v = inputs(keep, dtype, heads_kv=2, lengths=(200, 150), head_dim=head_dim, head_dim_v=64)
+    check_kernel(q, k + 2, v, reduction=cudistr.Energy(keep, near=0, sinks=0))
+
+
+@each_dtype
+@each_other
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("contiguous", {"causal": True}),
+        ("ragged", {"window": (40, 9), "scale": -0.2}),
+        ("reversed", {"softcap": 3.0}),
+    ],
+    ids=str,
+)
+def test_weights_and_energy(dtype, reduction, layout, options):
+    q, k, v = inputs(27, dtype, heads_kv=2, lengths=(150, 290), head_dim_v=40)
+    check_kernel(q, k, v, reduction=reduction, layouts=(layout,) * 3, **options)
+
+
+@each_dtype
+@each_other
+def test_weights_and_energy_of_what_is_not_a_number(dtype, reduction):
+    q, k, v = inputs(28, dtype, batch=1, lengths=(150, 150))
+    q[0, 0, 3, 4] = q[0, 1, 140, 9] = np.nan
+    options = {"causal": True, "reduction": reduction}
+    out, lse = cudistr.attention(*map(on_device, (q, k, v)), return_lse=True, **options)
+    wide = (x.astype(np.float64) for x in (q, k, v))
+    exact, exact_lse = reference.attention(*wide, return_lse=True, **options)
+    assert np.isnan(exact).any() and not np.isnan(exact).all()
+    np.testing.assert_array_equal(np.isnan(cp.asnumpy(out).astype(np.float32)), np.isnan(exact))
+    np.testing.assert_array_equal(np.isnan(cp.asnumpy(lse)), np.isnan(exact_lse))
+
+
 @each_dtype
 @pytest.mark.parametrize(
     "options", [{"block_q": 64}, {"block_q": 192}, {"block_q": 1024}, {"n_proj": 3}, {"seed": 7}], ids=str
@@ -434,6 +483,13 @@ def test_small_head_dims(dtype, head_dim, group_size):
 @each_method
 def test_small_layouts(layout, reduction):
     small(np.float16, reduction, layouts=(layout,) * 3)
+
+
+@pytest.mark.small
+@each_dtype
+@each_other
+def test_small_weights_and_energy(dtype, reduction):
+    small(dtype, reduction, causal=True)
 
 
 @pytest.mark.small

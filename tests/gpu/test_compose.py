@@ -36,6 +36,18 @@ def test_scores(dtype, options):
     check_kernel(q, k, v, reduction=cudistr.LSH(2, near=30, sinks=10), **options)
 
 
+@pytest.mark.parametrize(("dtype", "causal"), [(np.float16, True), (np.float32, False)], ids=str)
+@pytest.mark.parametrize(
+    "reduction",
+    [cudistr.LSH(2, representative="rank1", near=40, sinks=30), cudistr.Energy(32, near=40, sinks=30)],
+    ids=["rank1", "energy"],
+)
+def test_weights_and_energy(dtype, causal, reduction):
+    q, k, v = inputs(49, dtype, batch=1, heads_kv=2, lengths=(200, 260))
+    k[:, :, :30] *= 4
+    check_kernel(q, k, v, reduction=reduction, causal=causal)
+
+
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(dtype, layout):

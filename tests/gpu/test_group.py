@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import reference
+from cudistr import launch, reference
 from tests.gpu.util import cp, on_device, same_bits
 from tests.strategies import DTYPES, LAYOUTS, near_ties, random
 
@@ -70,6 +70,40 @@ def test_zeros_ties_and_what_is_not_a_number(dtype):
     permutations = cp.asnumpy(cudistr.group(on_device(q), cudistr.LSH(2)))
     for head in (0, 5):  # nothing to tell columns apart by: the stable sort leaves them as they are
         np.testing.assert_array_equal(permutations[0, head, 0], np.arange(64))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "options"),
+    [(64, 2, {"n_proj": 5}), (96, 3, {"block_q": 64}), (256, 32, {})],
+    ids=str,
+)
+def test_weights(dtype, head_dim, group_size, options):
+    reduction = cudistr.LSH(group_size, representative="rank1", **options)
+    q = random(head_dim, 1, 3, 200, head_dim, dtype=dtype)
+    q[0, 1] = np.repeat(q[0, 1, :, :1], head_dim, axis=1) * (random(1, head_dim) > 0)  # multiples, and zeros
+    q[0, 2, 5, 7] = np.nan
+    found = launch.columns(on_device(q), None, reduction, None)
+    for one, other in zip(found, reference.solve_columns(q, reduction), strict=True):
+        same_bits(one, other)
+    check(q, reduction)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen_q", "seqlen_k"), [(16, 1, 1), (40, 200, 256), (64, 130, 700), (256, 70, 300)]
+)
+def test_energy(dtype, head_dim, seqlen_q, seqlen_k):
+    reduction = cudistr.Energy(16, sinks=40, block_q=64)
+    q = random(1, 2, 4, seqlen_q, head_dim, dtype=dtype)
+    k = random(2, 2, 2, seqlen_k, head_dim, dtype=dtype, spread=3.0)
+    k[1, 0, -1, 3] = np.nan
+    k[1, 1] = k[1, 1, :, :1]
+    arrays = on_device(q, "transposed"), on_device(k, "ragged")
+    found = launch.columns(*arrays, reduction, None)
+    for one, other in zip(found, reference.solve_columns(q, reduction, k), strict=True):
+        same_bits(one, other)
+    same_bits(cudistr.group(arrays[0], reduction, arrays[1]), found[0])
 
 
 @each_dtype

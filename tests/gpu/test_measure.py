@@ -40,6 +40,13 @@ def test_all_rows(dtype):
     check(inputs(32, dtype, lengths=(40, 50)), reduction=cudistr.LSH(4), rows=1000)
 
 
+@pytest.mark.parametrize(
+    "reduction", [cudistr.LSH(2, representative="rank1"), cudistr.Energy(32, near=20, sinks=10)], ids=str
+)
+def test_weights_and_energy(reduction):
+    check(inputs(34, np.float16, heads_kv=2, lengths=(150, 170)), causal=True, reduction=reduction)
+
+
 def test_rounding_alone():
     report = cudistr.attention_error(*map(on_device, inputs(33, np.float16)))
     assert report.output.low > 1e-5 and report.output.high < 2**-10 and report.scores.value == 0

@@ -69,7 +69,9 @@ def mask(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None)
     return seen
 
 
-def kept_mask(seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH | cudistr.Projection) -> np.ndarray:
+def kept_mask(
+    seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH | cudistr.Energy | cudistr.Projection
+) -> np.ndarray:
     """For which query which key stays exact, (seqlen_q, seqlen_k)."""
     ahead = np.arange(seqlen_k)[None, :] - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
     return (np.abs(ahead) < reduction.near) | (np.arange(seqlen_k) < reduction.sinks)
@@ -93,7 +95,7 @@ def baseline(
     v: np.ndarray,
     xp: Any,
     *,
-    reduction: cudistr.LSH | cudistr.Projection | None = None,
+    reduction: cudistr.LSH | cudistr.Energy | cudistr.Projection | None = None,
     causal: bool = False,
     window: Any = None,
     scale: float | None = None,
@@ -122,10 +124,24 @@ def baseline(
         kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
         exact = xp.matmul(queries, keys.swapaxes(2, 3))
         scores = xp.where(kept, exact, xp.matmul(qhat, khat.swapaxes(2, 3)) + shift)
-    elif reduction is None or reduction.group_size == 1:
+    elif reduction is None or getattr(reduction, "group_size", 0) == 1:
         scores = xp.matmul(queries, keys.swapaxes(2, 3))
+    elif isinstance(reduction, cudistr.Energy):
+        permutations, means = map(xp.asarray, reference.solve_columns(q, reduction, k))
+        scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
+        kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
+        for n in range(permutations.shape[2]):
+            rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
+            columns = permutations[:, :, n, None, :].astype(np.int64)
+            few, all_keys = (xp.take_along_axis(x, columns, axis=3) for x in (queries[:, :, rows], keys))
+            few = few[..., : reduction.keep]
+            rest = xp.matmul(all_keys[..., reduction.keep :], means[:, :, n, reduction.keep :, None])
+            reduced = xp.matmul(few, all_keys[..., : reduction.keep].swapaxes(2, 3)) + rest.swapaxes(2, 3)
+            exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
+            scores[:, :, rows] = xp.where(kept[rows], exact, reduced)
     else:
-        permutations = xp.asarray(reference.group(q, reduction).astype(np.int64))
+        permutations, weights = reference.solve_columns(q, reduction)
+        permutations = xp.asarray(permutations.astype(np.int64))
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
         kept = kept_mask(q.shape[2], k.shape[2], reduction)
         for n in range(permutations.shape[2]):
@@ -136,6 +152,12 @@ def baseline(
                 for x in (queries[:, :, rows], keys)
             )
             qhat = grouped[..., 0] if reduction.representative == "sample" else grouped.mean(axis=4)
+            if weights is not None:
+                of_block = xp.asarray(weights[:, :, n]).reshape(
+                    *weights.shape[:2], 1, -1, reduction.group_size
+                )
+                qhat = (grouped * of_block).sum(axis=4) / (of_block**2).sum(axis=4)
+                summed = rounded(summed * of_block, dtype, xp)
             qhat, khat = rounded(qhat, dtype, xp), summed[..., 0]
             for member in range(1, reduction.group_size):
                 khat = rounded(khat + summed[..., member], dtype, xp)
