@@ -19,7 +19,7 @@ __all__ = ["Method", "Within", "attend", "decided", "mean_dim", "parse", "prepar
 
 ROWS = 128  # of a block of queries on the CPU: those of LSH's default
 FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
-KINDS = ("exact", "lsh", "projection", *RIVALS)
+KINDS = ("exact", "lsh", "energy", "projection", *RIVALS)
 FITS = ("self", "static")
 # Of projection, besides near and sinks; a tolerance of 0 is none.
 OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0}
@@ -71,7 +71,9 @@ def parse(spec: str) -> Method:
             raise EvalError(
                 f"--reduction: {word!r} in {spec!r} is neither a number in first place nor name=value"
             ) from None
-    if number is None and (kind == "lsh" or (kind == "projection" and not options.get("tolerance"))):
+    if number is None and (
+        kind in ("lsh", "energy") or (kind == "projection" and not options.get("tolerance"))
+    ):
         raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
     if kind == "projection":
         unknown = set(options) - set(OPTIONS) - {"near", "sinks"}
@@ -119,6 +121,8 @@ def prepare(
         return [RIVALS[method.kind]] * depth
     if method.kind == "lsh":
         return [cudistr.LSH(method.number or 0, **options)] * depth
+    if method.kind == "energy":
+        return [cudistr.Energy(method.number or 0, **options)] * depth
     near, sinks = options.get("near", 0), options.get("sinks", 0)
     rank, share = method.number or 0, options["share"] == "yes"
     tolerance = options["tolerance"]
@@ -149,6 +153,8 @@ def mean_dim(
         return float(head_dim)
     if isinstance(reduction, cudistr.LSH):
         reduced = head_dim / reduction.group_size
+    elif isinstance(reduction, cudistr.Energy):
+        reduced = float(reduction.keep)
     elif isinstance(reduction, cudistr.Projection):
         reduced = float(np.mean(reduction.ranks if ranks is None else ranks))
     else:
@@ -197,7 +203,11 @@ def _on_cpu(
     heads, seqlen, head_dim = q.shape[1:]
     scale = np.float32(head_dim**-0.5)
     out = np.empty((1, heads, seqlen, v.shape[3]), np.float32)
-    orders = cudistr.group(q, reduction)[0] if isinstance(reduction, cudistr.LSH) else None
+    orders = numbers = None
+    if isinstance(reduction, cudistr.LSH | cudistr.Energy):
+        of_keys = k if isinstance(reduction, cudistr.Energy) else None
+        normalize.check_group(q, reduction, of_keys)
+        orders, numbers = reference.solve_columns(q, reduction, of_keys)
     near, sinks = getattr(reduction, "near", 0), getattr(reduction, "sinks", 0)
     rows_per_block = ROWS if orders is None else reduction.rows_per_block
     for h in range(heads):
@@ -213,9 +223,15 @@ def _on_cpu(
             last = stop if causal else seqlen
             block = queries[start:stop]
             if orders is not None:
-                order = orders[h, start // rows_per_block].astype(np.intp)
-                qhat = reference.sample(block, order, reduction)
-                scores = scale * (qhat @ reference.fuse(keys[:last], order, reduction.group_size).T)
+                order = orders[0, h, start // rows_per_block].astype(np.intp)
+                own: Any = None if numbers is None else numbers[0, h, start // rows_per_block]
+                if isinstance(reduction, cudistr.Energy):
+                    qhat, khat = block.copy(), keys[:last]
+                    qhat[:, order[reduction.keep :]] = own[reduction.keep :]
+                else:
+                    qhat = reference.sample(block, order, reduction, own).astype(np.float32)
+                    khat = reference.fuse(keys[:last], order, reduction.group_size, own)
+                scores = scale * (qhat @ khat.T)
             elif reduced_keys is not None:
                 scores = reduced_queries[start:stop] @ reduced_keys[:last].T + shift[start:stop]
             else:

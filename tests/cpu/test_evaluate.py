@@ -33,7 +33,8 @@ def test_parse() -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("lhs:2", "'lhs' is no method. Allowed: exact, lsh, projection"),
+        ("lhs:2", "'lhs' is no method. Allowed: exact, lsh, energy, projection"),
+        ("energy:near=3", "'energy:near=3' needs a number, such as energy:32"),
         ("lsh", "'lsh' needs a number, such as lsh:2"),
         ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),
         ("projection:32,bear=2", "projection has no option bear"),
@@ -59,6 +60,8 @@ def test_what_is_no_method(spec: str, text: str) -> None:
         "exact",
         "lsh:2",
         "lsh:2,representative=mean,near=20,sinks=5",
+        "lsh:2,representative=rank1",
+        "energy:16,near=20,sinks=5",
         "projection:16",
         "projection:16,near=9,sinks=3",
     ],
@@ -95,6 +98,7 @@ def test_a_fit_to_a_tolerance_leaves_a_margin() -> None:
 def test_mean_dim_counts_exact_keys() -> None:
     # 4 rows, causal, near 1: 4 of 10 visible pairs keep all 64 columns.
     assert methods.mean_dim(cudistr.LSH(2, near=1), 64, 4, True) == pytest.approx((4 * 64 + 6 * 32) / 10)
+    assert methods.mean_dim(cudistr.Energy(16, 1, 0), 64, 4, True) == pytest.approx((4 * 64 + 6 * 16) / 10)
     assert methods.mean_dim(None, 64, 4, True) == 64
     assert methods.mean_dim(0.02, 64, 4, True) is None
     q, k = arrays(2, 2, 4, 64)[:2]
