@@ -234,8 +234,8 @@ class Energy(Reduction):
 
     Notes
     -----
-    The mean and the norm of a column of K are taken over all keys of its head, seen or not. The order of the columns
-    by energy is that of float32 sums in a fixed order, so that NumPy and the GPU keep the same columns;
+    The mean and the norm of a column of K are taken over all keys of its head but the sinks, seen or not. The order of
+    the columns by energy is that of float32 sums in a fixed order, so that NumPy and the GPU keep the same columns;
     :func:`cudistr.group` shows it.
 
     Examples

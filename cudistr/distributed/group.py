@@ -18,7 +18,7 @@ from cudistr.distributed.schedule import Layout
 from cudistr.distributed.transport import Mpi, Nccl, Transport
 from cudistr.errors import CudaUnavailableError
 from cudistr.projection import Projection
-from cudistr.reductions import Reduction
+from cudistr.reductions import Energy, Reduction
 
 __all__ = ["Group", "connect"]
 
@@ -114,7 +114,8 @@ class Group:
             As for :func:`cudistr.attention`, of the whole sequence. With an LSH and ``"context"``, ranges of the
             layout of q must begin at multiples of ``block_q``: ``Layout.split(..., block=block_q)``.
         tolerance : float, optional
-            As for :func:`cudistr.attention`; only with ``parallel="heads"``, because its decision takes all keys.
+            As for :func:`cudistr.attention`; only with ``parallel="heads"``, because its decision takes all keys. An
+            Energy is for ``"heads"`` alone for the same reason.
         return_lse : bool, default False
             Whether to return ``lse`` too.
 
@@ -190,6 +191,11 @@ class Group:
                 raise ValueError(
                     "tolerance needs all keys of a head on one rank, so it cannot be used with parallel='context'. "
                     "Pass parallel='heads', or leave it away."
+                )
+            if isinstance(reduction, Energy) and parallel == "context":
+                raise ValueError(
+                    "a cudistr.Energy goes by all keys of a head, so it cannot be used with parallel='context'. "
+                    "Pass parallel='heads', or a cudistr.LSH."
                 )
             alike = {
                 "batch": problem.batch,

@@ -159,6 +159,20 @@ def test_projection():
     check(2, q, k, v, layout, parallel="heads", reduction=projection, causal=True, tolerance=0.9)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "reduction"),
+    [
+        ("context", cudistr.LSH(2, representative="rank1", block_q=64, near=9)),
+        ("heads", cudistr.LSH(2, representative="rank1")),
+        ("heads", cudistr.Energy(16, near=9, sinks=2)),
+    ],
+    ids=str,
+)
+def test_weights_and_energy(parallel, reduction):
+    q, k, v = arrays((200, 200), heads=4, heads_kv=4, head_dim=32)
+    check(2, q, k, v, Layout.split(200, 2, block=64), parallel=parallel, reduction=reduction, causal=True)
+
+
 def test_head_parallel_with_tolerance_decides_as_one_call():
     """Heads of which some fail the tolerance: every rank decides on its own as the single call does."""
     q, k, v = arrays((200, 200), heads=4, heads_kv=4, head_dim=32)
@@ -370,6 +384,12 @@ def test_what_cannot_be_computed_is_refused_on_all_ranks():
         lambda g: g.attention(*wide, reduction=projection, tolerance=0.1),
         ValueError,
         "parallel='heads', or leave it away",
+    )
+    raises(
+        2,
+        lambda g: g.attention(*wide, reduction=cudistr.Energy(16)),
+        ValueError,
+        "cannot be used with parallel='context'. Pass parallel='heads', or a cudistr.LSH",
     )
 
 

@@ -388,7 +388,9 @@ def test_softcap_with_a_projection():
 
 
 def test_group_takes_no_projection():
-    with pytest.raises(TypeError, match="reduction must be a cudistr.LSH, got cudistr.projection.Projection"):
+    with pytest.raises(
+        TypeError, match="a cudistr.LSH or a cudistr.Energy, got cudistr.projection.Projection"
+    ):
         cudistr.group(Q, Projection.fit(Q, K, rank=16))
 
 
