@@ -105,12 +105,12 @@ def attention(
     0 times NaN is NaN; keep padding finite. In float16, a fused column of K (a sum of group_size numbers) can
     overflow where its members do not.
 
-    With ``tolerance``, rows of a head are drawn uniformly, by one over the number of keys that they see, and by how
-    much of the query the projection misses. The squared error is estimated from them by the ratio of weighted sums, and
-    three standard errors of its logarithm are added before it is held against the tolerance. The decision is made on
-    the device, without synchronisation, and can be captured. It is a statement about a sample: an error that sits in a
-    few rows out of thousands, which no rule favours, can escape it. :func:`attention_error` with the same arguments
-    says what was chosen, and measures it with other rows.
+    With ``tolerance``, rows of a head are drawn uniformly, by one over the number of keys that they see and that do not
+    stay exact, and by how much of the query the projection misses. The squared error is estimated from them by the
+    ratio of weighted sums, and four standard errors of its logarithm are added before it is held against the tolerance.
+    The decision is made on the device, without synchronisation, and can be captured. It is a statement about a sample:
+    an error that sits in a few rows out of thousands, which no rule favours, can escape it. :func:`attention_error`
+    with the same arguments says what was chosen, and measures it with other rows.
 
     References
     ----------

@@ -44,7 +44,7 @@ ENERGY_KEYS = 256  # keys whose deviations are summed one after another
 
 # Standard errors of the logarithm of a squared error that are added to it before it is held against a tolerance. Errors
 # are skewed: what a sample misses makes the true one larger.
-SPREAD = 3.0
+SPREAD = 4.0
 
 
 def hash_codes(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.uint32]:
@@ -255,6 +255,17 @@ def visible_count(problem: Problem) -> NDArray[np.intp]:
     return np.broadcast_to(np.maximum(last - first + 1, 0), problem.seqlen_q)
 
 
+def reduced_count(problem: Problem) -> NDArray[np.intp]:
+    """How many keys each query row sees that are not left exact, (seqlen_q,)."""
+    position = np.arange(problem.seqlen_q) + (problem.seqlen_k - problem.seqlen_q)
+    low = 0 if problem.left is None else position - problem.left
+    high = problem.seqlen_k - 1 if problem.right is None else position + problem.right
+    first, last = np.maximum(low, problem.sinks), np.minimum(high, problem.seqlen_k - 1)
+    near = np.minimum(last, position + problem.near - 1) - np.maximum(first, position - problem.near + 1) + 1
+    count: NDArray[np.intp] = np.maximum(last - first + 1, 0) - np.maximum(near, 0)
+    return np.broadcast_to(count, problem.seqlen_q)
+
+
 def kept(rows: Any, problem: Problem, xp: Any = np) -> Any:
     """Which keys the reduction leaves exact for the query rows, bool (len(rows), seqlen_k); seen or not."""
     position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
@@ -314,13 +325,13 @@ def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Fl
 def draw(residual: Float, problem: Problem) -> tuple[NDArray[np.intp], Float]:
     """Query rows of a head that stand for all, and one over the chance of each.
 
-    A row's chance is a quarter each of: uniform, and by one over the number of keys that it sees; and half by its
-    residual, the energy that the reduction misses. Points a constant apart are laid along the sum of all chances, so
-    that a row which takes more than its share is drawn for certain.
+    A row's chance is a quarter each of: uniform, and by one over the number of keys that it sees and that are not
+    exact; and half by its residual, the energy that the reduction misses, if there are such keys. Points a constant
+    apart are laid along the sum of all chances, so that a row which takes more than its share is drawn for certain.
     """
-    count = visible_count(problem)
+    count = reduced_count(problem)
     keys = np.where(count > 0, 1.0 / np.maximum(count, 1), 0.0)
-    missed = np.where(np.isfinite(residual) & (residual > 0), residual, 0.0)
+    missed = np.where(np.isfinite(residual) & (residual > 0) & (count > 0), residual, 0.0)
     chances = np.full(len(residual), 0.25 / len(residual))
     for share, weights in ((0.25, keys), (0.5, missed)):
         if weights.sum() > 0:

@@ -4,8 +4,9 @@
 // reduced: the first two make the exact row, the last two the reduced one.
 //
 // Rows are drawn where they may matter. A row's chance is a quarter each of: uniform, and by one over the number of keys
-// that it sees; and half by its residual, the energy of the row that Qhat misses. A row that takes more than its share
-// of 1 / ROWS is drawn for certain: points a constant apart are laid along the sum of all chances.
+// that do not stay exact and that it sees; and half by its residual, the energy of the row that Qhat misses, if there are
+// such keys. A row that takes more than its share of 1 / ROWS is drawn for certain: points a constant apart are laid along
+// the sum of all chances.
 //
 // Constants, defined by the plan:
 //   DTYPE       0 float16, 1 bfloat16, 2 float32
@@ -87,17 +88,26 @@ static_assert((sizeof(SharedStorage) + 15) / 16 * 16 == SHARED_BYTES, "the plan 
 
 // What a row's chance is made of.
 struct Chances {
-    Band band;
+    Band band, near;
+    int sinks;
     const float* residual;
     float uniform, by_keys, by_residual;
 
+    // Keys that the row sees and that do not stay exact.
+    DEVICE int count(int row) const {
+        const int first = max(band.first_key(row), sinks);
+        const int last = band.last_key(row);
+        if (!KEPT) return last - first + 1;
+        const int kept = min(last, near.last_key(row)) - max(first, near.first_key(row)) + 1;
+        return max(0, last - first + 1) - max(0, kept);
+    }
     DEVICE float keys(int row) const {
-        const int count = band.last_key(row) - band.first_key(row) + 1;
-        return count > 0 ? 1.f / static_cast<float>(count) : 0.f;
+        const int seen = count(row);
+        return seen > 0 ? 1.f / static_cast<float>(seen) : 0.f;
     }
     DEVICE float missed(int row) const {
         const float x = residual[row];
-        return x > 0.f && x < infinity() ? x : 0.f;
+        return x > 0.f && x < infinity() && count(row) > 0 ? x : 0.f;
     }
     DEVICE float of(int row) const { return uniform + by_keys * keys(row) + by_residual * missed(row); }
 };
@@ -197,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
 
     const Band band = {params.band_low, params.band_high, params.seqlen_k};
     const i64 first_row = static_cast<i64>(batch_head) * params.seqlen_q;
-    draw(shared, {band, params.residual + first_row, 0.f, 0.f, 0.f}, params.seqlen_q,
+    const Band near_band = {params.near_low, params.near_high, params.seqlen_k};
+    draw(shared, {band, near_band, KEPT ? params.sinks : 0, params.residual + first_row, 0.f, 0.f, 0.f}, params.seqlen_q,
          variant == 0 && split == 0 ? params.factors + batch_head * kRows : nullptr);
 
     const bool reduced = variant == kReduced;
@@ -228,7 +239,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_probe(const Probe
         const int row = shared.rows[warp_row + lane / 4 + half * 8];
         seen[half] = {band.first_key(row), band.last_key(row)};
 #if KEPT
-        const Band near_band = {params.near_low, params.near_high, params.seqlen_k};
         near[half] = {near_band.first_key(row), near_band.last_key(row)};
 #endif
     }

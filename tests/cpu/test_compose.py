@@ -75,6 +75,15 @@ def test_parts_see_every_visible_key_once(seqlen_q, seqlen_k, mask, near, sinks)
     assert len(parts) <= (3 if mask.get("causal") else 5)
 
 
+@given(lengths, lengths, masks, counts, counts)
+def test_reduced_keys_are_counted(seqlen_q, seqlen_k, mask, near, sinks):
+    q, k = np.zeros((1, 1, seqlen_q, 16), "f4"), np.zeros((1, 1, seqlen_k, 16), "f4")
+    problem = normalize.problem(q, k, k, reduction=cudistr.LSH(2, near=near, sinks=sinks), **mask)
+    rows = np.arange(seqlen_q)
+    seen = reference.visible(rows, problem) & ~reference.kept(rows, problem)
+    np.testing.assert_array_equal(reference.reduced_count(problem), seen.sum(axis=1))
+
+
 @given(cases(methods=with_exact_keys(), head_dims=(32, 64)))
 def test_reference_is_one_softmax_over_exact_and_reduced_scores(case):
     reduction = case.options["reduction"]

@@ -69,10 +69,10 @@ def test_exact_keys_make_room_for_ranks():
     projection = Projection.fit(q, k, rank=16)
     near = random(7, 1, 3, 300, 32)
     q, k = q + near, k + near
-    options = dict(causal=True, tolerance=0.4, rows=300)
-    for kept, ranks in ((0, (32, 32, 32)), (8, (16, 16, 16))):
+    options = dict(causal=True, tolerance=0.5, rows=300)
+    for kept, ranks in ((0, (32, 32, 32)), (40, (16, 16, 16))):
         report = cudistr.attention_error(q, k, v, reduction=projection.with_near(kept), **options)
-        assert report.ranks == (ranks,) and report.output.value <= 0.4
+        assert report.ranks == (ranks,) and report.output.value <= 0.5
 
 
 def test_nan_is_exact():
