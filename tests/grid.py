@@ -183,6 +183,9 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 problem = _replace(_problem(dtype, d, d), aligned=aligned)
                 found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem)
                 found[f"smxx_probe {dtype} {d}{suffix}"] = planner.probe_kernel(problem)
+                if aligned:
+                    kept = planner.probe_kernel(_replace(problem, near=1))
+                    found[f"smxx_probe {dtype} {d} kept"] = kept
             found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
         for d in (40, 256):
