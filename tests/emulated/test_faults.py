@@ -69,7 +69,7 @@ FAULTS = {
     ),
     "no barrier before the next keys overwrite": Fault(
         FLASH,
-        f"{BARRIER}  // the values have landed, and every warp is done with the keys",
+        f"{BARRIER}  // the values have landed, and every warp is done with the keys and the queries",
         "",
         RACE,
     ),
@@ -302,7 +302,7 @@ SHARED = {
         FLASH, "kShareKeys ? tile / params.splits : tile", "tile", "outside|wrote too", splits=2
     ),
     "a thread block that leaves nothing": Fault(
-        FLASH, "    OnlineSoftmax<ROW_TILES> softmax;\n", "    if (tile < first_tile) return;\n    OnlineSoftmax<ROW_TILES> softmax;\n",
+        FLASH, "if (RANKED && tile < first_tile) continue;", "if (tile < first_tile) return;",
         "nothing wrote|before its copies landed", splits=5
     ),
     "a warp without queries that copies nothing": Fault(
