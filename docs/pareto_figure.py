@@ -15,7 +15,7 @@ import make_tables
 
 NAMES = ("eval-smollm2", "eval-dinov2")  # of the records, one panel each
 KINDS = {
-    "lsh": ("LSH (the paper)", "C3", "o"),
+    "lsh": ("LSH", "C3", "o"),
     "projection": ("Projection", "C0", "s"),
     "energy": ("Energy", "C2", "^"),
     "hyper": ("HyperAttention", "C1", "D"),
@@ -61,7 +61,7 @@ def draw(path: Path) -> None:
         panel.set_xlabel("ms of attention, all layers" if timed else "columns of a score, on average")
         panel.set_ylabel("relative output error, mean")
         panel.set_yscale("log")
-        panel.margins(x=0.2)
+        panel.margins(x=0.4)  # for the notes
         panel.legend(fontsize=7)
     figure.savefig(path)
 
