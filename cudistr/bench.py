@@ -35,6 +35,7 @@ import numpy as np
 
 import cudistr
 from cudistr import launch, normalize, plan
+from cudistr.distributed.schedule import PARALLEL
 from cudistr.errors import CudaUnavailableError
 
 __all__ = [
@@ -354,25 +355,36 @@ def _check_case(where: str, value: Mapping[str, Any]) -> None:
             _refuse(f"{where}.{name}", value[name], f"of type {kind.__name__}")
         if kind is int and value[name] < 1:
             _refuse(f"{where}.{name}", value[name], "at least 1")
-    if value["dtype"] not in DTYPES:
-        _refuse(f"{where}.dtype", value["dtype"], f"one of {', '.join(DTYPES)}")
+    _check_one_of(f"{where}.dtype", value["dtype"], tuple(DTYPES))
 
 
 def _check_row(where: str, row: Any) -> None:
     _check_names(where, row, ("method", "kernel", *_CASE_KINDS, "ms"), ("failed",))
+    if row["method"] != "group":
+        _check_method(where, row["method"], "'exact', 'lsh' with a group size, or 'group'")
+    _check_one_of(f"{where}.kernel", row["kernel"], KERNELS)
+    _check_result(where, row)
+
+
+def _check_method(where: str, method: Any, allowed: str) -> None:
+    if not isinstance(method, str) or re.fullmatch(r"exact|lsh[1-9]\d*", method) is None:
+        _refuse(f"{where}.method", method, allowed)
+
+
+def _check_one_of(where: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        _refuse(where, value, f"one of {', '.join(allowed)}")
+
+
+def _check_result(where: str, row: Any) -> None:
+    """What was computed, and how long it took or why it failed."""
     _check_case(where, row)
-    method = row["method"]
-    if not isinstance(method, str) or re.fullmatch(r"exact|group|lsh[1-9]\d*", method) is None:
-        _refuse(f"{where}.method", method, "'exact', 'lsh' with a group size, or 'group'")
-    if row["kernel"] not in KERNELS:
-        _refuse(f"{where}.kernel", row["kernel"], f"one of {', '.join(KERNELS)}")
     _check_numbers(f"{where}.ms", row["ms"])
     _check_texts(f"{where}.failed", row.get("failed", {}))
     if ("cudistr" in row["ms"]) == ("cudistr" in row.get("failed", {})):
         _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
 
 
-SHARINGS = ("context", "heads")
 _FIGURES = ("overlap", "scaling_total", "scaling_share")
 
 
@@ -399,15 +411,9 @@ def sharing_figures(ms: Mapping[str, float], ranks: int) -> dict[str, float]:
 
 def _check_shared_row(where: str, row: Any, ranks: int) -> None:
     _check_names(where, row, ("method", "parallel", *_CASE_KINDS, "ms"), ("failed", *_FIGURES))
-    _check_case(where, row)
-    if not isinstance(row["method"], str) or re.fullmatch(r"exact|lsh[1-9]\d*", row["method"]) is None:
-        _refuse(f"{where}.method", row["method"], "'exact', or 'lsh' with a group size")
-    if row["parallel"] not in SHARINGS:
-        _refuse(f"{where}.parallel", row["parallel"], f"one of {', '.join(SHARINGS)}")
-    _check_numbers(f"{where}.ms", row["ms"])
-    _check_texts(f"{where}.failed", row.get("failed", {}))
-    if ("cudistr" in row["ms"]) == ("cudistr" in row.get("failed", {})):
-        _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
+    _check_method(where, row["method"], "'exact', or 'lsh' with a group size")
+    _check_one_of(f"{where}.parallel", row["parallel"], PARALLEL)
+    _check_result(where, row)
     figures, found = sharing_figures(row["ms"], ranks), {x: row[x] for x in _FIGURES if x in row}
     if figures != found:
         _refuse(where, found, f"an object whose figures follow from its ms, {figures}")
@@ -795,7 +801,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure several GPUs instead; every process of mpiexec runs this command",
     )
     parser.add_argument(
-        "--parallel", nargs="+", default=list(SHARINGS), choices=SHARINGS, help="with --distributed"
+        "--parallel", nargs="+", default=list(PARALLEL), choices=PARALLEL, help="with --distributed"
     )
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds, with --distributed (%(default)s)"

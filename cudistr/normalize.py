@@ -698,7 +698,7 @@ def check_group(q: Any, reduction: Any, k: Any = None, *, reference: bool = Fals
         if len(array.shape) != 4:
             raise ValueError(
                 f"{name} must have 4 axes (batch, heads, seqlen_{name}, head_dim), got {len(array.shape)} "
-                f"with shape {array.shape}."
+                f"with shape {array.shape}. Add the missing axes with [None], or reshape."
             )
         _check_dtype(name, array.dtype, reference)
         if type(array) is not np.ndarray:

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--emulate"):
         for item in items:
             if item.get_closest_marker("hardware"):
-                item.add_marker(pytest.mark.skip(reason="not emulated"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: not emulated"))
         return
     reason = missing_gpu()
     # A machine that should have a GPU must not pass by skipping everything.

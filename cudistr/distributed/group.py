@@ -14,7 +14,7 @@ import numpy as np
 
 from cudistr import launch, normalize
 from cudistr.distributed import schedule, solve
-from cudistr.distributed.schedule import Layout
+from cudistr.distributed.schedule import PARALLEL, Layout
 from cudistr.distributed.transport import Mpi, Nccl, Transport
 from cudistr.errors import CudaUnavailableError
 from cudistr.projection import Projection
@@ -24,7 +24,6 @@ __all__ = ["Group", "connect"]
 
 T = TypeVar("T")
 
-PARALLEL = ("context", "heads")
 # Where launchers write which process of its machine a process is.
 LOCAL_RANKS = (
     "LOCAL_RANK",
@@ -267,7 +266,8 @@ class Group:
         (array,) = adopted.arrays
         if len(array.shape) < 3 or array.shape[2] != layout.seqlen:
             raise ValueError(
-                f"x must have the layout's {layout.seqlen} rows in axis 2, got shape {array.shape}."
+                f"x must have the layout's {layout.seqlen} rows in axis 2, got shape {array.shape}. "
+                f"Pass Layout.split({array.shape[2] if len(array.shape) > 2 else 'seqlen'}, group.size)."
             )
         on_host = type(array) is np.ndarray
         with launch.placed(None if on_host else array.device.id, adopted.stream):
@@ -302,7 +302,9 @@ class Group:
             self._check_place(None if type(array) is np.ndarray else array.device.id, adopted.stream)
             given = _layouts(layout, self.size)
             if len(array.shape) < 3:
-                raise ValueError(f"x must have rows in axis 2, got shape {array.shape}.")
+                raise ValueError(
+                    f"x must have rows in axis 2, got shape {array.shape}. Pass what attention returned."
+                )
             shape = (*array.shape[:2], *array.shape[3:])
             alike = {"shape without rows": str(shape), "dtype": str(array.dtype), "layout": _digest(given)}
             return (adopted, array, given), alike, {"rows": array.shape[2]}
@@ -377,7 +379,9 @@ def _layouts(layout: Any, size: int) -> tuple[Layout, Layout] | None:
         )
     for one in pair:
         if one.size != size:
-            raise ValueError(f"layout must have the group's {size} ranks, got {one.size}.")
+            raise ValueError(
+                f"layout must have the group's {size} ranks, got {one.size}. Pass Layout.split(seqlen, group.size)."
+            )
     return pair[0], pair[1]
 
 

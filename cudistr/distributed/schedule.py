@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from cudistr.plan import Pass
 
-__all__ = ["Call", "HeadShare", "Layout", "Move", "calls", "head_share", "ring"]
+__all__ = ["PARALLEL", "Call", "HeadShare", "Layout", "Move", "calls", "head_share", "ring"]
+
+PARALLEL = ("context", "heads")  # ways to share a call
 
 Range = tuple[int, int]
 

@@ -59,7 +59,7 @@ constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kElements = kChunkBytes / int(sizeof(T));
 constexpr bool kSplit = SPLIT;
 constexpr int kVariants = KEPT ? 3 : 2;
-enum Variant { kWhole, kFar = kWhole, kNear, kReduced = kVariants - 1 };
+constexpr int kNear = 1, kReduced = kVariants - 1;  // variants; 0 is the exact one
 constexpr float kLog2E = 1.4426950409f;
 static_assert(HEAD_DIM % 16 == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 

@@ -22,7 +22,7 @@ def run(case: str, size: int, folder: Path, transport: str = "mpi") -> list[dict
     """How each rank ended; None for one that wrote nothing."""
     ends_well = case in ("works", "2_gpus")
     if not (ends_well or mpi.is_hydra()):
-        pytest.skip("mpiexec is not that of MPICH")
+        pytest.skip("needs the mpiexec of MPICH")
     # mpiexec would end all processes as soon as one does; a launcher on several machines may not notice.
     command = mpi.command(size, str(PROGRAM), case, str(folder), transport, keep=not ends_well)
     done = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 import cudistr
 from cudistr import launch, normalize
 from cudistr.plan import plan
-from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, on_device, same_bits
+from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, of_ranks, on_device, same_bits
 from tests.strategies import BFLOAT16, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -388,3 +388,12 @@ def test_small(dtype, head_dims, options):
         head_dim_v=head_dims[1],
     )
     check(q, k, v, on_host=True, **options)
+
+
+def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():
+    # Here ranks do not change the tile; that of the portable kernel they do.
+    q, k, v = inputs(62, np.float16, heads=4, heads_kv=2, lengths=(200, 230))
+    projection = of_ranks(q, k, 16, 64)
+    q, k, v = map(on_device, (q, k, v))
+    found = cudistr.attention(q, k, v, causal=True, reduction=projection)
+    same_bits(found[:, 2:], cudistr.attention(q, k, v, causal=True)[:, 2:])

@@ -109,14 +109,6 @@ def test_ranks_of_heads(dtype, family, head_dim, ranks, near, options, monkeypat
     check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near), **options)
 
 
-def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():
-    q, k, v = inputs(62, np.float16, heads=4, heads_kv=2, lengths=(200, 230))
-    projection = of_ranks(q, k, 16, 64)
-    q, k, v = map(on_device, (q, k, v))
-    found = cudistr.attention(q, k, v, causal=True, reduction=projection)
-    same_bits(found[:, 2:], cudistr.attention(q, k, v, causal=True)[:, 2:])
-
-
 def test_factors_weighted_by_the_output_found_on_the_device():
     q, k, v = inputs(61, np.float16, lengths=(90, 110))
     options = dict(rank=32, causal=True, near=20, sinks=4, rows=40)
