@@ -105,9 +105,9 @@ def baseline(
 
     The yardstick for a kernel. Products take inputs of the dtype and accumulate in float32, as a matrix unit does;
     what stands between two products has to be rounded to the dtype before the second one: the unnormalised P, and
-    for the reduced product Qhat and Khat, whose columns are added as arrays of the dtype are, rounding after each
-    addition. Any flash kernel rounds there too, so an error well above this one is the kernel's own. The inputs have
-    been rounded by the caller. float32 rounds nowhere but in its own arithmetic.
+    for the reduced product Qhat and Khat, whose columns are added in float32 and rounded once. Any flash kernel
+    rounds there too, so an error well above this one is the kernel's own. The inputs have been rounded by the
+    caller. float32 rounds nowhere but in its own arithmetic.
     """
     dtype = q.dtype
     shared = q.shape[1] // k.shape[1]
@@ -157,10 +157,8 @@ def baseline(
                     *weights.shape[:2], 1, -1, reduction.group_size
                 )
                 qhat = (grouped * of_block).sum(axis=4) / (of_block**2).sum(axis=4)
-                summed = rounded(summed * of_block, dtype, xp)
-            qhat, khat = rounded(qhat, dtype, xp), summed[..., 0]
-            for member in range(1, reduction.group_size):
-                khat = rounded(khat + summed[..., member], dtype, xp)
+                summed = summed * of_block
+            qhat, khat = rounded(qhat, dtype, xp), rounded(summed.sum(axis=4), dtype, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
             reduced = xp.matmul(qhat, khat.swapaxes(2, 3))
             scores[:, :, rows] = xp.where(xp.asarray(kept[rows]), exact, reduced)
