@@ -65,6 +65,9 @@ COMMIT_VARIABLE = "CUDISTR_COMMIT"
 Call = Callable[[], object]
 Factory = Callable[[], Call]
 Timer = Callable[[Call], float]
+Prepared = Mapping[
+    str, Callable[[], tuple[Any, "float | None"]]
+]  # reduction and tolerance of a method, made once
 T = TypeVar("T")
 
 
@@ -213,7 +216,7 @@ def host_overhead(
 
 
 def reduction_of(method: str) -> cudistr.LSH | None:
-    """The reduction that a method's name stands for: "exact" none, "lsh4" ``LSH(group_size=4)``.
+    """The reduction that a short name stands for: "exact" none, "lsh4" ``LSH(group_size=4)``.
 
     Raises
     ------
@@ -228,6 +231,46 @@ def reduction_of(method: str) -> cudistr.LSH | None:
             f"method must be 'exact' or 'lsh' with a group size, such as 'lsh2' and 'lsh4', got {method!r}."
         )
     return cudistr.LSH(group_size=int(match[1]))
+
+
+def method_of(name: str) -> Any:
+    """The method of a short name, or of one as ``cudistr eval`` takes it: ``projection:64,near=256,sinks=64``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or cannot be timed on one call: no rival of the paper, no fit on other data.
+    """
+    from cudistr.evaluate import errors, methods  # imports this module
+
+    if name.partition(":")[0] not in ("exact", "lsh", "energy", "projection"):
+        if not re.fullmatch(r"lsh[1-9]\d*", name):
+            raise ValueError(
+                "method must be 'exact', 'lsh' with a group size, such as 'lsh2', or as cudistr eval names lsh, energy "
+                f"and projection, such as 'projection:64,near=256,sinks=64', got {name!r}."
+            )
+        name = f"lsh:{name[3:]}"
+    try:
+        found = methods.parse(name)
+    except errors.EvalError as error:
+        raise ValueError(str(error).replace("--reduction", "method", 1)) from None
+    if found.kind == "lsh":
+        cudistr.LSH(found.number or 0, **found.options)  # refuses numbers and options
+    elif found.kind == "energy":
+        cudistr.Energy(found.number or 0, **found.options)
+    if found.options.get("fit", "self") != "self":
+        raise ValueError(
+            f"method: a projection is fitted on the call's own arrays, got {name!r}. Leave fit away."
+        )
+    return found
+
+
+def prepare(name: str, arrays: Sequence[Any], causal: bool) -> tuple[Any, float | None]:
+    """The reduction and the tolerance that a method's name stands for; a projection is fitted on ``arrays``."""
+    from cudistr.evaluate import methods
+
+    (found,) = methods.prepare(method_of(name), [tuple(arrays)], [], causal, {})
+    return (found.projection, found.tolerance) if isinstance(found, methods.Within) else (found, None)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -361,7 +404,11 @@ def _check_case(where: str, value: Mapping[str, Any]) -> None:
 def _check_row(where: str, row: Any) -> None:
     _check_names(where, row, ("method", "kernel", *_CASE_KINDS, "ms"), ("failed",))
     if row["method"] != "group":
-        _check_method(where, row["method"], "'exact', 'lsh' with a group size, or 'group'")
+        try:
+            method_of(str(row["method"]))
+        except (TypeError, ValueError):
+            allowed = "'exact', 'lsh' with a group size, a method of eval, or 'group'"
+            _refuse(f"{where}.method", row["method"], allowed)
     _check_one_of(f"{where}.kernel", row["kernel"], KERNELS)
     _check_result(where, row)
 
@@ -423,7 +470,7 @@ def validate(record: Any) -> None:
     """Check the form of a record.
 
     ``device``, ``commit`` and ``command`` are strings, ``versions`` maps names to strings, and ``rows`` is a
-    list of objects with the fields of a :class:`Case`, ``method`` ("exact", "lsh2", ..., or "group"),
+    list of objects with the fields of a :class:`Case`, ``method`` ("exact", "lsh2", "projection:64", ..., or "group"),
     ``kernel`` ("portable" or "hopper"), ``ms`` (candidate to milliseconds) and, if something could not be
     timed, ``failed`` (candidate to message). "cudistr" is in one of the two. A record of host overhead has
     ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well. A record of several GPUs has
@@ -659,14 +706,14 @@ class Machine:
         normal = self.cupy.random.RandomState(0).standard_normal
         return [], [normal(s, dtype=np.float32).astype(DTYPES[case.dtype]) for s in shapes]
 
-    def family(self, arrays: Sequence[Any], case: Case, method: str) -> str:
+    def family(self, arrays: Sequence[Any], case: Case, method: str, prepared: Prepared) -> str:
         """The family of kernels that the planner takes for a method; "portable" if it refuses the problem."""
         if method == "group":
             return "portable"
         device = self.cupy.cuda.Device()
         seen = plan.Device(int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"])
         try:
-            problem = normalize.problem(*arrays, causal=case.causal, reduction=reduction_of(method))
+            problem = normalize.problem(*arrays, causal=case.causal, reduction=prepared[method]()[0])
             return kernel_family(plan.plan(problem, seen).attention.name)
         except (TypeError, ValueError):
             return "portable"  # the row says under "failed" what was wrong
@@ -675,6 +722,7 @@ class Machine:
 def make_factories(
     case: Case,
     methods: Iterable[str],
+    prepared: Prepared,
     peers: Iterable[str],
     tensors: Sequence[Any],
     arrays: Sequence[Any],
@@ -683,8 +731,10 @@ def make_factories(
     """Candidates of a case, each with what makes its call. ``xp`` is the module of ``arrays``."""
     factories: dict[str, Factory] = {}
     for method in methods:
-        make = _make_group if method == "group" else _make_cudistr
-        factories[method] = functools.partial(make, arrays, case, method)
+        if method == "group":
+            factories[method] = functools.partial(_make_group, arrays)
+        else:
+            factories[method] = functools.partial(_make_cudistr, arrays, case, prepared[method])
     for peer in peers:
         if peer == "cupy":
             factories[peer] = functools.partial(_make_plain, arrays, case, xp)
@@ -695,13 +745,19 @@ def make_factories(
     return factories
 
 
-def _make_cudistr(arrays: Sequence[Any], case: Case, method: str) -> Call:
+def _prepared(methods: Iterable[str], arrays: Sequence[Any], case: Case) -> Prepared:
+    return {m: functools.cache(functools.partial(prepare, m, arrays, case.causal)) for m in methods}
+
+
+def _make_cudistr(
+    arrays: Sequence[Any], case: Case, prepared: Callable[[], tuple[Any, float | None]]
+) -> Call:
     q, k, v = arrays
-    reduction = reduction_of(method)
-    return lambda: cudistr.attention(q, k, v, causal=case.causal, reduction=reduction)
+    reduction, tolerance = prepared()
+    return lambda: cudistr.attention(q, k, v, causal=case.causal, reduction=reduction, tolerance=tolerance)
 
 
-def _make_group(arrays: Sequence[Any], case: Case, method: str) -> Call:
+def _make_group(arrays: Sequence[Any]) -> Call:
     q = arrays[0]
     reduction = cudistr.LSH(group_size=1)  # the order does not depend on it, and 1 fits every head_dim
     return lambda: cudistr.group(q, reduction)
@@ -762,7 +818,8 @@ HOST_CASE = Case("float16", 64, 64, 4, 4, 1, 128, 128, False)  # small: the devi
 
 def _measure_host(machine: Machine, methods: Sequence[str]) -> dict[str, float]:
     _, arrays = machine.inputs(HOST_CASE)
-    calls = {method: _make_cudistr(arrays, HOST_CASE, method) for method in methods}
+    prepared = _prepared(methods, arrays, HOST_CASE)
+    calls = {method: _make_cudistr(arrays, HOST_CASE, prepared[method]) for method in methods}
     return {name: round(us, 3) for name, us in host_overhead(calls, machine.stream.synchronize).items()}
 
 
@@ -784,7 +841,13 @@ def add_shapes(parser: argparse.ArgumentParser, seqlen: list[int]) -> None:
     parser.add_argument("--kv-heads", type=_positive, metavar="N", help="if not as many as query heads")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(DTYPES))
     parser.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
-    parser.add_argument("--method", nargs="+", default=["exact", "lsh2", "lsh4"], metavar="exact|lshG")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=["exact", "lsh2", "lsh4"],
+        metavar="METHOD",
+        help="exact, lshG, or as eval names them (bench alone): energy:64, projection:64,near=256,sinks=64",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -823,8 +886,8 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table and write the record. 0, or 1 if cudistr itself could not be timed somewhere."""
     chosen = list(dict.fromkeys(args.method))
-    for method in chosen:
-        reduction_of(method)  # refuse a wrong name before anything is timed
+    for method in chosen:  # refuse a wrong name before anything is timed
+        (reduction_of if args.distributed else method_of)(method)
     if args.distributed:
         return int(importlib.import_module("cudistr.distributed.measure").run(args))
     record: dict[str, Any] = {"device": "", "commit": "", "command": command_of(args.argv)}
@@ -843,8 +906,9 @@ def run(args: argparse.Namespace) -> int:
             methods = [*chosen, "group"] if args.grouping else chosen
             for case in progress(cases(args), "case"):
                 tensors, arrays = machine.inputs(case)
-                kernels = {method: machine.family(arrays, case, method) for method in methods}
-                factories = make_factories(case, methods, peers, tensors, arrays, machine.cupy)
+                prepared = _prepared(chosen, arrays, case)
+                kernels = {method: machine.family(arrays, case, method, prepared) for method in methods}
+                factories = make_factories(case, methods, prepared, peers, tensors, arrays, machine.cupy)
                 timings = interleave(factories, machine.timer, seconds=args.seconds, row_ms=ROW_MS)
                 rows += make_rows(case, kernels, timings, peers)
     record["rows"] = rows

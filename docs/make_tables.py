@@ -45,8 +45,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def method_name(method: str) -> str:
-    """ "exact" as it is, "lsh2" as LSH(2)."""
-    return f"LSH({method[3:]})" if method.startswith("lsh") else method
+    """ "lsh2" as LSH(2), others as they are, with a space after a comma."""
+    return f"LSH({method[3:]})" if method[3:].isdigit() else method.replace(",", ", ")
 
 
 def figure(number: float | None) -> str:

@@ -166,6 +166,36 @@ def test_unknown_method(method: str) -> None:
         bench.reduction_of(method)
 
 
+def test_methods_of_eval() -> None:
+    arrays = [np.random.RandomState(0).standard_normal((1, 2, 40, 32)).astype(np.float32) for _ in range(3)]
+    assert bench.prepare("exact", arrays, False) == (None, None)
+    assert bench.prepare("lsh4", arrays, False) == (cudistr.LSH(4), None)
+    assert bench.prepare("lsh:2,near=8,representative=rank1", arrays, False)[0] == cudistr.LSH(
+        2, near=8, representative="rank1"
+    )
+    assert bench.prepare("energy:16,sinks=4", arrays, True)[0] == cudistr.Energy(16, sinks=4)
+    projection, tolerance = bench.prepare("projection:16,near=8,tolerance=0.02", arrays, True)
+    assert (projection.ranks, projection.near, tolerance) == ((16, 16), 8, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("lsh", "needs a number"),
+        ("lsh0", "method must be 'exact', 'lsh' with a group size"),
+        ("lsh:0", "group_size"),
+        ("energy:16,far=2", "far"),
+        ("hydra", "method must be 'exact', 'lsh' with a group size"),
+        ("projection:16,fit=static", "fitted on the call's own arrays"),
+        ("projection:16,tolerance=2", "between 0 and 1"),
+        ("group", "method must be 'exact', 'lsh' with a group size"),
+    ],
+)
+def test_what_bench_cannot_time(method: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        bench.method_of(method)
+
+
 def test_cases_keep_tokens_and_hidden_size() -> None:
     args = parse("--head-dim", "64", "128", "--seqlen", "2048", "32768", "--kv-heads", "4", "--causal", "1")
     found = bench.cases(args)
@@ -461,7 +491,7 @@ class FakeMachine:
         sizes = ((case.heads, case.seqlen_q, case.head_dim), (case.heads_kv, case.seqlen_k, case.head_dim))
         return [], [np.ones((case.batch, *size), bench.DTYPES[case.dtype]) for size in (*sizes, sizes[1])]
 
-    def family(self, arrays: list[Any], case: Case, method: str) -> str:
+    def family(self, arrays: list[Any], case: Case, method: str, prepared: bench.Prepared) -> str:
         return "portable"
 
 
@@ -489,6 +519,17 @@ def test_run_writes_a_record(
     printed = capsys.readouterr()
     assert "not importable here: flash2, cudnn, fa3" in printed.err
     assert "lsh4" in printed.out
+
+
+def test_run_of_a_projection(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "Machine", FakeMachine)
+    methods = ["projection:32,near=4,sinks=1", "projection:128"]
+    words = ["--dtype", "float32", "--method", *methods, "--seconds", "0.1", "--output", str(tmp_path)]
+    assert run(*SMALL, *words) == 1
+    rows = json.loads((tmp_path / "fake-gpu" / "attention.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == methods
+    assert rows[0]["ms"] == {"cudistr": 100.0, "cupy": 100.0}
+    assert "rank must be a multiple of 16" in rows[1]["failed"]["cudistr"]
 
 
 def test_run_says_when_cudistr_itself_failed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

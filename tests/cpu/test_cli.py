@@ -186,5 +186,5 @@ def test_interrupt(command: Callable[..., None], capsys: pytest.CaptureFixture[s
 def test_bad_method_of_bench_from_a_shell() -> None:
     done = call("bench", "--method", "fast")
     assert done.returncode == 1
-    assert done.stderr.startswith("cudistr: error: method must be 'exact' or 'lsh' with a group size")
+    assert done.stderr.startswith("cudistr: error: method must be 'exact', 'lsh' with a group size")
     assert len(done.stderr.splitlines()) == 1
