@@ -278,9 +278,13 @@ class Energy(Reduction):
 def projections(n_proj: int, block_q: int, seed: int) -> NDArray[np.float32]:
     """Gaussian vectors of the hash, shape (n_proj, block_q), float32, read-only.
 
+    Rounded to odd multiples of 1/128, none of which is zero: their products with numbers of 16 bits have at most 21
+    significant bits, so that a fused multiply-add rounds only the sum.
+
     Drawn with ``numpy.random.RandomState``: NumPy guarantees that its stream never changes, which it does
     not for ``default_rng``, so equal seeds give equal groups on every machine and NumPy version.
     """
-    vectors = np.random.RandomState(seed).standard_normal((n_proj, block_q)).astype(np.float32)
+    drawn = np.random.RandomState(seed).standard_normal((n_proj, block_q))
+    vectors = ((np.floor(drawn * 64) + 0.5) / 64).astype(np.float32)
     vectors.setflags(write=False)
     return vectors

@@ -51,8 +51,8 @@ def hash_codes(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.uint32]:
     """Angular hash of every column of a block of queries (arXiv 2507.17245, section 3.2).
 
     Bit b of column c is ``sum_r R[b, r] q_block[r, c] > 0``. The sum runs over the rows in order, in
-    float32 with the product and the sum rounded separately, so that the kernel gives the same bits. A sum
-    of exactly zero, and a NaN, give bit 0.
+    float32 with the product and the sum rounded separately, so that the kernel gives the same bits; a product of
+    float16 or bfloat16 is exact, unless it overflows. A sum of exactly zero, and a NaN, give bit 0.
 
     Parameters
     ----------

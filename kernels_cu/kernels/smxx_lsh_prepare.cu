@@ -2,7 +2,8 @@
 // transposed. The first is arithmetic, the second memory traffic, so thread blocks of both kinds share the GPU.
 //
 // Order: angular LSH, Gray rank, stable sort. The NumPy twin is reference.order, and both give the same bits: float32
-// sums over the rows in order, product and sum rounded apart (no fma). A sum of exactly zero, or a NaN, gives bit 0.
+// sums over the rows in order, product and sum rounded apart. A product of 16-bit numbers with a projection, which has
+// ten bits, is exact, so there one fma does both. A sum of exactly zero, or a NaN, gives bit 0.
 // SIGNED: a column and its negative are alike, so of a code and its complement the smaller counts.
 //
 // Transpose: K (batch, heads_kv, seqlen_k, HEAD_DIM) to (batch, heads_kv, HEAD_DIM, key_columns), rows padded with
@@ -18,7 +19,7 @@ typedef ElementOf<DTYPE>::type T;
 // Strides are in elements.
 struct PrepareParams {
     const T* q;
-    const float* projections;  // (block_q, kProjections), contiguous: the transpose of the reference's R
+    const float* projections;  // (block_q, kProjections), contiguous: the transpose of reductions.projections
     u8* permutation;           // (batch, heads, group_blocks, HEAD_DIM), contiguous
     const T* k;
     T* transposed;
@@ -114,7 +115,8 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
                 const float x = Traits<T>::to_float(pair.element[i]);
 #pragma unroll
                 for (int b = 0; b < kProjections; ++b) {
-                    sums[i][b] = __fadd_rn(sums[i][b], __fmul_rn(shared.stage[row][b], x));
+                    const float r = shared.stage[row][b];
+                    sums[i][b] = sizeof(T) == 2 ? fmaf(r, x, sums[i][b]) : __fadd_rn(sums[i][b], __fmul_rn(r, x));
                 }
             }
         }

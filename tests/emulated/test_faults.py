@@ -268,7 +268,7 @@ FAULTS = {
     ),
     "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][half * 2] *= rescale;", "", WRONG),
     "a hash with products and sums rounded together": Fault(
-        PREPARE, "__fadd_rn(sums[i][b], __fmul_rn(shared.stage[row][b], x))", "fmaf(shared.stage[row][b], x, sums[i][b])",
+        PREPARE, "sizeof(T) == 2 ? fmaf", "true ? fmaf",
         "Mismatched", {"near_ties": True}, dtype=np.float32
     ),
     "vector loads where rows are not aligned": Fault(
