@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cudistr.errors import UnsupportedDeviceError
@@ -573,20 +574,25 @@ HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while t
 HOPPER_BARRIER_BYTES = 8 * (2 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
-# Keys per step by columns of V. A consumer's thread holds, per row of 64, scores (keys / 2), weights (keys / 4) and
-# output (columns / 2); more keys mean fewer barriers and rescalings per key.
+# Keys per step, by columns of V: what to choose from. A consumer's thread holds, per row of 64, scores (keys / 2),
+# weights (keys / 4) and output (columns / 2); more keys mean fewer barriers and rescalings per key. Parts of the time
+# that the choice before took (one H100, bfloat16, N = 8k, at its limit of power; full, or causal where it says so):
 HOPPER_KEYS = (
-    (64, 128),  # 64 + 32 + 32 of the 160 registers that three consumers have
-    (96, 192),  # 96 + 48 + 48 of 240, as for all below
-    (128, 176),  # 88 + 44 + 64; 192 would leave none for addresses
-    (160, 144),  # 72 + 36 + 80
-    (192, 128),  # 64 + 32 + 96
-    (224, 112),  # 56 + 28 + 112
-    (256, 80),  # 40 + 20 + 128
+    (64, (128,)),  # 64 + 32 + 32 of the 160 registers that three consumers have
+    (96, (128, 192)),  # 96 + 48 + 48 of 240, as for all below; causal 0.95 of 128
+    (128, (128, 192)),  # 96 + 48 + 64; 0.96 of 176; causal 0.97 of 128, with 64 columns of Q and K 0.92
+    (160, (128, 144)),  # 72 + 36 + 80
+    (192, (96,)),  # 48 + 24 + 96; 0.99 of 112, the most for which shared memory has room
+    (224, (112,)),  # 56 + 28 + 112
+    (256, (64,)),  # 32 + 16 + 128; 0.98 of 80
 )
-HOPPER_GROUPED_ACCUMULATORS = 180  # of a consumer's 208 registers, for scores, weights, output and queries
+HOPPER_RANKED_KEYS = (128, 176)  # for 65 to 128 columns of V: walking over passes takes registers
+# What a step costs beside its keys, in keys: one of 192 takes 1.44 times as long as one of 128.
+HOPPER_STEP_KEYS = 18
+HOPPER_GROUPED_ACCUMULATORS = (
+    184  # of a consumer's 208 or 216 registers, for scores, weights, output and queries
+)
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
-HOPPER_KEYS_MASKED = 128  # at the edges of a band the part of a tile that is masked is lost
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
 
@@ -609,29 +615,32 @@ def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int, group: int) 
 
 def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     """The tile of the Hopper kernel, None if shared memory is too small for any."""
-    group = _group(problem)
+    group, head_dim, head_dim_v = _group(problem), problem.head_dim, problem.head_dim_v
+    # Three consumers share the tiles of K and V where their accumulators fit 160 registers each, two otherwise.
+    block_m = 192 if head_dim_v <= 64 and not group else 128
+
+    def tiles(sizes: Iterable[int]) -> list[Tile]:
+        every = (Tile(block_m, tile_k, 1) for tile_k in sizes)
+        most = device.shared_bytes
+        return [tile for tile in every if hopper_shared_bytes(tile, head_dim, head_dim_v, group) <= most]
+
+    def cost(tile: Tile) -> int:
+        counts = key_tiles(problem, tile, -(-problem.seqlen_q // block_m), 1)
+        return sum(counts) * (tile.tile_k + HOPPER_STEP_KEYS)
+
     if group:
-        # Rows of a panel of the transposed K are 64 keys. 208 registers: scores, weights, output, and Qhat.
-        for tile_k in (192, 128, 64):
-            tile = Tile(128, tile_k, 1)
-            used = tile_k * 3 // 4 + problem.head_dim_v // 2 + problem.head_dim // group // 4
-            fits = (
-                hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes
-                and 2 * tile_k * problem.head_dim <= HOPPER_RAW_BYTES
-            )
-            if fits and used <= HOPPER_GROUPED_ACCUMULATORS:
+        # Rows of a panel of the transposed K are 64 keys. Registers: scores, weights, output, and Qhat.
+        beside = head_dim_v // 2 + head_dim // group // 4
+        for tile in tiles((192, 128, 64)):
+            raw_bytes = 2 * tile.tile_k * head_dim
+            if raw_bytes <= HOPPER_RAW_BYTES and tile.tile_k * 3 // 4 + beside <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile
         return None
-    # Three consumers share the tiles of K and V where their accumulators fit 160 registers each, two otherwise.
-    block_m = 192 if problem.head_dim_v <= 64 else 128
-    keys = next(n for columns, n in HOPPER_KEYS if problem.head_dim_v <= columns)
-    if problem.left is not None or problem.right is not None:
-        keys = min(keys, HOPPER_KEYS_MASKED)
-    for tile_k in range(keys, 0, -16):
-        tile = Tile(block_m, tile_k, 1)
-        if hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group) <= device.shared_bytes:
-            return tile
-    return None
+    keys = next(sizes for columns, sizes in HOPPER_KEYS if head_dim_v <= columns)
+    if problem.ranked is not None and 64 < head_dim_v <= 128:
+        keys = HOPPER_RANKED_KEYS
+    smaller = tiles(range(keys[0] - 16, 0, -16))[:1]
+    return min(tiles(keys) or smaller, key=cost, default=None)
 
 
 def _hopper_groups(problem: Problem) -> bool:
@@ -922,11 +931,11 @@ def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int)
     return max(1, min(by_registers, by_shared))
 
 
-def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int) -> tuple[int, int]:
-    """Tiles of keys that a tile of queries sees: the mean, rounded up, and the most."""
+def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int) -> list[int]:
+    """Tiles of keys that tiles of queries see, for at most 64 of them, evenly spaced."""
     offset = problem.seqlen_k - problem.seqlen_q
     counts = []
-    for row_block in range(0, row_blocks, -(-row_blocks // 64)):  # the mean of 64 is near enough
+    for row_block in range(0, row_blocks, -(-row_blocks // 64)):
         first, last = row_block * tile.block_m, min((row_block + 1) * tile.block_m, problem.seqlen_q) - 1
         if packed > 1:
             first, last = 0, problem.seqlen_q - 1
@@ -935,7 +944,7 @@ def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int) -> tup
         if problem.right is not None:
             high = min(high, last + offset + problem.right)
         counts.append(high // tile.tile_k - low // tile.tile_k + 1 if high >= low else 0)
-    return -(-sum(counts) // len(counts)), max(counts)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -967,13 +976,15 @@ class _Work:
 def _work(problem: Problem, device: Device, packed: int, share_keys: bool) -> _Work:
     kernel, tile = portable_kernel(problem, device, share_keys)
     row_blocks = -(-problem.seqlen_q * packed // tile.block_m)
+    counts = key_tiles(problem, tile, row_blocks, packed)
     return _Work(
         kernel,
         tile,
         row_blocks,
         check_blocks(row_blocks * problem.batch * (problem.heads // packed)),
         min(tile.block_m, _round_up(problem.seqlen_q * packed, 16)),
-        *key_tiles(problem, tile, row_blocks, packed),
+        -(-sum(counts) // len(counts)),
+        max(counts),
         resident_blocks(tile, kernel, device, problem.head_dim_v),
     )
 

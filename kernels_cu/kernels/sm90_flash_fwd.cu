@@ -74,9 +74,10 @@ static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: regis
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
 
 // The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back. Sums
-// need more, for loads in flight.
-constexpr int kProducerRegisters = kGrouped ? 88 : RANKED && kConsumers == 2 ? 40 : kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kGrouped ? 208 : RANKED && kConsumers == 2 ? 232 : kConsumers == 2 ? 240 : 160;
+// need more, for loads in flight: fewer of them where a long tile of keys takes registers from the consumers.
+constexpr bool kLongTiles = TILE_K > 128;
+constexpr int kProducerRegisters = kGrouped ? (kLongTiles ? 72 : 88) : RANKED && kConsumers == 2 ? 40 : kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kGrouped ? (kLongTiles ? 216 : 208) : RANKED && kConsumers == 2 ? 232 : kConsumers == 2 ? 240 : 160;
 static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
@@ -325,8 +326,9 @@ struct Builder {
     static constexpr int kDown = kBuilderThreads / kAcross;
     static constexpr int kRows = FusedTile::kPanels * kTerms;  // of Khat, its panels one below the other
     static constexpr int kOwn = (kRows + kDown - 1) / kDown;
-    // As many at once as make eight reads in flight; the compiler cannot know that no write hits a later read.
-    static constexpr int kAtOnce = kMembers >= 8 ? 1 : kOwn * kMembers <= 8 ? kOwn : 8 / kMembers;
+    // As many at once as make so many reads in flight; the compiler cannot know that no write hits a later read.
+    static constexpr int kReads = kLongTiles ? 4 : 8;
+    static constexpr int kAtOnce = kMembers >= kReads ? 1 : kOwn * kMembers <= kReads ? kOwn : kReads / kMembers;
     static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % 8 == 0), "Builder: a row has eight chunks");
     static_assert(!kGrouped || RawTile::kBytes <= 1 << 16, "Builder: two offsets in a word");
 

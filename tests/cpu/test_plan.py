@@ -263,8 +263,7 @@ def test_tiles_of_keys_are_counted(one: Problem, seqlen_q: int, seqlen_k: int, d
             if low <= high:
                 seen |= {low // tile.tile_k, high // tile.tile_k}
         counts.append(max(seen) - min(seen) + 1 if seen else 0)
-    mean, most = planner.key_tiles(one, tile, row_blocks, 1)
-    assert most == max(counts) and abs(mean - sum(counts) / len(counts)) < 1
+    assert planner.key_tiles(one, tile, row_blocks, 1) == counts
 
 
 def test_multiprocessors_decide() -> None:
@@ -369,6 +368,17 @@ def test_constants_say_what_was_asked_for(one: Problem, device: Device) -> None:
     assert Tile(constants["BLOCK_M"], constants["TILE_K"], constants["ROW_TILES"]) == tile
 
 
+def test_the_hopper_tile_of_two_that_wastes_less() -> None:
+    def tile_k(**options: object) -> int:
+        found = planner.hopper_kernel(problem(head_dim=128, head_dim_v=128, **options), HOPPER)
+        assert found is not None
+        return found[1].tile_k
+
+    assert tile_k(seqlen_q=8192, seqlen_k=8192) == tile_k(seqlen_q=8192, seqlen_k=8192, right=0) == 192
+    assert tile_k(seqlen_q=1024, seqlen_k=1024) == tile_k(seqlen_q=1024, seqlen_k=1024, right=0) == 128
+    assert tile_k(seqlen_q=8192, seqlen_k=8192, left=127, right=0) == 128
+
+
 @given(problems(hopper=True), hoppers)
 def test_constants_of_the_hopper_kernel_say_what_was_asked_for(one: Problem, device: Device) -> None:
     found = planner.hopper_kernel(one, device)
@@ -467,9 +477,9 @@ def test_every_even_shape_has_a_hopper_tile() -> None:
                 assert found is not None
                 kernel, tile = found
                 assert kernel.shared_bytes <= HOPPER.shared_bytes and tile.tile_k >= 64
-                # Registers of a thread for scores, weights and output, beside which it needs some forty.
+                # Registers of a thread for scores, weights and output, beside which it needs some thirty.
                 held = tile.tile_k // 2 + tile.tile_k // 4 + head_dim_v // 2
-                assert held <= {192: 128, 128: 200}[tile.block_m]
+                assert held <= {192: 128, 128: 208}[tile.block_m]
 
 
 @given(problems(hopper=True), hoppers)
