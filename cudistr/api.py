@@ -59,9 +59,10 @@ def attention(
     softcap : float, optional
         If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
     tolerance : float, optional
-        With a ``cudistr.Projection``: the largest relative error ``||O - Ohat|| / ||O||`` that the output of a head of
-        a batch entry may have, between 0 and 1. In every call 64 query rows of each head are computed exactly too, and
-        a head whose error may be larger than this is exact: see the notes.
+        The largest relative error ``||O - Ohat|| / ||O||`` that the output of a head of a batch entry may have,
+        between 0 and 1. With a ``cudistr.Projection``, 64 query rows of each head are computed exactly too in every
+        call, and a head whose error may be larger than this is exact: see the notes. Without a reduction the call is
+        exact: to find factors for one call takes far longer than the call. Fit a projection once.
     return_lse : bool, default False
         Whether to return ``lse`` too.
     out : array (batch, heads, seqlen_q, head_dim_v), optional
@@ -184,7 +185,8 @@ def attention_error(
         - ``scores``: ``||S - Shat|| / ||S||`` over the visible keys, after ``softcap``, each row of S and Shat less
           its mean over these keys, because softmax does not see a constant added to a row;
         - ``output_heads``, ``scores_heads``: tuples with the same for each head;
-        - ``ranks``, only with ``tolerance``: columns that each head of each batch entry uses, head_dim if it is exact.
+        - ``ranks``, only with a projection and ``tolerance``: columns that each head of each batch entry uses,
+          head_dim if it is exact.
 
         Each is an ``Estimate`` with ``value`` and the ends ``low`` and ``high`` of a 95% interval.
 

@@ -63,7 +63,7 @@ class ErrorReport:
     output_heads, scores_heads : tuple of Estimate
         The same for each head.
     ranks : tuple of tuple of int, or None
-        Only with a tolerance: columns that each head of each batch entry uses; head_dim is exact.
+        Only with a projection and a tolerance: columns that each head of each batch entry uses; head_dim is exact.
     """
 
     rows: int

@@ -763,8 +763,8 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             )
 
 
-def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
-    """``tolerance`` of :func:`cudistr.attention` as a float.
+def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float | None:
+    """``tolerance`` of :func:`cudistr.attention` as a float, None where no call can be over it.
 
     Raises
     ------
@@ -778,11 +778,11 @@ def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
             f"tolerance must be between 0 and 1, got {number}. It is the largest relative error of the output of a "
             "head: pass 0.02, for example, or None."
         )
-    outline = None if reduction is None else reduction.outline
-    if not isinstance(outline, LowRank):
-        came = "None" if reduction is None else _kind(reduction)
+    if reduction is None:  # exact
+        return None
+    if not isinstance(reduction.outline, LowRank):
         raise TypeError(
-            f"tolerance is for a reduction that is a cudistr.Projection, got reduction {came}. Pass "
+            f"tolerance is for a reduction that is a cudistr.Projection, got reduction {_kind(reduction)}. Pass "
             "cudistr.Projection.fit(q, k, rank=...), or leave tolerance away."
         )
     if problem.head_dim % RANK_MULTIPLE:

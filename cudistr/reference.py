@@ -495,8 +495,8 @@ def attention(
     ranks = None
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)
-        if projection is not None and not problem.empty:
-            ranks, _ = decide(q, k, v, problem, projection, tolerance)
+    if tolerance is not None and projection is not None and not problem.empty:
+        ranks, _ = decide(q, k, v, problem, projection, tolerance)
     result, lse = solve(q, k, v, problem, projection, ranks)
     if out is not None:
         normalize.check_out(out, problem, (q, k, v), dtype="float64")

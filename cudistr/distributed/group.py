@@ -186,7 +186,7 @@ class Group:
                 0 if causal else right,
                 None if tolerance is None else normalize.check_tolerance(tolerance, problem, reduction),
             )
-            if tolerance is not None and parallel == "context":
+            if options.tolerance is not None and parallel == "context":
                 raise ValueError(
                     "tolerance needs all keys of a head on one rank, so it cannot be used with parallel='context'. "
                     "Pass parallel='heads', or leave it away."

@@ -96,13 +96,20 @@ def test_rows_are_drawn_where_the_error_is():
     assert 0.5 < factors.mean() / 300 < 2
 
 
+def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():
+    q, k, v = low_rank(4, 4, 0.1, seqlen=10, head_dim=24)
+    np.testing.assert_array_equal(cudistr.attention(q, k, v, tolerance=0.02), cudistr.attention(q, k, v))
+    report = cudistr.attention_error(q, k, v, tolerance=0.02)
+    assert report.ranks is None and report.output.value < 1e-6
+
+
 @pytest.mark.parametrize(
     ("tolerance", "change", "error", "text"),
     [
         (0, {}, ValueError, "tolerance must be between 0 and 1, got 0.0"),
         (1.0, {}, ValueError, "tolerance must be between 0 and 1, got 1.0"),
         ("small", {}, TypeError, "tolerance must be a number .* got str"),
-        (0.02, {"reduction": None}, TypeError, "a cudistr.Projection, got reduction None"),
+        (2, {"reduction": None}, ValueError, "tolerance must be between 0 and 1, got 2"),
         (0.02, {"reduction": cudistr.LSH(2)}, TypeError, "a cudistr.Projection, got reduction cudistr.*LSH"),
         (0.02, {"head_dim": 24}, ValueError, "multiple of 16, got 24"),
     ],
