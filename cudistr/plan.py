@@ -705,12 +705,17 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
 
 
 def _hopper_section(problem: Problem) -> int:
-    """Heads, over all batches, whose tiles the Hopper kernel takes in turn."""
+    """Heads, over all batches, whose tiles the Hopper kernel takes in turn.
+
+    As many as L2 holds, but such that the last section, which begins with long tiles again when little else is left, is
+    as large as it can be: ten heads, of which L2 holds seven, are taken as five and five.
+    """
     if problem.left is None and problem.right is None:
         return 1  # tiles take equally long, so their order does not matter
     bytes_per_head = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
-    heads = HOPPER_SECTION_BYTES // bytes_per_head * (problem.heads // problem.heads_kv)
-    return max(1, min(heads, problem.batch * problem.heads))
+    heads_kv, shared = problem.batch * problem.heads_kv, problem.heads // problem.heads_kv
+    most = max(1, min(HOPPER_SECTION_BYTES // bytes_per_head, heads_kv))
+    return shared * max(range(1, most + 1), key=lambda n: ((heads_kv - 1) % n + 1, n))
 
 
 def prepare_kernel(dtype: str, head_dim: int, aligned: bool, signed: bool = False) -> Kernel:

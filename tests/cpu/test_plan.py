@@ -379,6 +379,17 @@ def test_the_hopper_tile_of_two_that_wastes_less() -> None:
     assert tile_k(seqlen_q=8192, seqlen_k=8192, left=127, right=0) == 128
 
 
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seqlen", "section"),
+    [(10, 10, 8192, 5), (16, 16, 16384, 4), (32, 8, 16384, 16), (8, 2, 2**20, 4)],
+)
+def test_the_last_section_of_heads_is_not_a_small_one(
+    heads: int, heads_kv: int, seqlen: int, section: int
+) -> None:
+    size = dict(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=128, head_dim_v=128, right=0)
+    assert plan(problem(heads=heads, heads_kv=heads_kv, **size), HOPPER).section == section
+
+
 @given(problems(hopper=True), hoppers)
 def test_constants_of_the_hopper_kernel_say_what_was_asked_for(one: Problem, device: Device) -> None:
     found = planner.hopper_kernel(one, device)
