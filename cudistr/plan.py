@@ -383,15 +383,20 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if group:
             return 64 if columns <= 96 or not crowded else 32
         return 64 if square and plain and not crowded else 48
-    # O takes 128 registers of a 16-row warp; 64 keys 0.87 / 0.83 at 256 columns, 32 keys 0.80 / 0.77.
-    return 64
+    # O takes up to 128 registers of a 16-row warp. On one H100 (N = 8k) 128 keys took 0.92 of the time of 64 at 192
+    # columns, and 96 keys 0.97 at 256.
+    if group or not (square and plain) or crowded:
+        return 64
+    return 128 if columns <= 192 else 96
 
 
 def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
     """The same where thread blocks may share keys, which takes a few registers of those that are full."""
     if group and columns <= 128:
         return min(keys, 64 if columns <= 64 else 32)
-    return keys - 16 if 64 < columns <= 128 and keys > 32 else keys
+    if columns > 128:
+        return min(keys, 64)
+    return keys - 16 if columns > 64 and keys > 32 else keys
 
 
 def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> list[Tile]:
@@ -405,7 +410,7 @@ def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> li
     # of FlashAttention-2. Beyond 128 columns O alone would take every register.
     row_tiles = 2 if problem.head_dim_v <= 128 else 1
     return [
-        *(Tile(128, n, row_tiles) for n in (large, 64, 48, 32) if n <= large),
+        *(Tile(128, n, row_tiles) for n in (large, 96, 64, 48, 32) if n <= large),
         *(Tile(64, n, 1) for n in (64, 32, 16) if n <= keys),
     ]
 
