@@ -26,6 +26,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- table: begin (docs/make_tables.py --readme) -->", "<!-- table: end -->"
 NONE = "No record has been committed yet.\n"
 
+CASE = ("dtype", "head_dim", "head_dim_v", "heads", "heads_kv", "batch", "seqlen_q", "seqlen_k", "causal")
 PEERS = {
     "flash2": "FlashAttention-2 (torch)",
     "cudnn": "cuDNN (torch)",
@@ -76,6 +77,48 @@ def times(rows: Sequence[dict[str, Any]]) -> str:
     names.sort(key=lambda name: name in PEERS.values())
     head = ["dtype", "head_dim", "heads", "batch", "seqlen", "mask", *names]
     return table(head, [[*case, *(figure(found.get(n)) for n in names)] for case, found in cases.items()])
+
+
+MANY_METHODS = 6  # of a record, more of which become lines instead of columns
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of a bench record of many methods, one line for each: milliseconds, and the part of exact attention's."""
+    cases = list(dict.fromkeys(tuple(row[name] for name in CASE) for row in rows))
+    exact = {
+        c: row["ms"].get("cudistr")
+        for row in rows
+        for c in [tuple(row[n] for n in CASE)]
+        if row["method"] == "exact"
+    }
+    lines: dict[str, dict[Any, float]] = {}
+    for row in rows:
+        case = tuple(row[name] for name in CASE)
+        for name, ms in row["ms"].items():
+            if name == "cudistr":
+                lines.setdefault(f"`{row['method']}`", {})[case] = ms
+            elif row["method"] != "group":
+                lines.setdefault(PEERS[name], {}).setdefault(case, ms)
+
+    def cell(ms: float | None, case: Any) -> str:
+        return figure(ms) if ms is None or not exact.get(case) else f"{figure(ms)} ({ms / exact[case]:.2f})"
+
+    names = sorted(lines, key=lambda name: name in PEERS.values())
+    head = [f"{n}, {'causal' if causal else 'no mask'}" for *_, n, causal in cases]
+    first = dict(zip(CASE, cases[0], strict=True))
+    what = f"{first['dtype']}, head_dim {first['head_dim']}"
+    return table([what, *head], [[name, *(cell(lines[name].get(c), c) for c in cases)] for name in names])
+
+
+def reductions(folder: Path = RECORDS) -> str:
+    """What each reduction costs: the records reductions.json."""
+    found = [
+        f"Milliseconds of a call on {record['device']}, and the part of exact attention's time, by length and mask:\n\n"
+        f"{costs(record['rows'])}"
+        for path, record in records(folder)
+        if path.name == "reductions.json"
+    ]
+    return "\n".join(found) or NONE
 
 
 def host_times(record: dict[str, Any]) -> str:
@@ -270,8 +313,9 @@ def section(path: Path, record: dict[str, Any]) -> str:
         return title + text + host_times(record)
     if "ranks" in record:
         return f"{title}{record['ranks']} ranks over {record['transport'].upper()}. {text}{sharing(record)}"
-    text += "Milliseconds of a call, medians over rounds in which the columns take turns.\n\n"
-    return title + text + times(record["rows"])
+    text += "Milliseconds of a call, medians over rounds in which all take turns.\n\n"
+    many = len({row["method"] for row in record["rows"]}) > MANY_METHODS
+    return title + text + (costs if many else times)(record["rows"])
 
 
 def all_tables(folder: Path = RECORDS) -> str:
