@@ -51,6 +51,7 @@ from cudistr.plan import (
     probe_splits,
     probe_variants,
     project_kernel,
+    project_rows,
     weights,
 )
 from cudistr.reductions import LSH, MAX_PROJ, Energy, projections
@@ -126,7 +127,10 @@ _HOPPER_RANKED = _parameters(
 _PROJECT = _parameters(
     ("q k qhat khat q_factors k_factors bias mean widths sketch residual shift", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row", "i8"),
-    ("q_tiles q_blocks k_blocks heads heads_per_kv seqlen_q seqlen_k columns unit_batch", "i4"),
+    (
+        "slices block_rows q_blocks k_blocks q_units heads heads_per_kv seqlen_q seqlen_k columns unit_batch",
+        "i4",
+    ),
     ("scale", "f4"),
 )
 _PROBE = _parameters(
@@ -288,13 +292,13 @@ class Factors(NamedTuple):
     """What makes Qhat and Khat, on a device. A unit is a KV head, of every batch entry or of all together."""
 
     queries: (
-        Any  # A transposed, (units, parts, columns, head_dim); 16-bit dtypes have two parts, whose sum it is
+        Any  # A as lanes of matrix instructions have it, uint32 (units, columns / 16, parts, steps, 32, 4)
     )
-    keys: Any  # B transposed, the same
+    keys: Any  # B, the same
     bias: Any  # mean B, float32 (units, columns)
-    mean: Any  # of K, float32 (units, head_dim)
+    mean: Any  # of K, as lanes 0 to 3 have it, uint32 (units, 1, parts, steps, 4, 4)
     widths: Any  # int32 (units,): columns to make
-    sketch: Any  # (units, parts, 16, head_dim): random vectors less what A and B keep of them
+    sketch: Any  # random vectors less what A and B keep of them, uint32 (units, 1, parts, steps, 32, 4)
 
 
 @functools.cache
@@ -798,16 +802,19 @@ def _project_recipe(problem: Problem, columns: int, unit_batch: int) -> _Launch:
     assert problem.device is not None
     device = device_properties(problem.device)
     check_device(device, problem.device)
-    kernel = project_kernel(problem)
-    rows = dict(kernel.constants)["BLOCK_M"]
+    kernel = project_kernel(problem, columns)
+    slices = -(-columns // dict(kernel.constants)["COLUMNS"])
+    rows = project_rows(problem, kernel, slices, device)
     q_blocks, k_blocks = -(-problem.seqlen_q // rows), -(-problem.seqlen_k // rows)
-    q_tiles = problem.batch * problem.heads * q_blocks
+    q_units = problem.batch * problem.heads * q_blocks
     values = {
         **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
         **dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True)),
-        "q_tiles": q_tiles,
+        "slices": slices,
+        "block_rows": rows,
         "q_blocks": q_blocks,
         "k_blocks": k_blocks,
+        "q_units": q_units,
         "heads": problem.heads,
         "heads_per_kv": problem.heads // problem.heads_kv,
         "seqlen_q": problem.seqlen_q,
@@ -816,7 +823,7 @@ def _project_recipe(problem: Problem, columns: int, unit_batch: int) -> _Launch:
         "unit_batch": unit_batch,
         "scale": problem.scale,
     }
-    blocks = check_blocks(q_tiles + problem.batch * problem.heads_kv * k_blocks)
+    blocks = check_blocks(slices * (q_units + problem.batch * problem.heads_kv * k_blocks))
     return _launch(kernel, blocks, device, problem.device, _PROJECT, values)
 
 
@@ -840,7 +847,7 @@ def project(
     """
     import cupy
 
-    units, _, columns, _ = factors.queries.shape
+    units, columns = factors.bias.shape
     qhat = cupy.ndarray((*q.shape[:3], columns), q.dtype)
     khat = cupy.ndarray((*k.shape[:3], columns), k.dtype)
     shift, residual = (

@@ -39,6 +39,7 @@ __all__ = [
     "probe_splits",
     "probe_variants",
     "project_kernel",
+    "project_rows",
     "step_clocks",
     "tile_clocks",
     "tile_kernel",
@@ -57,6 +58,11 @@ WEIGHTS_THREADS = 128  # of smxx_lsh_weights.cu
 ENERGY_KEYS = 256  # keys that a thread of smxx_key_energy.cu sums
 KEY_ENERGY_THREADS = 128
 ENERGY_ORDER_THREADS = 256
+PROJECT_THREADS = 256  # of smxx_project.cu
+PROJECT_GROUP = 32  # columns that it makes at once
+PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
+PROJECT_TILES = 8  # of rows that one of them makes one after another, at most
+PROJECT_BLOCKS = 6  # of them for a multiprocessor, at least, if they have more than one tile
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
 MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu
 
@@ -797,24 +803,40 @@ def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
     return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
 
 
-def project_kernel(problem: Problem) -> Kernel:
-    """The kernel that makes Qhat and Khat."""
+def project_kernel(problem: Problem, columns: int) -> Kernel:
+    """The kernel that makes so many columns of Qhat and Khat."""
     itemsize = ITEMSIZE[problem.dtype]
-    row = _round_up(problem.head_dim, 16) * itemsize + 16
-    block_m = 128 if problem.head_dim * itemsize <= 256 else 64
     parts = 2 if itemsize == 2 else 1  # of a factor: the rounded number and the rest
-    # Two stages of the factors. Fewer columns leave room for another thread block on the multiprocessor.
-    columns = 32 if 64 * parts * row <= 1 << 16 else 16
+    segments = -(-problem.head_dim * itemsize // 64)  # of a row
+    tile = parts * segments * 1024  # bytes of 16 columns of the factors
+    more = tile + tile // 8  # of the sketch and of the mean
+    groups = -(-columns // PROJECT_GROUP)
+    most = (PROJECT_BYTES - more) // (2 * tile + 4 * PROJECT_GROUP)
+    columns = -(-groups // -(-groups // most)) * PROJECT_GROUP
+    rows = (24, 16) if itemsize == 2 else (16, 8)  # of a warp: as many as there are registers for
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
-        "BLOCK_M": block_m,
         "COLUMNS": columns,
+        "WARP_ROWS": rows[segments > 4],
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
-        "SHARED_BYTES": (block_m + 2 * parts * columns) * row,
+        "SHARED_BYTES": columns // 16 * tile + more + 4 * columns,
     }
-    return Kernel("smxx_project", tuple(constants.items()), block_m * 2, constants["SHARED_BYTES"])
+    # As for the portable kernel: at its own level, ptxas hoists so many loads of float32 that it spills.
+    options = ("-Xptxas=-O1",) if problem.dtype == "float32" else ()
+    return Kernel(
+        "smxx_project", tuple(constants.items()), PROJECT_THREADS, constants["SHARED_BYTES"], options
+    )
+
+
+def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) -> int:
+    """Rows of a thread block of this kernel: several tiles, so that it copies the factors once for all of them, while
+    every multiprocessor has several thread blocks to do."""
+    rows = PROJECT_THREADS // 32 * dict(kernel.constants)["WARP_ROWS"]
+    tiles = problem.heads * -(-problem.seqlen_q // rows) + problem.heads_kv * -(-problem.seqlen_k // rows)
+    share = problem.batch * tiles * slices // (PROJECT_BLOCKS * device.multiprocessors)
+    return rows * max(1, min(PROJECT_TILES, share))
 
 
 PROBE_ROWS = 64  # sampled rows of each head

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cudistr import launch, normalize, reference
 from cudistr.launch import Factors
-from cudistr.plan import PANEL_COLUMNS
+from cudistr.plan import PANEL_COLUMNS, PROJECT_GROUP
 from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
 
 __all__ = ["Projection", "wide"]
@@ -380,11 +380,14 @@ class Projection(Reduction):
             ]
             bias = (self.mean[:, None].astype(np.float64) @ self.keys)[:, 0, :columns]
             host = (
-                *(in_parts(x.swapaxes(1, 2)[:, :columns], dtype) for x in (self.queries, self.keys)),
+                *(
+                    in_lanes(in_parts(x.swapaxes(1, 2)[:, :columns], dtype), PROJECT_GROUP)
+                    for x in (self.queries, self.keys)
+                ),
                 bias.astype(np.float32),
-                self.mean,
+                in_lanes(mean_columns(self.mean, dtype), SKETCH)[..., :4, :],
                 np.array(widths, np.int32),
-                in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype),
+                in_lanes(in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype), SKETCH),
             )
             self._copies[key] = Factors(*(cupy.asarray(np.ascontiguousarray(x)) for x in host))
             cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
@@ -413,12 +416,40 @@ class Projection(Reduction):
         return self._copies[key]
 
 
-def in_parts(factor: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    """A factor (units, columns, head_dim) as smxx_project.cu takes it, (units, parts, columns, head_dim)."""
-    rounded = factor.astype(dtype)
-    if rounded.dtype.itemsize == 4:
-        return rounded[:, None]
-    return np.stack([rounded, (factor - rounded.astype(np.float32)).astype(dtype)], axis=1)
+def in_parts(factor: NDArray[Any], dtype: Any, count: int | None = None) -> NDArray[Any]:
+    """A factor (units, columns, head_dim) as (units, parts, columns, head_dim), whose sum over the parts it is.
+
+    Two parts are made of 16-bit dtypes, the rounded number and the rest, and one of float32, if no count is given.
+    """
+    parts = []
+    for _ in range(count or 4 // np.dtype(dtype).itemsize):
+        parts.append(factor.astype(dtype))
+        factor = factor - parts[-1].astype(np.float32)
+    return np.stack(parts, axis=1)
+
+
+def mean_columns(mean: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
+    """The mean (units, head_dim) as two columns whose parts all together it is: bfloat16 needs three for float32."""
+    parts = 4 // np.dtype(dtype).itemsize
+    split = in_parts(mean[:, None], dtype, 2 * parts)
+    return split.reshape(len(mean), 2, parts, -1).swapaxes(1, 2)
+
+
+def in_lanes(factor: NDArray[Any], group: int) -> NDArray[np.uint32]:
+    """Columns (units, parts, columns, head_dim) in the order in which smxx_project.cu reads them, in words of 32 bits.
+
+    The result is (units, columns / 16, parts, steps, 32, 4), for the left operand of matrix instructions of 16 rows,
+    which are columns here: lane ``4 g + t`` has rows ``g`` and ``g + 8``. Of the ``group`` columns that are multiplied
+    at once, its rows are neighbours. Along head_dim, the words of 64 bytes are dealt out to lanes ``t`` in fours, two
+    for each of two steps. Columns are filled up to whole groups, and head_dim to 64 bytes, with zeros.
+    """
+    units, parts, columns, head_dim = factor.shape
+    padding = ((0, 0), (0, 0), (0, -columns % group), (0, -head_dim % (64 // factor.itemsize)))
+    words = np.pad(factor, padding).view(np.uint32)
+    # unit, part, group, g, tile of the group, row; 64 bytes, t, step, word
+    words = words.reshape(units, parts, -1, 8, group // 16, 2, words.shape[3] // 16, 4, 2, 2)
+    words = words.transpose(0, 2, 4, 1, 6, 8, 3, 7, 9, 5)
+    return words.reshape(units, -1, parts, words.shape[4] * 2, 32, 4)
 
 
 def _not_ours(path: Any) -> ValueError:

@@ -183,7 +183,7 @@ def kernels(capability: int) -> dict[str, Kernel]:
             for aligned in (True, False) if d in UNALIGNED else (True,):
                 suffix = "" if aligned else " unaligned"
                 problem = _replace(_problem(dtype, d, d), aligned=aligned)
-                found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem)
+                found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem, 48)
                 found[f"smxx_probe {dtype} {d}{suffix}"] = planner.probe_kernel(problem)
                 if aligned:
                     kept = planner.probe_kernel(_replace(problem, near=1))

@@ -699,6 +699,45 @@ def test_threads_and_units_of_columns(asserting: Callable[..., None], head_dim: 
     asserting(sums.kernel, f"kSpanKeys == {planner.ENERGY_KEYS}")
 
 
+def test_threads_and_rows_of_projecting(asserting: Callable[..., None]) -> None:
+    kernel = planner.project_kernel(problem(), 48)
+    rows = planner.project_rows(problem(seqlen_q=1, seqlen_k=1), kernel, 1, HOPPER)
+    asserting(
+        kernel, f"kThreads == {kernel.threads}", f"kTileRows == {rows}", f"kGroup == {planner.PROJECT_GROUP}"
+    )
+
+
+def test_columns_of_a_projection_are_shared_out() -> None:
+    smallest = min(device.shared_bytes for device in DEVICES.values())
+    for dtype in DTYPES:
+        for head_dim in range(8, 257, 8):
+            one = problem(dtype=dtype, head_dim=head_dim)
+            for columns in (*range(16, head_dim, 16), head_dim):
+                kernel = planner.project_kernel(one, columns)
+                made = dict(kernel.constants)["COLUMNS"]
+                slices = -(-columns // made)
+                assert kernel.shared_bytes <= smallest
+                assert (
+                    made < columns / slices + planner.PROJECT_GROUP
+                )  # none has much more to do than another
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 3), st.integers(1, 200)
+)
+def test_thread_blocks_that_project_keep_every_multiprocessor_busy(
+    batch: int, seqlen_q: int, seqlen_k: int, slices: int, multiprocessors: int
+) -> None:
+    one = problem(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    device = dataclasses.replace(HOPPER, multiprocessors=multiprocessors)
+    kernel = planner.project_kernel(one, 48)
+    rows = planner.project_rows(one, kernel, slices, device)
+    tile = planner.project_rows(problem(seqlen_q=1, seqlen_k=1), kernel, 1, HOPPER)
+    assert rows % tile == 0
+    blocks = slices * batch * (one.heads * -(-seqlen_q // rows) + one.heads_kv * -(-seqlen_k // rows))
+    assert rows == tile or blocks >= planner.PROJECT_BLOCKS * multiprocessors
+
+
 LAYOUTS = {
     "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
     "HopperParams": (planner.attention_kernel(problem(), HOPPER)[0], launch._HOPPER),
@@ -706,6 +745,7 @@ LAYOUTS = {
     "WeightsParams": (planner.weights("float16", 64, 2, 1).kernel, launch._WEIGHTS),
     "KeyEnergyParams": (planner.key_energy("float16", 64, 1, 1).kernel, launch._KEY_ENERGY),
     "EnergyOrderParams": (planner.energy_order("float16", 64, 1).kernel, launch._ENERGY_ORDER),
+    "ProjectParams": (planner.project_kernel(problem(), 48), launch._PROJECT),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
     "MergeSplitsParams": (planner.merge_splits_kernel("float16", 64), launch._MERGE_SPLITS),
 }

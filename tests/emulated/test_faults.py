@@ -351,14 +351,20 @@ FAULTS |= {
     "a chunk of a head too few": Fault(
         "tile/shared.cuh", "column0 + offset < columns);", "column0 + offset + kElements < columns);", f"{RACE}|{WRONG}", RANKED
     ),
-    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "// the factors have landed", f"ldmatrix {RACE}", RANKED),
-    "factors of the stage before": Fault(PROJECT, "left, shared.factors[step % 2], lane", "left, shared.factors[(step + 1) % 2], lane", RACE, RANKED),
-    "the mean left in the keys": Fault(PROJECT, "if (!place.of_queries) {", "if (false) {", WRONG, RANKED),
+    "no barrier before factors are read": Fault(PROJECT, f"{BARRIER}  // the factors have landed", "", f"read {RACE}", RANKED),
+    "no wait for the factors": Fault(PROJECT, "cp_async_wait<0>();", "", "has not landed|before its copies landed", RANKED),
+    "the mean left in the keys": Fault(
+        PROJECT, "place.of_queries || i >= width ? 0.f : bias[i];", "0.f;", WRONG, RANKED
+    ),
     "the factors of another head": Fault(
         PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
     ),
-    "a row of Qhat beyond the last": Fault(PROJECT, "if (row >= place.rows) continue;", "", "outside|wrote too", RANKED),
-    "a shift without the scale": Fault(PROJECT, "shift[row] = sum * params.scale;", "shift[row] = sum;", WRONG, RANKED),
+    "a row of Qhat beyond the last": Fault(PROJECT, "if (tile * 8 + i >= rows) continue;", "", "outside|wrote too", RANKED),
+    "a shift without the scale": Fault(PROJECT, "= sum * scale;", "= sum;", WRONG, RANKED),
+    "a shift without the first parts of the mean": Fault(
+        PROJECT, "float sum = product[tile][0][i] + product[tile][0][i + 2];", "float sum = product[tile][0][i + 2];", WRONG, RANKED
+    ),
+    "what Qhat misses by some of the sketch": Fault(PROJECT, "int distance = 4;", "int distance = 8;", "Not equal", WITHIN),
     "rows drawn before all chances are known": Fault(
         PROBE, "    __syncthreads();\n    const float total", "    const float total", f"read {RACE}", WITHIN
     ),
