@@ -38,6 +38,7 @@ from cudistr.plan import (
     check_blocks,
     check_device,
     decide_kernel,
+    draw_kernel,
     energy_order,
     key_energy,
     key_spans,
@@ -133,8 +134,13 @@ _PROJECT = _parameters(
     ),
     ("scale", "f4"),
 )
+_DRAW = _parameters(
+    ("residual ranks rows factors", "u8"),
+    ("band_low band_high near_low near_high", "i8"),
+    ("sinks seqlen_q seqlen_k head_dim", "i4"),
+)
 _PROBE = _parameters(
-    ("q k v qhat khat residual shift ranks factors outputs sums", "u8"),
+    ("q k v qhat khat shift ranks rows outputs sums", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row", "i8"),
     ("band_low band_high near_low near_high", "i8"),
     ("sinks heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
@@ -866,7 +872,7 @@ def project(
 @functools.lru_cache(maxsize=256)
 def _decide_recipe(
     problem: Problem, columns: int, limit: float, spread: float
-) -> tuple[_Launch, _Launch, int]:
+) -> tuple[_Launch, _Launch, _Launch, int]:
     """Compile and prepare what decides on the ranks of a problem; and the parts of a sampled row, over all variants."""
     assert problem.device is not None
     device = device_properties(problem.device)
@@ -877,20 +883,26 @@ def _decide_recipe(
         "near_low": position - problem.near + 1,
         "near_high": position + problem.near - 1,
         "sinks": problem.sinks,
+    }
+    units = problem.batch * problem.heads
+    of_rows = {name: values[name] for name in _DRAW.names or () if name in values}
+    of_rows["head_dim"] = problem.head_dim
+    draw = _launch(draw_kernel(problem), units, device, problem.device, _DRAW, of_rows)
+    values |= {
         "columns": columns,
         "splits": splits,
         "scale": problem.scale,
     }
     for name, strides in (("q", problem.q_strides), ("k", problem.k_strides), ("v", problem.v_strides)):
         values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
-    units = problem.batch * problem.heads
     probe = _launch(
         probe_kernel(problem), check_blocks(variants * splits * units), device, problem.device, _PROBE, values
     )
     of_row = splits * (variants - 1)
     choice = {"splits": of_row, "parts": variants * splits, "limit": limit, "spread": spread}
     kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
-    return probe, _launch(kernel, units, device, problem.device, _DECIDE, choice), variants * splits
+    choose = _launch(kernel, units, device, problem.device, _DECIDE, choice)
+    return draw, probe, choose, variants * splits
 
 
 def decide(
@@ -910,18 +922,20 @@ def decide(
     """
     import cupy
 
-    probe, choose, count = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
+    draw, probe, choose, count = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
+    rows = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.int32)
+    factors = cupy.ndarray(rows.shape, np.float32)
     parts = (problem.batch, problem.heads, count, PROBE_ROWS)
-    factors = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.float32)
     outputs = cupy.ndarray((*parts, problem.head_dim_v), np.float32)
     sums = cupy.ndarray((*parts, 2), np.float32)
     ranks = cupy.ndarray(wanted.shape, np.int32)
     errors = cupy.ndarray((*wanted.shape, 2), np.float32)
-    hold(factors, outputs, sums, ranks, errors)
-    rows = [x.data.ptr for x in (factors, outputs, sums)]
-    given = (q, k, v, projected.queries, projected.keys, projected.residual, projected.shift, wanted)
-    probe(*(0 if x is None else x.data.ptr for x in given), *rows)
-    choose(*rows, *(x.data.ptr for x in (wanted, ranks, errors)))
+    hold(rows, factors, outputs, sums, ranks, errors)
+    draw(*(x.data.ptr for x in (projected.residual, wanted, rows, factors)))
+    shift = 0 if projected.shift is None else projected.shift.data.ptr
+    drawn = [x.data.ptr for x in (wanted, rows, outputs, sums)]
+    probe(*(x.data.ptr for x in (q, k, v, projected.queries, projected.keys)), shift, *drawn)
+    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, ranks, errors)))
     return ranks, errors
 
 

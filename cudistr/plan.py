@@ -24,6 +24,7 @@ __all__ = [
     "attention_kernel",
     "candidate_tiles",
     "decide_kernel",
+    "draw_kernel",
     "energy_order",
     "hopper_kernel",
     "key_energy",
@@ -840,28 +841,42 @@ def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) 
 
 
 PROBE_ROWS = 64  # sampled rows of each head
-PROBE_BLOCKS = 4  # thread blocks of smxx_probe.cu that a multiprocessor should get
+PROBE_PARTS = 32  # of each, at most: smxx_decide.cu has one for each lane of a warp
+DRAW_THREADS = 1024  # of smxx_draw.cu
+DECIDE_THREADS = 1024  # of smxx_decide.cu
+THIRD_BYTES = 75 * 1024  # of shared memory: a third of what a multiprocessor of Hopper has
+LEAST_SHARED_BYTES = 99 * 1024  # that a thread block may have on every GPU that is supported
+
+
+def draw_kernel(problem: Problem) -> Kernel:
+    """The kernel that draws rows of each head."""
+    return Kernel("smxx_draw", (("KEPT", int(probe_variants(problem) == 3)),), DRAW_THREADS)
 
 
 def probe_kernel(problem: Problem) -> Kernel:
-    """The kernel that computes sampled rows, exact and reduced."""
+    """The kernel that computes them, exact and reduced."""
     itemsize = ITEMSIZE[problem.dtype]
     pad = 16 // itemsize
     columns_v = _round_up(problem.head_dim_v, 16)
     wide = max(problem.head_dim, columns_v)
-    tile_k = (64 if wide <= 128 else 32) if itemsize == 2 else (32 if wide < 128 else 16)
-    queries = PROBE_ROWS * (problem.head_dim + pad)
-    tiles = tile_k * (problem.head_dim + columns_v + 2 * pad)
-    sample = 4 * PROBE_ROWS
+    tile_k = (64 if wide <= 64 else 32) if itemsize == 2 else (32 if wide < 128 else 16)
+    queries = PROBE_ROWS * (problem.head_dim + pad) * itemsize
+    stage = tile_k * (problem.head_dim + columns_v + 2 * pad) * itemsize
+    # Three thread blocks of a multiprocessor with two tiles each on their way, or what there is room for.
+    stages = (
+        3 if queries + 3 * stage <= THIRD_BYTES else 2 if queries + 2 * stage <= LEAST_SHARED_BYTES else 1
+    )
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "TILE_K": tile_k,
+        "STAGES": stages,
+        "BLOCKS": 3 if wide <= 128 else 2,
         "KEPT": int(probe_variants(problem) == 3),
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
-        "SHARED_BYTES": _round_up((queries + tiles) * itemsize + sample, 16),
+        "SHARED_BYTES": queries + stages * stage,
     }
     # As for the portable kernel: at its own level, ptxas hoists so many loads of float32 that it spills.
     options = ("-Xptxas=-O1",) if problem.dtype == "float32" else ()
@@ -874,17 +889,18 @@ def probe_variants(problem: Problem) -> int:
 
 
 def probe_splits(problem: Problem, device: Device) -> int:
-    """Into how many parts the keys are split, so that the GPU is busy."""
-    tiles = -(-problem.seqlen_k // dict(probe_kernel(problem).constants)["TILE_K"])
-    wanted = -(
-        -PROBE_BLOCKS * device.multiprocessors // (probe_variants(problem) * problem.batch * problem.heads)
-    )
-    return max(1, min(wanted, tiles, 16))
+    """Into how many parts the keys are split: as many as the GPU holds thread blocks for at once."""
+    kernel, variants = probe_kernel(problem), probe_variants(problem)
+    constants = dict(kernel.constants)
+    by_shared = (device.shared_bytes + 1024) // (kernel.shared_bytes + 1024)  # the driver takes a KB of each
+    at_once = device.multiprocessors * max(1, min(constants["BLOCKS"], by_shared))
+    tiles = -(-problem.seqlen_k // constants["TILE_K"])
+    return max(1, min(at_once // (variants * problem.batch * problem.heads), tiles, PROBE_PARTS // variants))
 
 
 def decide_kernel(head_dim: int, head_dim_v: int) -> Kernel:
     """The kernel that compares them."""
-    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), 256)
+    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), DECIDE_THREADS)
 
 
 def check_device(device: Device, index: int) -> None:

@@ -186,8 +186,10 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 found[f"smxx_project {dtype} {d}{suffix}"] = planner.project_kernel(problem, 48)
                 found[f"smxx_probe {dtype} {d}{suffix}"] = planner.probe_kernel(problem)
                 if aligned:
-                    kept = planner.probe_kernel(_replace(problem, near=1))
-                    found[f"smxx_probe {dtype} {d} kept"] = kept
+                    kept = _replace(problem, near=1)
+                    found[f"smxx_probe {dtype} {d} kept"] = planner.probe_kernel(kept)
+                    found["smxx_draw"] = planner.draw_kernel(problem)
+                    found["smxx_draw kept"] = planner.draw_kernel(kept)
             found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
         for d in (40, 256):

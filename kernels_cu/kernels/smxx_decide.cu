@@ -1,11 +1,12 @@
 // Which heads keep to a tolerance: the sampled rows of smxx_probe.cu, exact and reduced, compared. One thread block has
-// one head. A head whose error may be larger is told to use all of its columns.
+// one head, a warp one row at a time. A head whose error may be larger is told to use all of its columns.
 //
 // The estimate is the ratio of the sums of squared errors and squared sizes, each row times one over its chance, as
 // measure.estimate has it; the bound is that of its logarithm, by linearisation.
 //
 // Constants: HEAD_DIM, HEAD_DIM_V.
 #include "ptx/math.cuh"
+#include "tile/warp.cuh"
 
 struct DecideParams {
     const float* factors;  // see ProbeParams
@@ -15,7 +16,7 @@ struct DecideParams {
     i32* ranks;         // (batch, heads): those, or HEAD_DIM
     float* errors;      // (batch, heads, 2): relative error of the output as estimated, and its upper bound
     i32 splits;    // parts of a row: of the exact one the first, of the reduced one the last,
-    i32 parts;     // of so many
+    i32 parts;     // of so many, at most one for each lane of a warp
     float limit;   // square of the tolerance
     float spread;  // standard errors of the logarithm that are added for the bound
 };
@@ -23,66 +24,99 @@ struct DecideParams {
 namespace {
 
 constexpr int kRows = 64;
-constexpr int kWarps = 8;
+constexpr int kWarps = 32;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWide = HEAD_DIM_V % 128 == 0 ? 4 : HEAD_DIM_V % 64 == 0 ? 2 : 1;  // neighbours that a lane reads at once
+constexpr int kAcross = kWide * kWarpSize;
+constexpr int kReads = (HEAD_DIM_V + kAcross - 1) / kAcross;
+constexpr int kAhead = kReads * kWide > 4 ? 2 : 4;  // parts that a lane reads before it uses them
 
-DEVICE float warp_sum(float x) {
+struct alignas(4 * kWide) Columns {
+    float x[kWide];
+};
+
+// One part of a row: the columns of the lane.
+struct Part {
+    Columns read[kReads];
+
+    DEVICE void load(const float* outputs, int lane) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
-    return x;
-}
-
-// Attention of one row over all splits.
-struct Merged {
-    const float* outputs;
-    const float* sums;
-    int splits;
-    float top, inverse;
-
-    DEVICE Merged(const float* outputs_, const float* sums_, int splits_) : outputs(outputs_), sums(sums_), splits(splits_) {
-        top = -infinity();
-        for (int s = 0; s < splits; ++s) top = fmaxf(top, sums[s * kRows * 2]);
-        top = top == -infinity() ? 0.f : top;
-        float total = 0.f;
-        for (int s = 0; s < splits; ++s) total = fmaf(exp2_approx(sums[s * kRows * 2] - top), sums[s * kRows * 2 + 1], total);
-        inverse = total == 0.f ? 0.f : 1.f / total;
-    }
-    DEVICE float at(int column) const {
-        float x = 0.f;
-        for (int s = 0; s < splits; ++s) {
-            x = fmaf(exp2_approx(sums[s * kRows * 2] - top), outputs[s * kRows * HEAD_DIM_V + column], x);
+        for (int i = 0; i < kReads; ++i) {
+            const int column = i * kAcross + lane * kWide;
+            const bool inside = HEAD_DIM_V % kAcross == 0 || column < HEAD_DIM_V;
+            read[i] = inside ? *reinterpret_cast<const Columns*>(outputs + column) : Columns{};
         }
-        return x * inverse;
+    }
+    DEVICE void add(const Part& other, float weight) {
+#pragma unroll
+        for (int i = 0; i < kReads; ++i) {
+#pragma unroll
+            for (int j = 0; j < kWide; ++j) read[i].x[j] = fmaf(weight, other.read[i].x[j], read[i].x[j]);
+        }
     }
 };
+
+// The weight of the lane's part in a row that is made of those that take part.
+DEVICE float weight(bool takes_part, float maximum, float sum) {
+    float top = warp_max(takes_part ? maximum : -infinity());
+    top = top == -infinity() ? 0.f : top;
+    const float own = takes_part ? exp2_approx(maximum - top) : 0.f;
+    const float total = warp_sum(takes_part ? own * sum : 0.f);
+    return total == 0.f ? 0.f : own / total;
+}
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideParams params) {
     __shared__ float shared[2][kRows];  // weighted squared error and size of each row
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
+    const int lane = thread_index() % kWarpSize;
+    const int warp = thread_index() / kWarpSize;
     const i64 head = block_index();
     const i32 rank = params.wanted[head];
     if (rank == HEAD_DIM) {
-        if (threadIdx.x == 0) {
+        if (warp == 0 && lane == 0) {
             params.ranks[head] = rank;
             params.errors[head * 2] = params.errors[head * 2 + 1] = 0.f;
         }
         return;
     }
+    const int reduced_part = params.parts - params.splits;  // the first
     for (int row = warp; row < kRows; row += kWarps) {
         const i64 first = head * params.parts * kRows + row;
-        const i64 second = first + (params.parts - params.splits) * kRows;
-        const Merged exact(params.outputs + first * HEAD_DIM_V, params.sums + first * 2, params.splits);
-        const Merged reduced(params.outputs + second * HEAD_DIM_V, params.sums + second * 2, params.splits);
+        const bool inside = lane < params.parts;
+        const float* sums = params.sums + (first + lane * kRows) * 2;
+        const float maximum = inside ? sums[0] : 0.f;
+        const float sum = inside ? sums[1] : 0.f;
+        const float of_exact = weight(lane < params.splits, maximum, sum);
+        const float of_reduced = weight(inside && lane >= reduced_part, maximum, sum);
+        Part exact = {};
+        Part reduced = {};
+        for (int start = 0; start < params.parts; start += kAhead) {
+            Part part[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int own = min(start + i, params.parts - 1);
+                part[i].load(params.outputs + (first + own * kRows) * HEAD_DIM_V, lane);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int own = start + i;
+                const float weights[2] = {from_lane(of_exact, own % kWarpSize), from_lane(of_reduced, own % kWarpSize)};
+                if (own < params.splits) exact.add(part[i], weights[0]);
+                if (own >= reduced_part && own < params.parts) reduced.add(part[i], weights[1]);
+            }
+        }
         float error = 0.f;
         float size = 0.f;
-        for (int column = lane; column < HEAD_DIM_V; column += kWarpSize) {
-            const float x = exact.at(column);
-            const float off = reduced.at(column) - x;
-            error = fmaf(off, off, error);
-            size = fmaf(x, x, size);
+#pragma unroll
+        for (int i = 0; i < kReads; ++i) {
+#pragma unroll
+            for (int j = 0; j < kWide; ++j) {
+                const float x = exact.read[i].x[j];
+                const float off = reduced.read[i].x[j] - x;
+                error = fmaf(off, off, error);
+                size = fmaf(x, x, size);
+            }
         }
         error = warp_sum(error);
         size = warp_sum(size);
@@ -92,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideP
             shared[1][row] = size * factor;
         }
     }
-    __syncthreads();
+    __syncthreads();  // all rows are compared
     if (warp) return;
     float error[2], size[2];
 #pragma unroll

@@ -33,6 +33,7 @@ ENERGY_ORDER = "kernels/smxx_energy_order.cu"
 MERGE = "kernels/smxx_merge.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
 PROJECT = "kernels/smxx_project.cu"
+DRAW = "kernels/smxx_draw.cu"
 PROBE = "kernels/smxx_probe.cu"
 DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
@@ -366,17 +367,34 @@ FAULTS |= {
     ),
     "what Qhat misses by some of the sketch": Fault(PROJECT, "int distance = 4;", "int distance = 8;", "Not equal", WITHIN),
     "rows drawn before all chances are known": Fault(
-        PROBE, "    __syncthreads();\n    const float total", "    const float total", f"read {RACE}", WITHIN
+        DRAW, f"{BARRIER}  // all chances are known", "", f"read {RACE}", WITHIN
     ),
-    "no barrier before sampled keys are overwritten": Fault(
-        PROBE, f"{BARRIER}  // every warp is done with the keys and values", "", RACE, WITHIN, lengths=(161, 1500)
+    "chances of rows from sums that are not there": Fault(
+        DRAW, f"{BARRIER}  // the sums of all warps are there", "", f"read {RACE}", WITHIN
     ),
-    "no wait for sampled keys": Fault(PROBE, "cp_async_wait<0>();", "", "has not landed", WITHIN),
+    "rows at the place of the next warp": Fault(DRAW, "lane < warp ? of_warp", "lane <= warp ? of_warp", "nothing wrote", WITHIN),
     "a sample with another's chances": Fault(
-        PROBE, "factors[point] = total / chance", "factors[point] = total", "Not equal", WITHIN
+        DRAW, "total / static_cast<float>(chance)", "total", "Not equal", WITHIN
     ),
+    "no barrier before sampled keys are read": Fault(
+        PROBE, f"{BARRIER}  // the queries, keys and values have landed", "//", RACE, WITHIN, lengths=(161, 1500)
+    ),
+    "sampled keys overwritten before the barrier": Fault(
+        PROBE, "cp_async_wait<kStages == 1", "ring.advance(shared);\n        cp_async_wait<kStages == 1", RACE, WITHIN,
+        lengths=(161, 1500)
+    ),
+    "no wait for sampled keys": Fault(
+        PROBE, "cp_async_wait<kStages == 1 ? 0 : kStages - 2>();", "", "has not landed", WITHIN
+    ),
+    "a wait for all sampled keys but those needed": Fault(
+        PROBE, "kStages - 2>();", "kStages - 1>();", "has not landed", WITHIN, lengths=(161, 1500)
+    ),
+    "the sampled keys of another tile": Fault(PROBE, "shared.k[stage], lane", "shared.k[0], lane", f"{RACE}|Not equal", WITHIN, lengths=(161, 1500)),
     "parts of the keys that are not merged": Fault(
-        DECIDE, "for (int s = 0; s < splits; ++s) {", "for (int s = 0; s < 1; ++s) {", "Not equal", WITHIN
+        DECIDE, "if (own < params.splits)", "if (own < 1)", "Not equal", WITHIN
+    ),
+    "sampled rows that are not compared yet": Fault(
+        DECIDE, f"{BARRIER}  // all rows are compared", "", f"read {RACE}", WITHIN
     ),
     "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
     "maxima of other scores": Fault(FLASH, "softmax.maximum[mt][half] -=", "softmax.maximum[mt][half] -= 0.f *", WRONG, KEPT),
@@ -385,8 +403,9 @@ FAULTS |= {
     "a sample of all keys twice": Fault(PROBE, "if (kept != wanted)", "if (kept && !wanted)", "Not equal", KEPT_WITHIN),
     "a sample without what Khat lacks": Fault(PROBE, "if (reduced) top +=", "if (false) top +=", "Not equal", KEPT_WITHIN),
     "an exact sample for a reduced one": Fault(
-        DECIDE, "(params.parts - params.splits) * kRows", "0 * kRows", "Not equal|Arrays are not equal", KEPT_WITHIN
+        DECIDE, "params.parts - params.splits;", "0;", "Not equal|Arrays are not equal", KEPT_WITHIN
     ),
+    "a sample without the first keys": Fault(PROBE, "key < params.sinks || ", "", "Not equal", KEPT_WITHIN),
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.

@@ -48,6 +48,7 @@ KEY_ENERGY = other_variants("smxx_key_energy")
 ENERGY_ORDER = other_variants("smxx_energy_order")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
+DRAW = other_variants("smxx_draw")
 PROBE = other_variants("smxx_probe")
 DECIDE = other_variants("smxx_decide")
 MERGE_SPLITS = other_variants("smxx_merge_splits")
@@ -82,6 +83,7 @@ def test_the_suite_is_the_grid() -> None:
         *MERGE.values(),
         *MERGE_SPLITS.values(),
         *PROJECT.values(),
+        *DRAW.values(),
         *PROBE.values(),
         *DECIDE.values(),
     }
@@ -261,7 +263,8 @@ def test_probe(kernel: Kernel) -> None:
     np.testing.assert_array_equal(util.cp.asnumpy(ranks), expected)
     np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
     assert (kernel, 0) in compiler._functions
-    assert any(used in compiler._functions for used in ((kernel, 0) for kernel in DECIDE.values()))
+    for others in (DRAW, DECIDE):
+        assert any((used, 0) in compiler._functions for used in others.values())
 
 
 @pytest.mark.parametrize("kernel", MERGE.values(), ids=MERGE)

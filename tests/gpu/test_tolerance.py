@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import Projection, compose, normalize, reference
+from cudistr import Projection, compose, launch, normalize, reference
+from cudistr.plan import PROBE_ROWS
 from tests.cpu.test_tolerance import low_rank
 from tests.gpu.util import cp, on_device, same_bits
 from tests.strategies import DTYPES
@@ -42,6 +43,32 @@ def test_decisions_are_those_of_the_host(dtype, options, kept):
     np.testing.assert_allclose(cp.asnumpy(errors)[..., 0], wanted[..., 0], rtol=0.03, atol=rounding)
     exact = cudistr.attention(*given, **options)
     same_bits(out[:, 1], exact[:, 1])
+
+
+@pytest.mark.parametrize("lengths", [(3, 40), (70, 70), (1025, 60), (2500, 90)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (30, 0)}], ids=str)
+@pytest.mark.parametrize("kept", [(0, 0), (20, 9)], ids=str)
+def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypatch):
+    generator = np.random.default_rng(8)
+    q, k, v = (generator.standard_normal((1, 2, n, 32), np.float32) for n in (lengths[0], *lengths[1:] * 2))
+    q *= generator.exponential(size=(1, 2, lengths[0], 1)).astype(np.float32)
+    projection = Projection.fit(q, k, rank=16).with_near(kept[0], sinks=kept[1])
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection, **options)
+    held = []
+    monkeypatch.setattr(launch, "hold", lambda *arrays: held.extend(arrays))
+    made = launch.project(problem, *given[:2], projection.factors(q.dtype, 0), True, sketched=True)
+    launch.decide(problem, *given, made, projection.head_ranks(1, 0), 0.05, reference.SPREAD)
+    rows, factors = (
+        next(cp.asnumpy(x) for x in held if x.shape == (1, 2, PROBE_ROWS) and x.dtype == dtype)
+        for dtype in (np.int32, np.float32)
+    )
+    for head, residual in enumerate(cp.asnumpy(made.residual)[0]):
+        expected, like = reference.draw(residual.astype(np.float64), problem)
+        # A point on the border between two rows falls to either, as sums are rounded.
+        same = rows[0, head] == expected
+        assert same.mean() >= 0.95 and np.abs(rows[0, head] - expected).max() <= 1
+        np.testing.assert_allclose(factors[0, head, same], like[same], rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["portable", "hopper"])
