@@ -872,7 +872,7 @@ def probe_kernel(problem: Problem) -> Kernel:
         "HEAD_DIM_V": problem.head_dim_v,
         "TILE_K": tile_k,
         "STAGES": stages,
-        "BLOCKS": 3 if wide <= 128 else 2,
+        "BLOCKS": 3 if wide <= 128 and problem.aligned else 2,  # copies of what is not go through registers
         "KEPT": int(probe_variants(problem) == 3),
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),

@@ -75,49 +75,65 @@ struct SharedStorage {
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
+// Whether a key of the tile that begins with the given one is in a span.
+DEVICE bool meets(const KeySpan& span, int key) { return max(span.first, key) <= min(span.last, key + TILE_K - 1); }
+
+// The keys that stay exact: those near a row, and the first of all.
+struct Kept {
+    Band near;
+    int sinks;
+
+    DEVICE KeySpan of(int row) const { return {near.first_key(row), near.last_key(row)}; }
+    // Whether there are any in a tile for the rows of the warp's lanes.
+    DEVICE bool some(int key, const int (&rows)[2]) const {
+        return __any_sync(kFullWarp, key < sinks || meets(of(rows[0]), key) || meets(of(rows[1]), key));
+    }
+};
+
 // The tiles of keys and values of a thread block, one after another, on their way to the ring.
 struct Ring {
     RowCopy<ALIGNED, kThreads, HEAD_DIM, T, KeyTile> keys;
     RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, ValueTile> values;
     i64 k_row, v_row;
     int columns;  // of the keys
-    int rows;     // from the first of the next tile to the last of all
-    int left;     // tiles
-    int stage;    // of the next tile
+    int seqlen_k;
+    int last_tile;  // the one after the last
+    bool part;      // whether it is the keys that stay exact alone that are wanted,
+    int every[2];   // of two rows, which among the lanes of a warp are all
 
-    DEVICE Ring(const T* k, const T* v, i64 k_row_, i64 v_row_, int columns_, int seqlen_k, int first_tile, int tiles)
-        : k_row(k_row_), v_row(v_row_), columns(columns_), rows(seqlen_k - first_tile * TILE_K), left(tiles), stage(0) {
+    DEVICE void open(const T* k, const T* v, int first_tile) {
         keys.open(k + first_tile * (TILE_K * k_row), k_row);
         values.open(v + first_tile * (TILE_K * v_row), v_row);
     }
-    // Starts the copies of the next tile, which are one group even if there is none.
-    DEVICE void advance(SharedStorage& shared) {
-        if (left > 0) {
-            keys.run(shared.k[stage], k_row, rows, columns);
-            values.run(shared.v[stage], v_row, rows);
+    // Starts the copies of the next tile, which are one group even if there is none, or no row wants it.
+    DEVICE void advance(SharedStorage& shared, const Kept& kept, int tile, int stage) {
+        if (tile < last_tile) {
+            const int key = tile * TILE_K;
+            if (!part || kept.some(key, every)) {
+                keys.run(shared.k[stage], k_row, seqlen_k - key, columns);
+                values.run(shared.v[stage], v_row, seqlen_k - key);
+            }
             keys.move(TILE_K * k_row);
             values.move(TILE_K * v_row);
-            rows -= TILE_K;
-            --left;
         }
-        stage = stage == kStages - 1 ? 0 : stage + 1;
         cp_async_commit();
     }
 };
 
-// Whether a key of the tile that begins with the given one is in a span.
-DEVICE bool meets(const KeySpan& span, int key) { return span.first < key + TILE_K && span.last >= key; }
-
-// Sets the scores of keys that stay exact to minus infinity, or those of all others. near: the others of two rows.
+// Sets the scores of keys that stay exact to minus infinity, or those of all others.
 template <int kTiles>
-DEVICE void keep_part(float (&scores)[kTiles][4], const KeySpan (&near)[2], int sinks, bool wanted, int key) {
+DEVICE void keep_part(float (&scores)[kTiles][4], const Kept& those, const int (&rows)[2], bool wanted, int key) {
 #pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt) {
+    for (int half = 0; half < 2; ++half) {
+        const KeySpan near = those.of(rows[half]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int own = key + nt * 8 + i % 2;
-            const bool kept = own < sinks || (own >= near[i / 2].first && own <= near[i / 2].last);
-            if (kept != wanted) scores[nt][i] = -infinity();
+        for (int nt = 0; nt < kTiles; ++nt) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int own = key + nt * 8 + i;
+                const bool kept = own < those.sinks || (own >= near.first && own <= near.last);
+                if (kept != wanted) scores[nt][half * 2 + i] = -infinity();
+            }
         }
     }
 }
@@ -159,29 +175,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
         if (column >= columns) continue;
         copy_chunk<ALIGNED>(shared.q.data, to, row * QueryTile::kPitch + column, q + rows[row] * q_row + column, true);
     }
+    cp_async_commit();
 
     // Splits share the tiles between the first key that a row sees and the last.
     const int begin = band.first_key(rows[0]) / TILE_K;
     const i64 tiles = max(0, band.last_key(rows[kRows - 1]) / TILE_K + 1 - begin);
     const int first_tile = begin + static_cast<int>(tiles * split / params.splits);
     const int last_tile = begin + static_cast<int>(tiles * (split + 1) / params.splits);
-    Ring ring(k, v, k_row, params.v_row, columns, params.seqlen_k, first_tile, last_tile - first_tile);
+    const Kept kept = {{params.near_low, params.near_high, params.seqlen_k}, params.sinks};
+    Ring ring = {{}, {}, k_row, params.v_row, columns, params.seqlen_k, last_tile, KEPT && variant == kNear,
+                 {rows[lane], rows[lane + kWarpSize]}};
+    ring.open(k, v, first_tile);
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) ring.advance(shared);
+    for (int i = 0; i < kStages - 1; ++i) ring.advance(shared, kept, first_tile + i, i);
 
-    KeySpan seen[2];
-#if KEPT
-    const Band near_band = {params.near_low, params.near_high, params.seqlen_k};
-    KeySpan near[2];
-#endif
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = rows[warp_row + lane / 4 + half * 8];
-        seen[half] = {band.first_key(row), band.last_key(row)};
-#if KEPT
-        near[half] = {near_band.first_key(row), near_band.last_key(row)};
-#endif
-    }
+    const int own[2] = {rows[warp_row + lane / 4], rows[warp_row + lane / 4 + 8]};
     const u32 queries = left_address<T>(shared.q, warp_row, lane);
     float output[1][kOutTiles][4] = {};
     OnlineSoftmax<1> softmax;
@@ -189,13 +197,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
     int stage = 0;
     for (int tile = first_tile; tile < last_tile; ++tile) {
         const int key = tile * TILE_K;
-        if (kStages == 1) ring.advance(shared);
+        const int next = tile + kStages - 1;
+        const int stage_before = stage == 0 ? kStages - 1 : stage - 1;
+        if (kStages == 1) ring.advance(shared, kept, next, stage_before);
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
         __syncthreads();  // the queries, keys and values have landed, and every warp is done with the tile before
-        if (kStages > 1) ring.advance(shared);
+        if (kStages > 1) ring.advance(shared, kept, next, stage_before);
+        const KeySpan seen[2] = {{band.first_key(own[0]), band.last_key(own[0])},
+                                 {band.first_key(own[1]), band.last_key(own[1])}};
         bool needed = meets(seen[0], key) || meets(seen[1], key);
 #if KEPT
-        const bool some_kept = __any_sync(kFullWarp, key < params.sinks || meets(near[0], key) || meets(near[1], key));
+        const bool some_kept = kept.some(key, own);
         needed = needed && (some_kept || variant != kNear);
 #endif
         if (__any_sync(kFullWarp, needed)) {
@@ -205,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
             scale_scores(scores, params.scale, 0.f);
             apply_mask(scores[0], seen, key + lane % 4 * 2);
 #if KEPT
-            if (some_kept) keep_part(scores[0], near, params.sinks, variant == kNear, key + lane % 4 * 2);
+            if (some_kept) keep_part(scores[0], kept, own, variant == kNear, key + lane % 4 * 2);
 #endif
             softmax.update(scores, output, kLog2E);
             multiply_weights_values<T, kSplit, false>(output, scores, shared.v[stage], lane);

@@ -380,7 +380,7 @@ FAULTS |= {
         PROBE, f"{BARRIER}  // the queries, keys and values have landed", "//", RACE, WITHIN, lengths=(161, 1500)
     ),
     "sampled keys overwritten before the barrier": Fault(
-        PROBE, "cp_async_wait<kStages == 1", "ring.advance(shared);\n        cp_async_wait<kStages == 1", RACE, WITHIN,
+        PROBE, "cp_async_wait<kStages == 1", "ring.advance(shared, kept, next, stage_before);\n        cp_async_wait<kStages == 1", RACE, WITHIN,
         lengths=(161, 1500)
     ),
     "no wait for sampled keys": Fault(
@@ -405,7 +405,10 @@ FAULTS |= {
     "an exact sample for a reduced one": Fault(
         DECIDE, "params.parts - params.splits;", "0;", "Not equal|Arrays are not equal", KEPT_WITHIN
     ),
-    "a sample without the first keys": Fault(PROBE, "key < params.sinks || ", "", "Not equal", KEPT_WITHIN),
+    "a sample without the first keys": Fault(PROBE, "key < sinks || ", "", "Not equal", KEPT_WITHIN),
+    "exact keys of half of the sample": Fault(
+        PROBE, "rows[lane + kWarpSize]", "rows[lane]", f"{RACE}|Not equal", KEPT_WITHIN, lengths=(400, 400)
+    ),
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
