@@ -56,7 +56,7 @@ constexpr int kSteps = HEAD_DIM / kStepColumns;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kElements = kChunkBytes / int(sizeof(T));
-constexpr int kChunks = HEAD_DIM / kElements;
+constexpr int kChunks = HEAD_DIM / kElements;  // of a row, an even number
 constexpr int kStages = STAGES;
 constexpr bool kSplit = SPLIT;
 constexpr int kVariants = KEPT ? 3 : 2;
@@ -74,6 +74,12 @@ struct SharedStorage {
     ValueTile v[kStages];
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
+
+// The rows of a warp are those of 16 lanes, which have two of all rows each. Asked for anew where they are needed: held
+// over the loop, they would be the registers that are missing.
+DEVICE int own_row(const int (&rows)[2], int warp_row, int below) {
+    return __shfl_sync(kFullWarp, warp_row < kWarpSize ? rows[0] : rows[1], warp_row % kWarpSize + below);
+}
 
 // Whether a key of the tile that begins with the given one is in a span.
 DEVICE bool meets(const KeySpan& span, int key) { return max(span.first, key) <= min(span.last, key + TILE_K - 1); }
@@ -155,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
     const int rank = params.ranks[batch_head];
     if (rank == HEAD_DIM) return;
 
-    const i32* rows = params.rows + batch_head * kRows;
+    const i32* drawn = params.rows + batch_head * kRows + lane;
+    const int rows[2] = {drawn[0], drawn[kWarpSize]};
     const Band band = {params.band_low, params.band_high, params.seqlen_k};
     const i64 first_row = static_cast<i64>(batch_head) * params.seqlen_q;
     const bool reduced = variant == kReduced;
@@ -169,27 +176,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
                          : params.k + batch * params.k_batch + head_kv * params.k_head;
     const T* v = params.v + batch * params.v_batch + head_kv * params.v_head;
     const u32 to = shared_address(&shared.q);
-    for (int i = thread; i < kRows * kChunks; i += kThreads) {
-        const int row = i / kChunks;
+    for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
+        const int row = own_row(rows, warp_row, i / kChunks);
         const int column = i % kChunks * kElements;
-        if (column >= columns) continue;
-        copy_chunk<ALIGNED>(shared.q.data, to, row * QueryTile::kPitch + column, q + rows[row] * q_row + column, true);
+        const int offset = (warp_row + i / kChunks) * QueryTile::kPitch + column;
+        if (column < columns) copy_chunk<ALIGNED>(shared.q.data, to, offset, q + row * q_row + column, true);
     }
     cp_async_commit();
 
     // Splits share the tiles between the first key that a row sees and the last.
-    const int begin = band.first_key(rows[0]) / TILE_K;
-    const i64 tiles = max(0, band.last_key(rows[kRows - 1]) / TILE_K + 1 - begin);
+    const int begin = band.first_key(__shfl_sync(kFullWarp, rows[0], 0)) / TILE_K;
+    const int end = band.last_key(__shfl_sync(kFullWarp, rows[1], kWarpSize - 1)) / TILE_K + 1;
+    const i64 tiles = max(0, end - begin);
     const int first_tile = begin + static_cast<int>(tiles * split / params.splits);
     const int last_tile = begin + static_cast<int>(tiles * (split + 1) / params.splits);
     const Kept kept = {{params.near_low, params.near_high, params.seqlen_k}, params.sinks};
     Ring ring = {{}, {}, k_row, params.v_row, columns, params.seqlen_k, last_tile, KEPT && variant == kNear,
-                 {rows[lane], rows[lane + kWarpSize]}};
+                 {rows[0], rows[1]}};
     ring.open(k, v, first_tile);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) ring.advance(shared, kept, first_tile + i, i);
 
-    const int own[2] = {rows[warp_row + lane / 4], rows[warp_row + lane / 4 + 8]};
     const u32 queries = left_address<T>(shared.q, warp_row, lane);
     float output[1][kOutTiles][4] = {};
     OnlineSoftmax<1> softmax;
@@ -203,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
         __syncthreads();  // the queries, keys and values have landed, and every warp is done with the tile before
         if (kStages > 1) ring.advance(shared, kept, next, stage_before);
+        const int own[2] = {own_row(rows, warp_row, lane / 4), own_row(rows, warp_row, lane / 4 + 8)};
         const KeySpan seen[2] = {{band.first_key(own[0]), band.last_key(own[0])},
                                  {band.first_key(own[1]), band.last_key(own[1])}};
         bool needed = meets(seen[0], key) || meets(seen[1], key);
@@ -232,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = warp_row + lane / 4 + half * 8;
+        const int own = own_row(rows, warp_row, lane / 4 + half * 8);
         float* out = params.outputs + (part + row) * HEAD_DIM_V;
 #pragma unroll
         for (int nt = 0; nt < kOutTiles; ++nt) {
@@ -243,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
             float* sums = params.sums + (part + row) * 2;
             float top = softmax.maximum[0][half];
 #if KEPT
-            if (reduced) top += params.shift[first_row + rows[row]];
+            if (reduced) top += params.shift[first_row + own];
 #endif
             sums[0] = top * kLog2E;
             sums[1] = softmax.sum[0][half];

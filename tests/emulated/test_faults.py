@@ -407,7 +407,7 @@ FAULTS |= {
     ),
     "a sample without the first keys": Fault(PROBE, "key < sinks || ", "", "Not equal", KEPT_WITHIN),
     "exact keys of half of the sample": Fault(
-        PROBE, "rows[lane + kWarpSize]", "rows[lane]", f"{RACE}|Not equal", KEPT_WITHIN, lengths=(400, 400)
+        PROBE, "{rows[0], rows[1]}", "{rows[0], rows[0]}", f"{RACE}|Not equal", KEPT_WITHIN, lengths=(400, 400)
     ),
 }  # fmt: skip
 
