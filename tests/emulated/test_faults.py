@@ -372,7 +372,9 @@ FAULTS |= {
     "chances of rows from sums that are not there": Fault(
         DRAW, f"{BARRIER}  // the sums of all warps are there", "", f"read {RACE}", WITHIN
     ),
-    "rows at the place of the next warp": Fault(DRAW, "lane < warp ? of_warp", "lane <= warp ? of_warp", "nothing wrote", WITHIN),
+    "rows at the place of the next warp": Fault(
+        DRAW, "lane < warp ? of_warp", "lane <= warp ? of_warp", "nothing wrote|wrote too in this launch", WITHIN
+    ),
     "a sample with another's chances": Fault(
         DRAW, "total / static_cast<float>(chance)", "total", "Not equal", WITHIN
     ),
@@ -391,7 +393,7 @@ FAULTS |= {
     ),
     "the sampled keys of another tile": Fault(PROBE, "shared.k[stage], lane", "shared.k[0], lane", f"{RACE}|Not equal", WITHIN, lengths=(161, 1500)),
     "parts of the keys that are not merged": Fault(
-        DECIDE, "if (own < params.splits)", "if (own < 1)", "Not equal", WITHIN
+        DECIDE, "if (own < params.splits)", "if (own < 1)", "[Nn]ot equal", WITHIN
     ),
     "sampled rows that are not compared yet": Fault(
         DECIDE, f"{BARRIER}  // all rows are compared", "", f"read {RACE}", WITHIN
@@ -553,7 +555,8 @@ ON_HOPPER = {
     ),
     "no wait for the raw keys": Fault(HOPPER, "keys.raw_barriers.wait(step);", "", RACE, GROUPED),
     "no wait until Khat may be overwritten": Fault(
-        HOPPER, "                shared.k_barriers.wait_empty(step);\n", "", f"{RACE}|one arrival too many", GROUPED
+        HOPPER, "                shared.k_barriers.wait_empty(step);\n", "",
+        f"{RACE}|one arrival too many|no thread of block 0 can go on", GROUPED
     ),
     "raw keys given back before they are read": Fault(
         HOPPER, "                sum_groups(step);\n",
