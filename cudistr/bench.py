@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +37,9 @@ import cudistr
 from cudistr import launch, normalize, plan
 from cudistr.distributed.schedule import PARALLEL
 from cudistr.errors import CudaUnavailableError
+
+if TYPE_CHECKING:
+    from cudistr.evaluate.methods import Method
 
 __all__ = [
     "Case",
@@ -65,9 +68,8 @@ COMMIT_VARIABLE = "CUDISTR_COMMIT"
 Call = Callable[[], object]
 Factory = Callable[[], Call]
 Timer = Callable[[Call], float]
-Prepared = Mapping[
-    str, Callable[[], tuple[Any, "float | None"]]
-]  # reduction and tolerance of a method, made once
+# Of each method what makes its reduction and its tolerance, once.
+Prepared = Mapping[str, Callable[[], "tuple[Any, float | None]"]]
 T = TypeVar("T")
 
 
@@ -215,6 +217,9 @@ def host_overhead(
 # --- what is measured --------------------------------------------------------------------------------------
 
 
+SHORT_NAME = re.compile(r"lsh([1-9]\d*)")
+
+
 def reduction_of(method: str) -> cudistr.LSH | None:
     """The reduction that a short name stands for: "exact" none, "lsh4" ``LSH(group_size=4)``.
 
@@ -225,7 +230,7 @@ def reduction_of(method: str) -> cudistr.LSH | None:
     """
     if method == "exact":
         return None
-    match = re.fullmatch(r"lsh([1-9]\d*)", method)
+    match = SHORT_NAME.fullmatch(method)
     if match is None:
         raise ValueError(
             f"method must be 'exact' or 'lsh' with a group size, such as 'lsh2' and 'lsh4', got {method!r}."
@@ -233,7 +238,7 @@ def reduction_of(method: str) -> cudistr.LSH | None:
     return cudistr.LSH(group_size=int(match[1]))
 
 
-def method_of(name: str) -> Any:
+def method_of(name: str) -> Method:
     """The method of a short name, or of one as ``cudistr eval`` takes it: ``projection:64,near=256,sinks=64``.
 
     Raises
@@ -244,7 +249,7 @@ def method_of(name: str) -> Any:
     from cudistr.evaluate import errors, methods  # imports this module
 
     if name.partition(":")[0] not in ("exact", "lsh", "energy", "projection"):
-        if not re.fullmatch(r"lsh[1-9]\d*", name):
+        if SHORT_NAME.fullmatch(name) is None:
             raise ValueError(
                 "method must be 'exact', 'lsh' with a group size, such as 'lsh2', or as cudistr eval names lsh, energy "
                 f"and projection, such as 'projection:64,near=256,sinks=64', got {name!r}."
@@ -414,7 +419,9 @@ def _check_row(where: str, row: Any) -> None:
 
 
 def _check_method(where: str, method: Any, allowed: str) -> None:
-    if not isinstance(method, str) or re.fullmatch(r"exact|lsh[1-9]\d*", method) is None:
+    try:
+        reduction_of(str(method))
+    except ValueError:
         _refuse(f"{where}.method", method, allowed)
 
 

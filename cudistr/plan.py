@@ -601,9 +601,7 @@ HOPPER_KEYS = (
 HOPPER_RANKED_KEYS = (128, 176)  # for 65 to 128 columns of V: walking over passes takes registers
 # What a step costs beside its keys, in keys: one of 192 takes 1.44 times as long as one of 128.
 HOPPER_STEP_KEYS = 18
-HOPPER_GROUPED_ACCUMULATORS = (
-    184  # of a consumer's 208 or 216 registers, for scores, weights, output and queries
-)
+HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 
@@ -832,8 +830,10 @@ def project_kernel(problem: Problem, columns: int) -> Kernel:
 
 
 def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) -> int:
-    """Rows of a thread block of this kernel: several tiles, so that it copies the factors once for all of them, while
-    every multiprocessor has several thread blocks to do."""
+    """Rows of a thread block of this kernel.
+
+    Several tiles, so that it copies the factors once for all of them, while every multiprocessor has several blocks.
+    """
     rows = PROJECT_THREADS // 32 * dict(kernel.constants)["WARP_ROWS"]
     tiles = problem.heads * -(-problem.seqlen_q // rows) + problem.heads_kv * -(-problem.seqlen_k // rows)
     share = problem.batch * tiles * slices // (PROJECT_BLOCKS * device.multiprocessors)

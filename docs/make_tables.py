@@ -8,6 +8,7 @@ python docs/make_tables.py --check    fail if the README's table is not that of 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- table: begin (docs/make_tables.py --readme) -->", "<!-- table: end -->"
 NONE = "No record has been committed yet.\n"
 
-CASE = ("dtype", "head_dim", "head_dim_v", "heads", "heads_kv", "batch", "seqlen_q", "seqlen_k", "causal")
+CASE = tuple(field.name for field in dataclasses.fields(bench.Case))
 PEERS = {
     "flash2": "FlashAttention-2 (torch)",
     "cudnn": "cuDNN (torch)",
@@ -82,18 +83,28 @@ def times(rows: Sequence[dict[str, Any]]) -> str:
 MANY_METHODS = 6  # of a record, more of which become lines instead of columns
 
 
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The problem of a row of a bench record."""
+    return tuple(row[name] for name in CASE)
+
+
+def in_lines(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether methods become lines: they are many, and the cases differ in nothing but length and mask."""
+    fixed = [name for name in CASE if name not in ("batch", "seqlen_q", "seqlen_k", "causal")]
+    alike = len({tuple(row[name] for name in fixed) for row in rows}) == 1
+    return alike and len({row["method"] for row in rows}) > MANY_METHODS
+
+
 def costs(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of a bench record of many methods, one line for each: milliseconds, and the part of exact attention's."""
-    cases = list(dict.fromkeys(tuple(row[name] for name in CASE) for row in rows))
-    exact = {
-        c: row["ms"].get("cudistr")
-        for row in rows
-        for c in [tuple(row[n] for n in CASE)]
-        if row["method"] == "exact"
-    }
+    """Rows of a bench record of many methods, one line for each: milliseconds, and the part of exact attention's.
+
+    Only for cases that differ in nothing but length and mask.
+    """
+    exact = {case_of(row): row["ms"].get("cudistr") for row in rows if row["method"] == "exact"}
+    cases = list(dict.fromkeys(map(case_of, rows)))
     lines: dict[str, dict[Any, float]] = {}
     for row in rows:
-        case = tuple(row[name] for name in CASE)
+        case = case_of(row)
         for name, ms in row["ms"].items():
             if name == "cudistr":
                 lines.setdefault(f"`{row['method']}`", {})[case] = ms
@@ -105,8 +116,7 @@ def costs(rows: Sequence[dict[str, Any]]) -> str:
 
     names = sorted(lines, key=lambda name: name in PEERS.values())
     head = [f"{n}, {'causal' if causal else 'no mask'}" for *_, n, causal in cases]
-    first = dict(zip(CASE, cases[0], strict=True))
-    what = f"{first['dtype']}, head_dim {first['head_dim']}"
+    what = f"{rows[0]['dtype']}, head_dim {rows[0]['head_dim']}"
     return table([what, *head], [[name, *(cell(lines[name].get(c), c) for c in cases)] for name in names])
 
 
@@ -314,8 +324,7 @@ def section(path: Path, record: dict[str, Any]) -> str:
     if "ranks" in record:
         return f"{title}{record['ranks']} ranks over {record['transport'].upper()}. {text}{sharing(record)}"
     text += "Milliseconds of a call, medians over rounds in which all take turns.\n\n"
-    many = len({row["method"] for row in record["rows"]}) > MANY_METHODS
-    return title + text + (costs if many else times)(record["rows"])
+    return title + text + (costs if in_lines(record["rows"]) else times)(record["rows"])
 
 
 def all_tables(folder: Path = RECORDS) -> str:

@@ -209,3 +209,21 @@ def test_readme_markers() -> None:
     assert make_tables.with_table(new, "new\n") == new
     with pytest.raises(ValueError, match=r"README\.md lacks the line <!-- table: end -->"):
         make_tables.with_table(make_tables.BEGIN, "new\n")
+
+
+def test_methods_become_lines_where_only_length_and_mask_differ() -> None:
+    case = {"dtype": "float16", "head_dim": 64, "head_dim_v": 64, "heads": 2, "heads_kv": 2, "batch": 1}
+    case |= {"seqlen_q": 10, "seqlen_k": 10}
+    methods = ["exact", *(f"lsh{n}" for n in range(2, 8))]
+    rows = [
+        {**case, "method": m, "causal": c, "ms": {"cudistr": 2.0 + i, "fa3": 1.0}}
+        for c in (False, True)
+        for i, m in enumerate(methods)
+    ]
+    assert make_tables.in_lines(rows) and not make_tables.in_lines(rows[:3])
+    assert not make_tables.in_lines([*rows, {**rows[0], "head_dim": 128}])
+    lines = make_tables.costs(rows).splitlines()
+    assert lines[0] == "| float16, head_dim 64 | 10, no mask | 10, causal |"
+    assert lines[2] == "| `exact` | 2.00 (1.00) | 2.00 (1.00) |"
+    assert lines[3] == "| `lsh2` | 3.00 (1.50) | 3.00 (1.50) |"
+    assert lines[-1] == "| FlashAttention-3 | 1.00 (0.50) | 1.00 (0.50) |"
