@@ -34,6 +34,8 @@ __all__ = ["Clock", "factories", "row_of", "run"]
 
 T = TypeVar("T")
 
+WARMUP_CALLS, MIN_ROUNDS = 2, 5  # calls of long sequences take seconds
+
 
 class _Arrived(Transfer):
     def arrive(self) -> None:
@@ -213,7 +215,9 @@ def run(args: argparse.Namespace) -> int:
                         name: functools.partial(clock.together, make)
                         for name, make in factories(group, case, method, parallel).items()
                     }
-                    timings = bench.interleave(candidates, clock, seconds=args.seconds)
+                    timings = bench.interleave(
+                        candidates, clock, seconds=args.seconds, warmup=WARMUP_CALLS, min_rounds=MIN_ROUNDS
+                    )
                     rows.append(row_of(case, method, parallel, timings, group.size))
         if group.rank == 0:
             record = {

@@ -78,7 +78,8 @@ def breaks(group, how):
     layout = Layout.split(SEQLEN, SIZE)
     mine = [group.shard(x, layout) for x in placed(group, (q, k, v))]
     group.attention(*mine, layout=layout)
-    group._transport.timeout = DEADLINE  # not before: processes do not start at once
+    for transport in filter(None, (group._transport, getattr(group._transport, "_control", None))):
+        transport.timeout = DEADLINE  # not before: processes do not start at once
     if RANK == SIZE - 1:
         how(group)
     group.attention(*mine, layout=layout)
