@@ -6,7 +6,8 @@ Tensors go through DLPack both ways, without a copy, and work is queued on torch
 torch's own is not needed; where there is one (torchrun), its processes can share NCCL's identifier instead of using
 mpi4py:
 
-    identifier = [cupy.cuda.nccl.get_unique_id() if torch.distributed.get_rank() == 0 else None]
+    from cupy.cuda import nccl
+    identifier = [nccl.get_unique_id() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(identifier)
     group = cudistr.distributed.connect(unique_id=identifier[0])  # RANK, WORLD_SIZE and LOCAL_RANK are torchrun's
 """

@@ -16,7 +16,7 @@ from cudistr import launch, normalize
 from cudistr.distributed import schedule, solve
 from cudistr.distributed.schedule import PARALLEL, Layout
 from cudistr.distributed.transport import Mpi, Nccl, Transport
-from cudistr.errors import CudaUnavailableError
+from cudistr.errors import CudaUnavailableError, DistributedError
 from cudistr.projection import Projection
 from cudistr.reductions import Energy, Reduction
 
@@ -32,6 +32,9 @@ LOCAL_RANKS = (
     "MV2_COMM_WORLD_LOCAL_RANK",
     "SLURM_LOCALID",
 )
+
+# Where they write how many processes they have started (Hydra: MPICH and Intel MPI; Open MPI).
+WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 class Group:
@@ -435,7 +438,7 @@ def connect(
     """Connect the processes that compute together; each of them calls this.
 
     With mpi4py, started by ``mpiexec -n 4 python script.py``, no argument is needed. Processes of another launcher
-    pass the ``unique_id`` that one of them has made with ``cupy.cuda.nccl.get_unique_id()``.
+    pass the ``unique_id`` that one of them has made: ``from cupy.cuda import nccl``, ``nccl.get_unique_id()``.
 
     Parameters
     ----------
@@ -465,7 +468,8 @@ def connect(
     TypeError, ValueError
         For arguments, and if processes would share a GPU.
     DistributedError
-        If a process does not come in time.
+        If a process does not come in time, or mpiexec and mpi4py belong to two MPIs, with which every process would be
+        alone.
     CudaUnavailableError
         If CuPy, its GPU or NCCL is missing.
     ImportError
@@ -508,6 +512,8 @@ def connect(
             f"processes are connected with mpi4py, which cannot be used here ({error}). Install it with an MPI: "
             "pip install 'cudistr[distributed]'. Processes of another launcher can pass unique_id instead."
         ) from error
+    if MPI.COMM_WORLD.size == 1:
+        _check_alone(MPI.Get_library_version())
     control = Mpi(MPI.COMM_WORLD if comm is None else comm, timeout)
     header: dict[str, Any] = {"host": MPI.Get_processor_name(), "device": device}
     try:
@@ -542,6 +548,19 @@ def connect(
             )
     identifier = bytes(headers[0]["identifier"])
     return Group(Nccl(control.size, control.rank, identifier, device, timeout, control))
+
+
+def _check_alone(version: str) -> None:
+    """Refuse a process that is alone for its MPI, though it was started as one of several."""
+    for name in WORLD_SIZES:
+        started = os.environ.get(name, "")
+        if started.isdigit() and int(started) > 1:
+            raise DistributedError(
+                f"{name} says that this is one of {started} processes, but for mpi4py it is alone: mpi4py uses "
+                f"{' '.join(version.split()[:3]).rstrip(',')}, which is not the MPI of this mpiexec. "
+                "Start with the mpiexec of that MPI, or install mpi4py and mpich into one environment and use its mpiexec.",
+                operation="connecting",
+            )
 
 
 def _from_environment(name: str, value: int | None, variable: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,23 @@ def test_ranks_that_would_share_a_gpu_are_refused(tmp_path):
         assert found["message"].startswith(
             "every process must have a GPU of its own, got ranks 0 and 1 on one (of machine "
         )
+
+
+def test_a_process_that_its_mpi_does_not_know_is_told_so():
+    """As under the mpiexec of another MPI."""
+    variables = {**mpi.variables(), "OMPI_COMM_WORLD_SIZE": "2"}
+    program = "from cudistr.distributed import connect\nconnect(transport='mpi')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert (
+        "OMPI_COMM_WORLD_SIZE says that this is one of 2 processes, but for mpi4py it is alone" in done.stderr
+    )
 
 
 def test_bench_writes_a_record(tmp_path):
