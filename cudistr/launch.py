@@ -43,6 +43,8 @@ from cudistr.plan import (
     key_energy,
     key_spans,
     merge_kernel,
+    merge_shard_kernel,
+    merge_shard_rows,
     panel_columns,
     passes,
     plan,
@@ -183,6 +185,11 @@ _MERGE = _parameters(
     (" ".join(f"lse{s}" for s in range(MAX_SHARDS)), "u8"),
     ("out lse", "u8"),
     ("rows shards", "i8"),
+)
+_MERGE_SHARD = _parameters(
+    ("found found_lse part part_lse out lse", "u8"),
+    ("rows", "i8"),
+    ("seqlen start span first last", "i4"),
 )
 _MERGE_SPLITS = _parameters(
     ("partial lses out lse", "u8"),
@@ -1002,3 +1009,45 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
             launch = _launch(kernel, blocks, device, index, _MERGE, {"rows": rows, "shards": len(outs)})
             launch(*addresses, out.data.ptr, 0 if merged is None else merged.data.ptr)
         return out, merged
+
+
+def merge_shard(
+    found: Any, found_lse: Any, rows: tuple[int, int], part: Any, part_lse: Any, dtype: Any
+) -> Any:
+    """Take what a shard of the keys adds to some queries into what was found so far.
+
+    Parameters
+    ----------
+    found : CuPy array (batch, heads, seqlen, head_dim_v)
+        Of the dtype of ``part``, or float32; contiguous. Overwritten if ``dtype`` is its own.
+    found_lse : float32 CuPy array (batch, heads, seqlen)
+        Contiguous, overwritten.
+    rows : (int, int)
+        The queries that the shard adds to: first, and one behind the last.
+    part : CuPy array (batch, heads, rows[1] - rows[0], head_dim_v)
+    part_lse : float32 CuPy array (batch, heads, rows[1] - rows[0])
+    dtype : dtype
+        Of the result: that of ``part``, or float32.
+
+    Returns
+    -------
+    CuPy array (batch, heads, seqlen, head_dim_v)
+    """
+    import cupy
+
+    index = found.device.id
+    device = device_properties(index)
+    batch, heads, seqlen, head_dim_v = found.shape
+    in_place = found.dtype == dtype
+    out = found if in_place else cupy.ndarray(found.shape, dtype)
+    start, span = (rows[0], rows[1] - rows[0]) if in_place else (0, seqlen)
+    count = batch * heads * span
+    if count:
+        part, part_lse = cupy.ascontiguousarray(part), cupy.ascontiguousarray(part_lse)
+        values = {"rows": count, "seqlen": seqlen, "start": start, "span": span}
+        values |= {"first": rows[0], "last": rows[1]}
+        kernel = merge_shard_kernel(_dtype_name(part), _dtype_name(found), _dtype_name(out), head_dim_v)
+        blocks = check_blocks(-(-count // merge_shard_rows(head_dim_v)))
+        launch = _launch(kernel, blocks, device, index, _MERGE_SHARD, values)
+        launch(*(x.data.ptr for x in (found, found_lse, part, part_lse, out, found_lse)))
+    return out

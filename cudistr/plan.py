@@ -30,6 +30,8 @@ __all__ = [
     "key_energy",
     "key_spans",
     "merge_kernel",
+    "merge_shard_kernel",
+    "merge_shard_rows",
     "merge_splits_kernel",
     "passes",
     "plan",
@@ -65,7 +67,7 @@ PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may 
 PROJECT_TILES = 8  # of rows that one of them makes one after another, at most
 PROJECT_BLOCKS = 6  # of them for a multiprocessor, at least, if they have more than one tile
 MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
-MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu
+MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu and smxx_merge_shard.cu
 
 
 @dataclass(frozen=True)
@@ -800,6 +802,24 @@ def energy_order(dtype: str, head_dim: int, units: int) -> Step:
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
     """The kernel that merges shards of the keys."""
     return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
+
+
+def merge_shard_kernel(dtype: str, found: str, out: str, head_dim_v: int) -> Kernel:
+    """The kernel that takes a shard of the keys into what was found so far."""
+    constants = (
+        ("DTYPE", DTYPE_NUMBER[dtype]),
+        ("FOUND", DTYPE_NUMBER[found]),
+        ("OUT", DTYPE_NUMBER[out]),
+        ("HEAD_DIM_V", head_dim_v),
+    )
+    return Kernel("smxx_merge_shard", constants, MERGE_WARPS * 32)
+
+
+def merge_shard_rows(head_dim_v: int) -> int:
+    """Rows of a thread block of that kernel: as many lanes share one as have four elements each, if they divide it."""
+    vectors = head_dim_v // (4 if head_dim_v % 4 == 0 else 1)
+    lanes = min(32, max(2, 1 << (vectors - 1).bit_length()))
+    return MERGE_WARPS * 32 // lanes
 
 
 def project_kernel(problem: Problem, columns: int) -> Kernel:

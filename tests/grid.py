@@ -198,6 +198,9 @@ def kernels(capability: int) -> dict[str, Kernel]:
                     found["smxx_draw kept"] = planner.draw_kernel(kept)
             found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
+        for before, after in ((dtype, dtype), (dtype, "float32"), ("float32", "float32"), ("float32", dtype)):
+            name = f"smxx_merge_shard {dtype} {before} {after} 64"
+            found[name] = planner.merge_shard_kernel(dtype, before, after, 64)
         for d in (40, 256):
             found[f"smxx_merge_splits {dtype} {d}"] = planner.merge_splits_kernel(dtype, d)
     return found

@@ -558,7 +558,8 @@ def _check_alone(version: str) -> None:
             raise DistributedError(
                 f"{name} says that this is one of {started} processes, but for mpi4py it is alone: mpi4py uses "
                 f"{' '.join(version.split()[:3]).rstrip(',')}, which is not the MPI of this mpiexec. "
-                "Start with the mpiexec of that MPI, or install mpi4py and mpich into one environment and use its mpiexec.",
+                "Start with the mpiexec of that MPI, or install mpi4py and mpich into one environment and use its "
+                "mpiexec.",
                 operation="connecting",
             )
 

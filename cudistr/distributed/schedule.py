@@ -179,6 +179,10 @@ def calls(
     found: list[Call] = []
     for band in bands:
         own: list[Call] = []
+        if rank == source and _stays_causal(queries, keys, rank, band, block):
+            length = queries.lengths[rank]
+            found.append(Call(not band.reduced, (0, length), (0, length), None, 0))
+            continue
         for q_at, (a, b) in queries.placed(rank):
             for k_at, (c, d) in keys.placed(source):
                 first, last = max(c, band.first), min(d, band.last)
@@ -198,6 +202,16 @@ def calls(
                 own.append(Call(not band.reduced, rows, (at, at + last - first), left, right))
         found += _joined(own, block)
     return found
+
+
+def _stays_causal(queries: Layout, keys: Layout, rank: int, band: Pass, block: int) -> bool:
+    """Whether a rank's queries see its own keys by a causal mask of its arrays too, however many ranges these have."""
+    pieces, seqlen = queries.pieces[rank], keys.seqlen
+    plain = band.high == 0 and band.low <= 1 - seqlen and band.first <= 0 and band.last >= seqlen
+    if not plain or queries.seqlen != seqlen or not pieces or pieces != keys.pieces[rank]:
+        return False
+    in_order = all(one[1] <= other[0] for one, other in itertools.pairwise(pieces))
+    return in_order and all((b - a) % block == 0 for a, b in pieces[:-1])
 
 
 def _joined(found: list[Call], block: int) -> list[Call]:

@@ -82,44 +82,36 @@ def attend(call: Call, q: Any, k: Any, v: Any, options: Options) -> tuple[Any, A
 class Merged:
     """What the keys so far say about the queries of a rank: out and lse, in float32 (on the host, float64)."""
 
-    def __init__(self, shape: tuple[int, int, int, int], on_host: bool) -> None:
-        self._shape, self._on_host = shape, on_host
+    def __init__(self, shape: tuple[int, int, int, int], dtype: Any, on_host: bool) -> None:
+        self._shape, self._dtype, self._on_host = shape, np.dtype(dtype), on_host
         self._out: Any = None
         self._lse: Any = None
 
-    def add(self, rows: tuple[int, int], out: Any, lse: Any) -> None:
-        """Take in what some queries found in more keys."""
-        whole = rows == (0, self._shape[2])
-        if self._out is None and whole:
+    def add(self, rows: tuple[int, int], out: Any, lse: Any, last: bool) -> None:
+        """Take in what some queries found in more keys; ``last`` if nothing follows."""
+        if self._out is None and rows == (0, self._shape[2]):
             self._out, self._lse = out, lse  # of its own dtype: if it stays the only one, these are its bits
             return
         if self._out is None:
             self._out, self._lse = self._nothing()
-        self._out = self._out.astype(self._wide, copy=False)
-        place = (slice(None), slice(None), slice(*rows))
-        outs = [self._out[place], out.astype(self._wide, copy=False)]
-        lses = [self._lse[place], lse]
-        merged = reference.solve_merge(outs, lses) if self._on_host else launch.merge(outs, lses, True, None)
-        if whole:
-            self._out, self._lse = merged
+        if self._on_host:
+            place = (slice(None), slice(None), slice(*rows))
+            outs, lses = [self._out[place], out], [self._lse[place], lse]
+            self._out[place], self._lse[place] = reference.solve_merge(outs, lses)
         else:
-            self._out[place], self._lse[place] = merged
+            dtype = self._dtype if last else np.dtype(np.float32)
+            self._out = launch.merge_shard(self._out, self._lse, rows, out, lse, dtype)
 
-    def result(self, dtype: Any) -> tuple[Any, Any]:
-        """out of a dtype, and float32 lse."""
+    def result(self) -> tuple[Any, Any]:
+        """out of the dtype of q, and float32 lse."""
         if self._out is None:
             self._out, self._lse = self._nothing()
         with np.errstate(over="ignore"):
-            return self._out.astype(dtype, copy=False), self._lse.astype(np.float32, copy=False)
-
-    @property
-    def _wide(self) -> Any:
-        return np.dtype(np.float64 if self._on_host else np.float32)
+            return self._out.astype(self._dtype, copy=False), self._lse.astype(np.float32, copy=False)
 
     def _nothing(self) -> tuple[Any, Any]:
-        xp = module(self._on_host)
-        out = xp.zeros(self._shape, self._wide)
-        return out, xp.full(self._shape[:3], -np.inf, self._wide)
+        xp, wide = module(self._on_host), np.float64 if self._on_host else np.float32
+        return xp.zeros(self._shape, wide), xp.full(self._shape[:3], -np.inf, wide)
 
 
 def module(on_host: bool) -> Any:
@@ -154,11 +146,13 @@ def context(
     """A rank's share of attention, keys passing by: while it computes with one shard, the next one arrives."""
     bands = bands_of(whole(problem, options, queries, keys))
     moves, calls = plan(queries, keys, bands, block_of(problem), transport.rank)
-    found = Merged(problem.out_shape, problem.device is None)
+    found = Merged(problem.out_shape, q.dtype, problem.device is None)
+    left = sum(map(len, calls))
     for source, shard in passing(transport, moves, keys, k, v):
         for call in calls[source]:
-            found.add(call.rows, *attend(call, q, *shard, options))
-    return found.result(q.dtype)
+            left -= 1
+            found.add(call.rows, *attend(call, q, *shard, options), left == 0)
+    return found.result()
 
 
 def passing(

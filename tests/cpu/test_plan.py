@@ -703,6 +703,16 @@ def test_threads_and_rows_of_merging(asserting: Callable[..., None]) -> None:
     )
 
 
+@pytest.mark.parametrize("head_dim_v", [1, 6, 8, 12, 20, 32, 40, 64, 100, 128, 130, 256])
+def test_threads_and_rows_of_merging_a_shard(asserting: Callable[..., None], head_dim_v: int) -> None:
+    merge = planner.merge_shard_kernel("float16", "float16", "float32", head_dim_v)
+    asserting(
+        merge,
+        f"kWarps * kWarpSize == {merge.threads}",
+        f"kRows == {planner.merge_shard_rows(head_dim_v)}",
+    )
+
+
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 256])
 def test_threads_and_units_of_columns(asserting: Callable[..., None], head_dim: int) -> None:
     weights = planner.weights("float16", head_dim, 1, 7)
@@ -768,6 +778,10 @@ LAYOUTS = {
     "EnergyOrderParams": (planner.energy_order("float16", 64, 1).kernel, launch._ENERGY_ORDER),
     "ProjectParams": (planner.project_kernel(problem(), 48), launch._PROJECT),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
+    "MergeShardParams": (
+        planner.merge_shard_kernel("float16", "float16", "float32", 64),
+        launch._MERGE_SHARD,
+    ),
     "MergeSplitsParams": (planner.merge_splits_kernel("float16", 64), launch._MERGE_SPLITS),
 }
 

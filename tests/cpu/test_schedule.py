@@ -114,7 +114,8 @@ bounds = st.none() | st.integers(0, 30)
 def test_calls_see_every_visible_pair_once(data):
     size = data.draw(sizes)
     block = data.draw(st.sampled_from([1, 8]))
-    queries, keys = data.draw(layouts(size, block)), data.draw(layouts(size))
+    queries = data.draw(layouts(size, block))
+    keys = data.draw(st.just(queries) | layouts(size))
     mask = data.draw(st.fixed_dictionaries({"causal": st.booleans(), "window": st.tuples(bounds, bounds)}))
     near, sinks = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 20))
     reduction = data.draw(st.sampled_from([None, cudistr.LSH(2, near=near, sinks=sinks)]))
@@ -158,6 +159,17 @@ def test_a_full_step_of_a_zigzag_is_one_call(size):
             if source != rank:
                 (call,) = schedule.calls(layout, layout, rank, source, solve.bands_of(problem))
                 assert (call.left, call.right) == (None, None)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_own_keys_are_one_call(size):
+    """A causal mask of both chunks is one of the rank's arrays, if blocks of rows stay those of the sequence."""
+    layout = Layout.split(40 * size, size, zigzag=True, block=4)
+    bands = solve.bands_of(problem_of((layout.seqlen,) * 2, {"causal": True}, None))
+    for rank in range(size):
+        (call,) = schedule.calls(layout, layout, rank, rank, bands, block=4)
+        assert call[1:] == ((0, 40), (0, 40), None, 0)
+    assert len(schedule.calls(layout, layout, 0, 0, bands, block=3)) > 1
 
 
 def test_shards_that_nobody_sees_do_not_travel():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import compiler, compose, normalize
+from cudistr import compiler, compose, launch, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
 from tests.strategies import near_ties, random
@@ -31,6 +31,7 @@ WEIGHTS = "kernels/smxx_lsh_weights.cu"
 KEY_ENERGY = "kernels/smxx_key_energy.cu"
 ENERGY_ORDER = "kernels/smxx_energy_order.cu"
 MERGE = "kernels/smxx_merge.cu"
+MERGE_SHARD = "kernels/smxx_merge_shard.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
 PROJECT = "kernels/smxx_project.cu"
 DRAW = "kernels/smxx_draw.cu"
@@ -57,7 +58,7 @@ class Fault:
     layout: str = "contiguous"
     dtype: Any = np.float16
     head_dim_v: int = 64
-    merge: bool = False
+    merge: str = ""
     family: str = "portable"
     lengths: tuple[int, int] = (161, 173)
     splits: int = 1
@@ -207,7 +208,16 @@ FAULTS = {
         PREPARE, "min(kTile, params.key_columns - key)", "min(kTile, params.seqlen_k / 8 * 8 - key)",
         "cp.async of an array .* which nothing wrote", GROUPED
     ),
-    "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge=True),
+    "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge="shards"),
+    "rows of a shard beyond the last": Fault(
+        MERGE_SHARD, "if (!inside) return;", "", "read of 8 bytes outside", merge="shard"
+    ),
+    "an lse written before it is read": Fault(
+        MERGE_SHARD, "__syncwarp();", "", "race", merge="shard"
+    ),
+    "queries that a shard does not have": Fault(
+        MERGE_SHARD, "query < params.last;", "query <= params.last;", "read of 4 bytes outside", merge="shard"
+    ),
     "a group without a column": Fault(
         FLASH, "group < kGroups ? permutation", "group < kGroups - 1 ? permutation", WRONG, GROUPED
     ),
@@ -601,7 +611,12 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDISTR_KERNEL", fault.family)
     if fault.merge:
         outs, lses = [random(1, 1, 3, 11, 40, dtype=fault.dtype)] * 2, [random(2, 1, 3, 11)] * 2
-        cudistr.merge([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
+        outs, lses = [util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses]
+        if fault.merge == "shard":
+            part, part_lse = (util.cp.ascontiguousarray(x[:, :, 3:9]) for x in (outs[1], lses[1]))
+            launch.merge_shard(outs[0], lses[0], (3, 9), part, part_lse, np.dtype(np.float32))
+        else:
+            cudistr.merge(outs, lses)
         return
     if "near_ties" in fault.options:
         reduction = cudistr.LSH(2)

@@ -51,6 +51,7 @@ PROJECT = other_variants("smxx_project")
 DRAW = other_variants("smxx_draw")
 PROBE = other_variants("smxx_probe")
 DECIDE = other_variants("smxx_decide")
+MERGE_SHARD = other_variants("smxx_merge_shard")
 MERGE_SPLITS = other_variants("smxx_merge_splits")
 
 
@@ -284,6 +285,29 @@ def test_merge(kernel: Kernel, shards: int) -> None:
         <= 2 * util.ROUNDOFF[dtype] * np.abs(exact).max()
     )
     assert np.abs(util.cp.asnumpy(lse) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
+    assert (kernel, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", MERGE_SHARD.values(), ids=MERGE_SHARD)
+def test_merge_shard(kernel: Kernel) -> None:
+    constants, dtypes = dict(kernel.constants), list(grid.DTYPES.values())
+    dtype, found, out = (np.dtype(dtypes[constants[name]]) for name in ("DTYPE", "FOUND", "OUT"))
+    before, part = random(1, 1, 3, 11, 64, dtype=found), random(2, 1, 3, 6, 64, dtype=dtype)
+    lse, part_lse = (random(3 + i, 1, 3, n, spread=3.0) for i, n in enumerate((11, 6)))
+    arrays = [
+        util.on_device(before),
+        util.cp.asarray(lse),
+        (3, 9),
+        util.on_device(part),
+        util.cp.asarray(part_lse),
+    ]
+    result = launch.merge_shard(*arrays, out)
+    widened, widened_lse = np.zeros_like(before, dtype=dtype), np.full_like(lse, -np.inf)
+    widened[:, :, 3:9], widened_lse[:, :, 3:9] = part, part_lse
+    exact, exact_lse = reference.solve_merge([before, widened], [lse, widened_lse])
+    error = np.abs(util.cp.asnumpy(result).astype(np.float64) - exact).max()
+    assert error <= 4 * max(util.ROUNDOFF[out], 2.0**-24) * np.abs(exact).max()
+    assert np.abs(util.cp.asnumpy(arrays[1]) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
     assert (kernel, 0) in compiler._functions
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import reference
+from cudistr import launch, reference
 from tests.gpu.util import compare, compare_lse, cp, on_device, same_bits
 from tests.strategies import DTYPES, LAYOUTS, random
 
@@ -99,7 +99,46 @@ def test_nan_stays_in_its_row():
     same_bits(out, clean)
 
 
+def check_merge_shard(dtype, found, out, shape, rows):
+    """Some queries' part, taken into what was found so far, in place if dtypes let it."""
+    part_shape = (*shape[:2], rows[1] - rows[0], shape[3])
+    before, part = random(1, *shape, dtype=found), random(2, *part_shape, dtype=dtype)
+    lses = [random(3, *shape[:3], spread=3.0), random(4, *part_shape[:3], spread=3.0)]
+    lses[0][:, :, :5] = lses[1][:, :, :1] = -np.inf  # no keys so far, and none in the part
+    before[:, :, :5], part[:, :, :1] = 0, 0
+    array, lse = on_device(before), cp.asarray(lses[0])
+    given = on_device(part), cp.asarray(lses[1])
+    result = launch.merge_shard(array, lse, rows, *given, out)
+    assert result.dtype == out and (result is array) == (found == out)
+
+    widened, widened_lse = np.zeros(shape, dtype), np.full(shape[:3], -np.inf, np.float32)
+    widened[:, :, slice(*rows)], widened_lse[:, :, slice(*rows)] = part, lses[1]
+    exact, exact_lse = reference.solve_merge([before, widened], [lses[0], widened_lse])
+    base, base_lse = baseline([before.astype(np.float32), widened.astype(np.float32)], [lses[0], widened_lse])
+    compare(result, exact, base.astype(out).astype(np.float64))
+    compare_lse(lse, exact_lse, base_lse)
+    away = [i for i in range(shape[2]) if not rows[0] <= i < rows[1]]
+    same_bits(cp.asnumpy(result)[:, :, away], before[:, :, away].astype(out))
+    same_bits(cp.asnumpy(lse)[:, :, away], lses[0][:, :, away])
+
+
+@each_dtype
+@pytest.mark.parametrize("steps", ["first", "middle", "last", "only"])
+@pytest.mark.parametrize("rows", [(0, 50), (17, 43), (49, 50)])
+def test_a_shard_of_some_queries(dtype, steps, rows):
+    found = np.float32 if steps in ("middle", "last") else dtype
+    out = np.float32 if steps in ("first", "middle") else dtype
+    check_merge_shard(np.dtype(dtype), np.dtype(found), np.dtype(out), (2, 3, 50, 40), rows)
+
+
+@pytest.mark.parametrize("head_dim_v", [1, 6, 8, 16, 30, 64, 72, 128, 256])
+def test_head_dims_of_a_shard(head_dim_v):
+    half, full = np.dtype(np.float16), np.dtype(np.float32)
+    check_merge_shard(half, half, full, (1, 2, 33, head_dim_v), (3, 30))
+
+
 @pytest.mark.small
 @each_dtype
 def test_small(dtype):
     check(*shards(3, dtype, shape=(1, 2, 33, 40)))
+    check_merge_shard(np.dtype(dtype), np.dtype(dtype), np.dtype(np.float32), (1, 2, 33, 40), (3, 30))
