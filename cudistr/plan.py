@@ -606,6 +606,9 @@ HOPPER_STEP_KEYS = 18
 HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
+# From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
+# from another GPU or another stream holds its multiprocessor, and the counter costs nothing then.
+HOPPER_LONG_KEYS = 8192
 
 
 PANEL_COLUMNS = 64  # of the widest
@@ -1134,9 +1137,9 @@ def plan(problem: Problem, device: Device) -> Plan:
         row_blocks = -(-problem.seqlen_q // tile.block_m)
         tiles = check_blocks(row_blocks * problem.batch * problem.heads)
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
-        masked = problem.left is not None or problem.right is not None
         grid = min(tiles, device.multiprocessors)
-        chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), masked and grid < tiles)
+        uneven = problem.left is not None or problem.right is not None or problem.seqlen_k >= HOPPER_LONG_KEYS
+        chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), uneven and grid < tiles)
     else:
         chosen = _portable_plan(problem, device)
     reduction = problem.reduction
