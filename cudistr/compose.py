@@ -64,6 +64,8 @@ def attention(
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
     projection = reduction if isinstance(reduction, Projection) else None
+    if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
+        projection.check_mean(problem.dtype)  # the mean is multiplied with q there
     if tolerance is not None and problem.rank is not None and not problem.empty:
         assert projection is not None
         return within(problem, projection, q, k, v, out, return_lse, stream, tolerance)[:2]

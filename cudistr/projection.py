@@ -367,6 +367,16 @@ class Projection(Reduction):
         """Columns of Qhat and Khat. Heads that use head_dim columns use those of q and k themselves."""
         return max((r for r in self.ranks if r < self.head_dim or not self.mixed), default=RANK_MULTIPLE)
 
+    def check_mean(self, dtype: str) -> None:
+        """Refuse a dtype in which keys with the mean of the calibration keys cannot be."""
+        largest = float(np.abs(self.mean).max(initial=0.0))
+        if dtype == "float16" and largest > float(np.finfo(np.float16).max):
+            raise ValueError(
+                f"reduction: the mean of the projection's calibration keys reaches {largest:.6g}, beyond float16 "
+                "(65504), which k is. Fit the projection on keys like those of this call, or pass q, k and v as "
+                "bfloat16 or float32."
+            )
+
     def factors(self, dtype: Any, index: int) -> Factors:
         """The factors on a device, which must be the current one; copied once."""
         key = index, np.dtype(dtype).name

@@ -140,6 +140,19 @@ def test_any_dtype_serves_any_dtype():
         np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.05)
 
 
+@pytest.mark.parametrize("options", [{"near": 5}, {"near": 0, "sinks": 3}], ids=str)
+def test_a_mean_beyond_float16_is_refused_where_it_counts(options):
+    q, k, v = (random(i, 1, 2, 40, 32) for i in range(3))
+    projection = Projection.fit(q, k + np.float32(1e5), rank=16)
+    halves = [x.astype(np.float16) for x in (q, k, v)]
+    for kept, more in ((projection.with_near(**options), {}), (projection, {"return_lse": True})):
+        with pytest.raises(
+            ValueError, match=r"mean .* reaches 1000\d\d\S*, beyond float16 \(65504\).*bfloat16 or float32"
+        ):
+            cudistr.attention(*halves, reduction=kept, **more)
+    cudistr.attention(q, k + np.float32(1e5), v, reduction=projection.with_near(**options))
+
+
 def test_rows_fewer_than_columns():
     q, k, v = decaying(16, 1, 1, 5, 64), decaying(17, 1, 1, 9, 64), random(18, 1, 1, 9, 16)
     projection = Projection.fit(q, k, rank=16)
