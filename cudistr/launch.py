@@ -22,6 +22,7 @@ from cudistr.errors import CudaUnavailableError
 from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
 from cudistr.plan import (
     DTYPE_NUMBER,
+    HOPPER_GROUP_ROWS,
     ITEMSIZE,
     MAX_PASSES,
     MERGE_ROWS,
@@ -586,11 +587,13 @@ def _merge_splits_launch(
 def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, ...]:
     """How the Hopper kernel copies q, k (transposed for a reduction) and v, and Qhat and Khat if there are."""
     tile, batch, heads_kv = chosen.tile, problem.batch, problem.heads_kv
+    # Consumers of a ranked problem change their queries one by one, so these come in as many copies.
+    rows = tile.block_m if problem.ranked is None else HOPPER_GROUP_ROWS
     panel, panel_v = panel_columns(problem.head_dim), panel_columns(problem.head_dim_v)
 
     def queries(columns: int, strides: tuple[int, int, int]) -> Layout:
         lengths = (batch, problem.heads, problem.seqlen_q, columns)
-        return Layout(problem.dtype, lengths, strides, tile.block_m, panel)
+        return Layout(problem.dtype, lengths, strides, rows, panel)
 
     def keys(columns: int, strides: tuple[int, int, int], box: int) -> Layout:
         return Layout(problem.dtype, (batch, heads_kv, problem.seqlen_k, columns), strides, tile.tile_k, box)

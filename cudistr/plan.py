@@ -584,8 +584,10 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
 
 HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere else
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
-# Full and empty, of Q and of the stages of K, V and the number of the next tile; and that number.
-HOPPER_BARRIER_BYTES = 8 * (2 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES
+HOPPER_GROUP_ROWS = 64  # queries of a consumer
+# Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile;
+# that number; and what is known of four tiles of keys, and of what is under way.
+HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES + 6 * 32
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 # Keys per step, by columns of V: what to choose from. A consumer's thread holds, per row of 64, scores (keys / 2),
@@ -600,7 +602,6 @@ HOPPER_KEYS = (
     (224, (112,)),  # 56 + 28 + 112
     (256, (64,)),  # 32 + 16 + 128; 0.98 of 80
 )
-HOPPER_RANKED_KEYS = (128, 176)  # for 65 to 128 columns of V: walking over passes takes registers
 # What a step costs beside its keys, in keys: one of 192 takes 1.44 times as long as one of 128.
 HOPPER_STEP_KEYS = 18
 HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
@@ -652,8 +653,6 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
                 return tile
         return None
     keys = next(sizes for columns, sizes in HOPPER_KEYS if head_dim_v <= columns)
-    if problem.ranked is not None and 64 < head_dim_v <= 128:
-        keys = HOPPER_RANKED_KEYS
     smaller = tiles(range(keys[0] - 16, 0, -16))[:1]
     return min(tiles(keys) or smaller, key=cost, default=None)
 

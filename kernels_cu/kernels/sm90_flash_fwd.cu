@@ -28,7 +28,9 @@ typedef ElementOf<DTYPE>::type T;
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
-    TensorMap q, k, v;  // (batch, heads, seqlen, columns), boxes of a panel of QueryTile, KeyTile or RawTile, ValueTile
+    // (batch, heads, seqlen, columns); boxes of a panel of QueryTile (RANKED: of kPartRows of its rows), KeyTile or RawTile,
+    // ValueTile
+    TensorMap q, k, v;
 #if RANKED
     TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
     const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
@@ -76,8 +78,8 @@ static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of 
 // The block starts with 168 or 128 registers a thread; copying needs few, so consumers get what it gives back. Sums
 // need more, for loads in flight: fewer of them where a long tile of keys takes registers from the consumers.
 constexpr bool kLongTiles = TILE_K > 128;
-constexpr int kProducerRegisters = kGrouped ? (kLongTiles ? 72 : 88) : RANKED && kConsumers == 2 ? 40 : kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kGrouped ? (kLongTiles ? 216 : 208) : RANKED && kConsumers == 2 ? 232 : kConsumers == 2 ? 240 : 160;
+constexpr int kProducerRegisters = kGrouped ? (kLongTiles ? 72 : 88) : kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kGrouped ? (kLongTiles ? 216 : 208) : kConsumers == 2 ? 240 : 160;
 static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
@@ -106,26 +108,6 @@ struct KeyStorage<true> {
     RingBarriers<kStages> raw_barriers;
     u8 order[HEAD_DIM];  // of the columns, for the tile of queries in q
 };
-struct SharedStorage {
-    QueryTile q;
-    ValueTile v[kStages];
-    KeyStorage<kGrouped> keys;
-    RingBarriers<1> q_barriers;
-    RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
-    i32 work[kStages];  // the tile of queries after the current one
-};
-static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
-static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
-
-// Columns of Q and K that count for a head.
-DEVICE int columns_of(const HopperParams& params, int batch_head) {
-#if RANKED
-    return params.ranks[batch_head];
-#else
-    return HEAD_DIM;
-#endif
-}
-
 // A tile of queries.
 struct Place {
     int batch_head, batch, head, first_row;
@@ -145,12 +127,94 @@ struct Place {
     }
 };
 
-// The tiles of keys that the rows of a tile of queries see within a band, from the last to the first; maybe none.
-struct KeyTiles {
+// A tile of keys of RANKED, as the thread that starts copies finds it and tells the consumers.
+struct alignas(16) Step {
+    // Query i of the tile of queries sees, of this tile's keys, those from i + low to i + high that come before end.
+    i32 low, high, end;
+    i32 cut;  // bit g: consumer g has queries that do not see all of them
+    i32 key;  // the first of the tile
+    // With the first tile: columns of the head, tiles for this tile of queries, and how many of them multiply Q and K.
+    i32 columns, count, exact;
+};
+
+// What that thread keeps for itself; it has few registers.
+struct Notes {
+    Place place;
+    i32 head_kv, columns;
+    i32 low, high, end;  // of the pass, as in Step
+    u32 next;            // tile of queries
+    u32 number;          // of such tiles so far
+};
+
+constexpr int kSteps = 4;  // kept: consumers look at one after they have given its tile of keys back
+
+// Queries that are copied at once. RANKED changes them in the middle of a tile: each consumer has a copy of its own
+// queries, which are on their way while the others still multiply the old ones.
+constexpr int kQueryParts = RANKED ? kConsumers : 1;
+constexpr int kPartRows = BLOCK_M / kQueryParts;
+
+struct SharedStorage {
+    QueryTile q;
+    ValueTile v[kStages];
+    KeyStorage<kGrouped> keys;
+    RingBarriers<1> q_barriers[kQueryParts];
+    RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
+    i32 work[kStages];  // the tile of queries after the current one
+#if RANKED
+    Step steps[kSteps];
+    Notes notes;
+#endif
+};
+static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
+static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
+
+// The tiles of keys of a tile of queries, one after another, from the last to the first of a band.
+#if RANKED
+// As a consumer knows them: the producer finds them, and tells how many there are with the first one, at least one.
+struct Walk {
+    SharedStorage& shared;
+    u32 first;  // tile of keys of this thread block
+    int index, count, exact;
+    int columns;  // of the head
+
+    DEVICE Walk(SharedStorage& shared_, u32 first_) : shared(shared_), first(first_), index(0) {
+        __syncwarp();  // all lanes are done with the steps of the tile before
+        shared.k_barriers.wait(first);
+        // Broadcast, so that the compiler knows them to be the same for all.
+        count = __shfl_sync(kFullWarp, step().count, 0);
+        exact = __shfl_sync(kFullWarp, step().exact, 0);
+        columns = __shfl_sync(kFullWarp, step().columns, 0);
+    }
+    DEVICE const Step& step() const { return shared.steps[(first + index) % kSteps]; }
+    DEVICE bool inside() const { return index < count; }
+    DEVICE bool ends_reduced() const { return exact < count; }
+    DEVICE bool reduced() const { return index >= exact; }
+    DEVICE int width() const { return reduced() ? columns : HEAD_DIM; }
+    DEVICE bool last_of_queries() const { return index + 1 == count || index + 1 == exact; }
+    DEVICE bool more() const { return index + 1 < count; }
+    DEVICE void advance() { ++index; }
+};
+
+// Those of a pass, as the producer finds them: from key to first_key; maybe none. They start at the first key that a query
+// sees, so that few of them are cut; but those of heads that are whole where an exact call has them, for the same bits.
+struct PassTiles {
+    int first_key, count;
+
+    DEVICE PassTiles(const HopperParams& params, const Place& place, int pass) {
+        const CutBand band = params.passes.band(pass);
+        const int last_row = min(place.first_row + BLOCK_M, params.seqlen_q) - 1;
+        first_key = band.first_key(place.first_row);
+        const int last_key = band.last_key(last_row);
+        if (pass == Passes::kWhole) first_key -= first_key % TILE_K;
+        count = last_key < first_key ? 0 : (last_key - first_key) / TILE_K + 1;
+    }
+};
+#else
+struct Walk {
     int tile, first_tile;
 
-    template <class AnyBand>
-    DEVICE KeyTiles(const HopperParams& params, const Place& place, const AnyBand& band) {
+    DEVICE Walk(const HopperParams& params, const Place& place) {
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
         const int last_row = min(place.first_row + BLOCK_M, params.seqlen_q) - 1;
         const int first_key = band.first_key(place.first_row);
         const int last_key = band.last_key(last_row);
@@ -158,75 +222,11 @@ struct KeyTiles {
         tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
     }
     DEVICE bool inside() const { return tile >= first_tile; }
-};
-
-// All tiles of keys of a tile of queries, one after another.
-#if RANKED
-struct Walk {
-    const HopperParams& params;
-    const Place& place;
-    int columns;  // of the head
-    int pass;
-    KeyTiles keys;
-
-    DEVICE Walk(const HopperParams& params_, const Place& place_, int columns_)
-        : params(params_), place(place_), columns(columns_), pass(params_.passes.begin(whole())), keys(tiles(pass)) {
-        if (!keys.inside()) enter(following());
-    }
-    DEVICE bool whole() const { return columns == HEAD_DIM; }
-    DEVICE int end() const { return params.passes.after(whole()); }
-    DEVICE KeyTiles tiles(int of) const { return {params, place, params.passes.band(of)}; }
-    DEVICE CutBand band() const { return params.passes.band(pass); }
-    DEVICE bool reduced() const { return params.passes.reduced(pass); }
-    // The next pass with a tile, or the end.
-    DEVICE int following() const {
-        int next = pass + 1;
-        while (next < end() && !tiles(next).inside()) ++next;
-        return next;
-    }
-    DEVICE void enter(int next) {
-        pass = next;
-        if (inside()) keys = tiles(pass);
-    }
-    DEVICE bool inside() const { return pass < end(); }
-    DEVICE int tile() const { return keys.tile; }
-    DEVICE int width() const { return reduced() ? columns : HEAD_DIM; }
-    // Whether the next tile has another band, with other queries, or does not exist.
-    DEVICE bool last_of_band() const { return keys.tile == keys.first_tile; }
-    DEVICE bool last_of_queries() const {
-        if (!last_of_band()) return false;
-        const int next = following();
-        return next == end() || params.passes.reduced(next) != reduced();
-    }
-    DEVICE bool more() const { return !last_of_band() || following() < end(); }
-    // Returns whether the next tile has another band.
-    DEVICE bool advance() {
-        const bool other_band = last_of_band();
-        if (other_band) {
-            enter(following());
-        } else {
-            --keys.tile;
-        }
-        return other_band;
-    }
-};
-#else
-struct Walk {
-    const HopperParams& params;
-    KeyTiles keys;
-
-    DEVICE Walk(const HopperParams& params_, const Place& place, int) : params(params_), keys(params, place, band()) {}
-    DEVICE Band band() const { return {params.band_low, params.band_high, params.seqlen_k}; }
-    DEVICE bool reduced() const { return false; }
-    DEVICE bool inside() const { return keys.inside(); }
-    DEVICE int tile() const { return keys.tile; }
+    DEVICE bool ends_reduced() const { return false; }
     DEVICE int width() const { return HEAD_DIM; }
-    DEVICE bool last_of_queries() const { return keys.tile == keys.first_tile; }
-    DEVICE bool more() const { return keys.tile > keys.first_tile; }
-    DEVICE bool advance() {
-        --keys.tile;
-        return false;
-    }
+    DEVICE bool last_of_queries() const { return tile == first_tile; }
+    DEVICE bool more() const { return tile > first_tile; }
+    DEVICE void advance() { --tile; }
 };
 #endif
 
@@ -234,32 +234,52 @@ struct Walk {
 // pointer: the producer has few registers.
 DEVICE void load_queries(const HopperParams& params, SharedStorage& shared, u32 place_number, const Place& place, u64 policy,
                          int columns) {
-    const u32 barrier = shared.q_barriers.open(place_number, QueryTile::bytes(columns));
 #if RANKED
-    if (columns < HEAD_DIM) {
-        shared.q.load(&params.qhat, barrier, place.first_row, place.head, place.batch, policy, columns);
-        return;
+#pragma unroll
+    for (int part = 0; part < kQueryParts; ++part) {
+        const u32 barrier = shared.q_barriers[part].open(place_number, QueryTile::bytes(columns) / kQueryParts);
+        const int row = part * kPartRows;
+        if (columns < HEAD_DIM) {
+            shared.q.load(&params.qhat, barrier, place.first_row + row, place.head, place.batch, policy, columns, row);
+        } else {
+            shared.q.load(&params.q, barrier, place.first_row + row, place.head, place.batch, policy, columns, row);
+        }
     }
-#endif
+#else
+    const u32 barrier = shared.q_barriers[0].open(place_number, QueryTile::bytes(columns));
     shared.q.load(&params.q, barrier, place.first_row, place.head, place.batch, policy);
+#endif
 }
 
+// The head of K and V that a head of Q has.
+DEVICE int head_of_keys(const HopperParams& params, SharedStorage& shared, const Place& place) {
+#if RANKED
+    return shared.notes.head_kv;
+#else
+    return place.head / params.heads_per_kv;
+#endif
+}
+
+// Tiles of keys are known by their number, those of RANKED, which start anywhere, by their first key.
+constexpr int kTileUnit = RANKED ? 1 : TILE_K;
+
 // The same for a tile of keys.
-DEVICE void load_keys(const HopperParams& params, KeyStorage<false>& keys, RingBarriers<kStages>& barriers, u32 step,
+DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStorage<false>& keys,
+                      RingBarriers<kStages>& barriers, u32 step,
                       const Place& place, int tile, u64 policy, int columns) {
     const u32 barrier = barriers.open(step, KeyTile::bytes(columns));
-    const int head_kv = place.head / params.heads_per_kv;
+    const int head_kv = head_of_keys(params, shared, place);
 #if RANKED
     if (columns < HEAD_DIM) {
-        keys.k[step % kStages].load(&params.khat, barrier, tile * TILE_K, head_kv, place.batch, policy, columns);
+        keys.k[step % kStages].load(&params.khat, barrier, tile * kTileUnit, head_kv, place.batch, policy, columns);
         return;
     }
 #endif
-    keys.k[step % kStages].load(&params.k, barrier, tile * TILE_K, head_kv, place.batch, policy);
+    keys.k[step % kStages].load(&params.k, barrier, tile * kTileUnit, head_kv, place.batch, policy);
 }
 
 // Grouped: of the transposed K, whose panels are keys side by side, and whose rows are all columns.
-DEVICE void load_keys(const HopperParams& params, KeyStorage<true>& keys, RingBarriers<kStages>&, u32 step,
+DEVICE void load_keys(const HopperParams& params, SharedStorage&, KeyStorage<true>& keys, RingBarriers<kStages>&, u32 step,
                       const Place& place, int tile, u64 policy, int) {
     const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
     const u32 to = shared_address(keys.raw[step % kStages].data);
@@ -271,43 +291,148 @@ DEVICE void load_keys(const HopperParams& params, KeyStorage<true>& keys, RingBa
     }
 }
 
+DEVICE void load_values(const HopperParams& params, SharedStorage& shared, u32 step, const Place& place, int tile, u64 policy) {
+    const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
+    shared.v[step % kStages].load(&params.v, barrier, tile * kTileUnit, head_of_keys(params, shared, place), place.batch,
+                                  policy);
+}
+
+// The tile of queries that this thread block takes after work. Asked for early and told at the end: nothing waits for the
+// answer of global memory. Unsigned: it may be past the last tile, of which there can be 2**31 - 1.
+DEVICE u32 following(const HopperParams& params, u32 work) {
+    return gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+}
+DEVICE void tell(SharedStorage& shared, u32 work_number, u32 next) {
+    shared.work_barriers.wait_empty(work_number);
+    shared.work[work_number % kStages] = next;
+    mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
+}
+
 // One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
 // a tile comes after K of the next.
+#if RANKED
+struct Producer {
+    const HopperParams& params;
+    SharedStorage& shared;
+    u64 once, again;  // policies
+    u32 step;         // tiles of keys so far
+    u32 place_number;
+
+    // Of the tile of keys that is copied next; what is told before its copy is there with it. There are few registers, so
+    // that this is also where to look for what it was.
+    DEVICE Step& own() { return shared.steps[step % kSteps]; }
+
+    // Starts the copies of the keys from key on, and of the values of the tile before.
+    DEVICE void copy_tile(const Place& place, int key, int width, bool first, bool other_queries) {
+        // Relative to the tile bounds that are far away may be brought nearer: sums with rows then fit 32 bits.
+        const int far = 1 << 28;
+        const int low = max(shared.notes.low, key - far) - key;
+        const int high = min(max(shared.notes.high, key - far) - key, far);
+        const int end = shared.notes.end - key;
+        own().low = low;
+        own().high = high;
+        own().end = end;
+        own().key = key;
+        int cut = 0;
+#pragma unroll
+        for (int group = 0; group < kConsumers; ++group) {
+            const int first_key = low + (group + 1) * kGroupRows - 1;  // of those that all queries see
+            const int last_key = min(high + group * kGroupRows, end - 1);
+            cut |= (first_key > 0 || last_key < TILE_K - 1) << group;
+        }
+        own().cut = cut;
+        load_keys(params, shared, shared.keys, shared.k_barriers, step, place, key, again, width);
+        if (!first) copy_values(place, step - 1);
+        if (other_queries) load_queries(params, shared, place_number++, place, once, width);
+        ++step;
+    }
+    DEVICE void copy_values(const Place& place, u32 of) {
+        load_values(params, shared, of, place, shared.steps[of % kSteps].key, again);
+    }
+
+    // Notes what a pass sees. Of the bounds, all below the first key are alike.
+    DEVICE void note(const Place& place, const CutBand& band) {
+        const i64 least = -BLOCK_M, most = 0x7fffffff;
+        shared.notes.low = static_cast<int>(max(least, min(most, band.low + place.first_row)));
+        shared.notes.high = static_cast<int>(max(least, min(most, band.high + place.first_row)));
+        shared.notes.end = band.end;
+    }
+
+    DEVICE void copy(const Place& place) {
+        shared.notes.head_kv = place.head / params.heads_per_kv;
+        shared.notes.columns = own().columns = params.ranks[place.batch_head];
+        const i32& columns = shared.notes.columns;
+        int count = 0, exact = 0;
+        for (int pass = params.passes.begin(columns == HEAD_DIM); pass < params.passes.after(columns == HEAD_DIM); ++pass) {
+            const int tiles = PassTiles(params, place, pass).count;
+            count += tiles;
+            exact += params.passes.reduced(pass) ? 0 : tiles;
+        }
+        own().count = max(count, 1);
+        own().exact = exact;
+        if (count == 0) {  // keys beyond the last, which are zeros and invisible
+            note(place, {0, 0, 0, 0});
+            copy_tile(place, params.seqlen_k, columns, true, true);
+        }
+        bool first = true;
+        for (int pass = params.passes.begin(columns == HEAD_DIM); pass < params.passes.after(columns == HEAD_DIM); ++pass) {
+            const PassTiles tiles(params, place, pass);
+            note(place, params.passes.band(pass));
+            const int width = params.passes.reduced(pass) ? columns : HEAD_DIM;
+            int key = tiles.first_key + (tiles.count - 1) * TILE_K;
+            for (int left = tiles.count; left > 0; --left, key -= TILE_K) {
+                copy_tile(place, key, width, first, first || exact == 0);
+                first = false;
+                --exact;
+            }
+        }
+        copy_values(place, step - 1);
+    }
+
+    DEVICE void run() {
+        u32& next = shared.notes.next;
+        u32& work_number = shared.notes.number;
+        work_number = 0;
+        for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
+            next = following(params, work);
+            shared.notes.place = Place(params, work);
+            copy(shared.notes.place);
+            tell(shared, work_number, next);
+        }
+    }
+};
+DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
+    Producer{params, shared, policy_evict_first(), policy_evict_last(), 0, 0}.run();
+}
+#else
 DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 once = policy_evict_first();
     const u64 again = policy_evict_last();
     u32 step = 0;  // tiles of keys so far
     u32 place_number = 0;
-    u32 next;  // unsigned: it may be past the last tile, of which there can be 2**31 - 1
+    u32 next;
     u32 work_number = 0;
     for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
-        // Asked for now and told at the end: nothing waits for the answer of global memory.
-        next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+        next = following(params, work);
         const Place place(params, work);
-        Walk walk(params, place, columns_of(params, place.batch_head));
+        Walk walk(params, place);
         if (walk.inside()) {
-            load_keys(params, shared.keys, shared.k_barriers, step, place, walk.tile(), again, walk.width());
-            load_queries(params, shared, place_number, place, once, walk.width());
+            load_keys(params, shared, shared.keys, shared.k_barriers, step, place, walk.tile, again, HEAD_DIM);
+            load_queries(params, shared, place_number, place, once, HEAD_DIM);
             ++place_number;
             for (; walk.inside(); walk.advance(), ++step) {
                 Walk next = walk;
                 next.advance();
                 if (walk.more()) {
-                    load_keys(params, shared.keys, shared.k_barriers, step + 1, place, next.tile(), again, next.width());
+                    load_keys(params, shared, shared.keys, shared.k_barriers, step + 1, place, next.tile, again, HEAD_DIM);
                 }
-                const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
-                shared.v[step % kStages].load(&params.v, barrier, walk.tile() * TILE_K, place.head / params.heads_per_kv,
-                                              place.batch, again);
-                if (RANKED && walk.more() && walk.last_of_queries()) {
-                    load_queries(params, shared, place_number++, place, once, next.width());
-                }
+                load_values(params, shared, step, place, walk.tile, again);
             }
         }
-        shared.work_barriers.wait_empty(work_number);
-        shared.work[work_number % kStages] = next;
-        mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
+        tell(shared, work_number, next);
     }
 }
+#endif
 
 // The tile of queries after the current one, which the producer chose; every warp of the readers gives it back.
 DEVICE u32 next_work(SharedStorage& shared, u32 work_number, int lane) {
@@ -380,15 +505,15 @@ struct Builder {
         u32 step = 0, place_number = 0, work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
-            Walk walk(params, place, HEAD_DIM);
+            Walk walk(params, place);
             if (!walk.inside()) continue;
             const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
                               place.first_row / BLOCK_M / params.tiles_per_block;
             const u8* permutation = params.permutation + block * HEAD_DIM;
             find_members(permutation);
-            shared.q_barriers.wait_empty(place_number);
+            shared.q_barriers[0].wait_empty(place_number);
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
-            mbarrier_arrive(shared_address(shared.q_barriers.full));
+            mbarrier_arrive(shared_address(shared.q_barriers[0].full));
             ++place_number;
             for (; walk.inside(); walk.advance(), ++step) {
                 keys.raw_barriers.wait(step);
@@ -540,6 +665,7 @@ struct Consumer {
         if (lane == 0) ring.release(n);
     }
 
+#if !RANKED
     // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
     struct Visible {
         KeySpan common, rows[2];
@@ -547,8 +673,8 @@ struct Consumer {
         // Whether a tile of keys needs no mask.
         DEVICE bool all(int key) const { return key >= common.first && key + TILE_K - 1 <= common.last; }
     };
-    template <class AnyBand>
-    DEVICE Visible visible(const AnyBand& band, int first_row) const {
+    DEVICE Visible visible(int first_row) const {
+        const Band band = {params.band_low, params.band_high, params.seqlen_k};
         const int group_row = first_row + group * kGroupRows;
         const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
         Visible keys;
@@ -560,47 +686,63 @@ struct Consumer {
         }
         return keys;
     }
+#else
+    struct Visible {};
+    DEVICE Visible visible(int) const { return {}; }
+#endif
 
     // Grouped: the queries come into registers, and their place is free for the next tile.
     template <class Queries>
     DEVICE void take_queries(Queries& queries, u32 place_number) {
         queries.gather(shared.q, shared.keys, row, lane);
-        shared.q_barriers.release(place_number);
+        shared.q_barriers[0].release(place_number);
     }
 
-    // Steps of 16 columns that the scores of a head take. Broadcast, so that the compiler knows it to be the same for all.
-    DEVICE int steps_of(int batch_head) const {
-        if constexpr (!RANKED) return HEAD_DIM / 16;
-        return __shfl_sync(kFullWarp, columns_of(params, batch_head) / 16, 0);
+    // The place of a tile of queries, which RANKED finds anew: there are no registers to keep it.
+    DEVICE Place anew(const Place& place, u32 work) const {
+        if constexpr (RANKED) return Place(params, ::anew(work));
+        return place;
     }
 
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
-                      const Visible& keys, const Walk& walk, int first_row) {
-        const int key = walk.tile() * TILE_K;
+                      const Visible& keys, const Walk& walk) {
+#if RANKED
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!keys.all(key)) {
-            if constexpr (RANKED) {  // found anew: there are no registers to keep them
-                apply_mask(scores[0], visible(walk.band(), first_row).rows, key + lane % 4 * 2);
-            } else {
-                apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+        const Step& tile = walk.step();
+        if (tile.cut >> group & 1) {
+            KeySpan rows[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int query = row + half * 8;
+                rows[half] = {query + tile.low, min(query + tile.high, tile.end - 1)};
             }
+            apply_mask_by_bits(scores[0], rows, lane % 4 * 2);
         }
+#else
+        const int key = walk.tile * TILE_K;
+        if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
+        if (!keys.all(key)) apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+#endif
         softmax.raise(scores[0], params.score_scale, shift, rescale);
     }
 
     DEVICE void run() {
         Operands<kGrouped> operands(shared, group);
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
+        RingBarriers<1>& own_queries = shared.q_barriers[RANKED ? group : 0];
         if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
-            Walk walk(params, place, steps_of(place.batch_head) * 16);
-            Visible visible_keys = visible(walk.band(), place.first_row);
-            bool lacks = walk.reduced();  // whether maxima are of scores of Qhat and Khat
+#if RANKED
+            Walk walk(shared, step);
+#else
+            Walk walk(params, place);
+#endif
+            const Visible visible_keys = visible(place.first_row);
             float output[1][kOutTiles][4] = {};
             WarpgroupSoftmax softmax;
             softmax.clear();
@@ -608,7 +750,7 @@ struct Consumer {
                 float scores[1][kKeyTiles][4];
                 float shift[2], rescale[2];
                 u32 weights[TILE_K / 16][4];
-                shared.q_barriers.wait(place_number);
+                own_queries.wait(place_number);
                 if constexpr (kGrouped) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
                 operands.start(scores[0], step, walk.width() / 16);
@@ -616,16 +758,16 @@ struct Consumer {
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
-                if (other_queries) release(shared.q_barriers, place_number);
-                raise(scores, softmax, shift, rescale, visible_keys, walk, place.first_row);
+                if (other_queries) release(own_queries, place_number);
+                raise(scores, softmax, shift, rescale, visible_keys, walk);
                 softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                 pack_weights<T>(weights, scores[0]);
 
                 if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
-                for (bool other_band = walk.advance(); walk.inside(); other_band = walk.advance()) {
+                for (walk.advance(); walk.inside(); walk.advance()) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
-                    if (RANKED && other_queries) shared.q_barriers.wait(++place_number);
+                    if (RANKED && other_queries) own_queries.wait(++place_number);
                     wait_for_turn();
                     operands.start(scores[0], step, walk.width() / 16);
                     shared.v_barriers.wait(step - 1);
@@ -633,17 +775,16 @@ struct Consumer {
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
                     pass_turn();
+                    if (RANKED && other_queries) {
+                        const Place found = anew(place, work);
+                        subtract_lacking(params, found, softmax, found.first_row + row);
+                    }
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
-                    if (other_band) visible_keys = visible(walk.band(), place.first_row);
-                    if (RANKED && other_queries) {
-                        subtract_lacking(params, place, softmax, place.first_row + row);
-                        lacks = true;
-                    }
                     other_queries = !kGrouped && walk.last_of_queries();
-                    if (other_queries) release(shared.q_barriers, place_number);
-                    raise(scores, softmax, shift, rescale, visible_keys, walk, place.first_row);
+                    if (other_queries) release(own_queries, place_number);
+                    raise(scores, softmax, shift, rescale, visible_keys, walk);
                     if constexpr (kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.
@@ -668,7 +809,8 @@ struct Consumer {
                 ++step;
                 ++place_number;
             }
-            store_output(params, place, output, softmax, place.first_row + row, lane, lacks);
+            const Place found = anew(place, work);
+            store_output(params, found, output, softmax, found.first_row + row, lane, walk.ends_reduced());
         }
     }
 };
@@ -701,7 +843,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         // order of columns and the queries, once for a tile of them.
         constexpr int kReaders = 4 * kConsumers;
         constexpr int kBuilders = kGrouped ? kBuilderThreads / kWarpSize : 0;
-        shared.q_barriers.init(kGrouped ? kConsumerThreads : kReaders, 1 + kBuilders * kWarpSize);
+#pragma unroll
+        for (int part = 0; part < kQueryParts; ++part) {
+            shared.q_barriers[part].init((kGrouped ? kConsumerThreads : kReaders) / kQueryParts, 1 + kBuilders * kWarpSize);
+        }
         shared.k_barriers.init(kReaders, kGrouped ? kBuilders : 1);
         shared.v_barriers.init(kReaders, 1);
         shared.work_barriers.init(kReaders + kBuilders, 1);

@@ -30,10 +30,12 @@ struct PanelTile {
     // Bytes of the panels that hold the first columns of a row.
     static DEVICE u32 bytes(int columns) { return u32((columns + kPanelColumns - 1) / kPanelColumns * kPanelBytes); }
 
-    // Copies the rows that start at row x[1] of head x[2] of batch x[3], those panels of them that hold the first
-    // columns; bytes(columns) will arrive at the barrier. One thread.
-    DEVICE void load(const TensorMap* map, u32 barrier, int row, int head, int batch, u64 policy, int columns = kColumns) {
-        const u32 to = shared_address(data);
+    // Copies the rows that start at a row of the map, those panels of them that hold the first columns, to where the
+    // tile has row to_row, a multiple of 8; of a map whose boxes have all rows, bytes(columns) will arrive at the barrier.
+    // One thread.
+    DEVICE void load(const TensorMap* map, u32 barrier, int row, int head, int batch, u64 policy, int columns = kColumns,
+                     int to_row = 0) {
+        const u32 to = shared_address(data) + to_row * kWidth;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
             const int x[4] = {panel * kPanelColumns, row, head, batch};

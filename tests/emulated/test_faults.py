@@ -438,7 +438,7 @@ ON_HOPPER = {
         f"wgmma {RACE}"
     ),
     "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
-    "no wait for the queries": Fault(HOPPER, "shared.q_barriers.wait(place_number);", "", f"wgmma {RACE}"),
+    "no wait for the queries": Fault(HOPPER, "own_queries.wait(place_number);", "", f"wgmma {RACE}"),
     "keys given back before the product has read them": Fault(
         HOPPER,
         "wgmma_wait<1>();\n                    wgmma_pin(scores[0]);\n                    release(shared.k_barriers, step);",
@@ -496,8 +496,8 @@ ON_HOPPER = {
     ),
     "shared memory written by a thread, and no fence for the product": Fault(
         HOPPER,
-        "                shared.q_barriers.wait(place_number);\n",
-        "                shared.q_barriers.wait(place_number);\n                if (group == 0 && row == 0 && lane == 0) {\n"
+        "                own_queries.wait(place_number);\n",
+        "                own_queries.wait(place_number);\n                if (group == 0 && row == 0 && lane == 0) {\n"
         "                    volatile u16& x = *reinterpret_cast<volatile u16*>(shared.q.data);\n"
         "                    x = x;\n                }\n                __syncwarp();\n",
         "wrote without a fence.proxy.async|that no barrier puts before it",
@@ -511,7 +511,7 @@ ON_HOPPER = {
         PANELS, "return kUpper | (lower + step * kWidth);", "return kUpper | (lower + step * kWidth / 2);", WRONG
     ),
     "a copy of the row below": Fault(
-        HOPPER, "load(&params.k, barrier, tile * TILE_K,", "load(&params.k, barrier, tile * TILE_K + 1,", WRONG
+        HOPPER, "load(&params.k, barrier, tile * kTileUnit,", "load(&params.k, barrier, tile * kTileUnit + 1,", WRONG
     ),
     "the wrong key head in a copy": Fault(
         HOPPER, "place.head / params.heads_per_kv", "place.head % params.heads_per_kv", WRONG
@@ -523,7 +523,7 @@ ON_HOPPER = {
     "an output row beyond the last": Fault(HOPPER, "own < params.seqlen_q;", "own <= params.seqlen_q;", "outside|wrote too"),
     # Order
     "queries never given back": Fault(
-        HOPPER, "\n                    if (other_queries) release(shared.q_barriers, place_number);", "",
+        HOPPER, "\n                    if (other_queries) release(own_queries, place_number);", "",
         "no thread of block .* can go on"
     ),
     "one warp that does not give back": Fault(
@@ -574,12 +574,12 @@ ON_HOPPER = {
         f"bulk copy {RACE}|one arrival too many|no thread", GROUPED
     ),
     "an order that is overwritten while it is read": Fault(
-        HOPPER, "shared.q_barriers.wait_empty(place_number);", "", f"{RACE}|one arrival too many",
+        HOPPER, "shared.q_barriers[0].wait_empty(place_number);", "", f"{RACE}|one arrival too many",
         {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
     "queries given back by a thread that still reads them": Fault(
-        HOPPER, "        queries.gather(shared.q, shared.keys, row, lane);\n        shared.q_barriers.release(place_number);",
-        "        shared.q_barriers.release(place_number);\n        queries.gather(shared.q, shared.keys, row, lane);",
+        HOPPER, "        queries.gather(shared.q, shared.keys, row, lane);\n        shared.q_barriers[0].release(place_number);",
+        "        shared.q_barriers[0].release(place_number);\n        queries.gather(shared.q, shared.keys, row, lane);",
         RACE, {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
     "an order of another head": Fault(
@@ -594,10 +594,44 @@ ON_HOPPER = {
 }  # fmt: skip
 ON_HOPPER |= {
     "queries of the band before": Fault(
-        HOPPER, "shared.q_barriers.wait(++place_number);", "++place_number;", RACE, KEPT
+        HOPPER, "own_queries.wait(++place_number);", "++place_number;", RACE, KEPT
     ),
     "maxima of other scores": Fault(
         HOPPER, "softmax.maximum[half] -=", "softmax.maximum[half] -= 0.f *", WRONG, KEPT
+    ),
+    "keys of a pass that go without its mask": Fault(
+        HOPPER, "first_key > 0 || last_key < TILE_K - 1", "last_key < TILE_K - 1", WRONG, KEPT
+    ),
+    "a mask for the rows of another consumer": Fault(
+        HOPPER,
+        "const int query = row + half * 8;\n                rows",
+        "const int query = row % 64 + half * 8;\n                rows",
+        WRONG,
+        KEPT,
+    ),
+    "tiles that begin before their pass": Fault(
+        HOPPER,
+        "int key = tiles.first_key +",
+        "int key = tiles.first_key - 8 +",
+        WRONG,
+        KEPT,
+    ),
+    "keys of the next pass": Fault(
+        HOPPER, "min(query + tile.high, tile.end - 1)", "query + tile.high", WRONG, KEPT
+    ),
+    "one key too few of a pair": Fault("tile/mask.cuh", "min(key % 8, 2)", "min(key % 8, 1)", WRONG, KEPT),
+    "what is told of a tile, overwritten while it is looked at": Fault(
+        HOPPER, "constexpr int kSteps = 4;", "constexpr int kSteps = 1;", f"{RACE}|{WRONG}", KEPT
+    ),
+    "the queries of another consumer": Fault(
+        HOPPER,
+        "const int row = part * kPartRows;",
+        "const int row = (kQueryParts - 1 - part) * kPartRows;",
+        f"{RACE}|{WRONG}",
+        KEPT,
+    ),
+    "exact keys counted as reduced": Fault(
+        HOPPER, "exact += params.passes.reduced(pass) ? 0 : tiles;", "", f"{RACE}|{WRONG}|no thread", KEPT
     ),
     "an lse of other scores": Fault(HOPPER, "if (lacks) log_sum +=", "if (false) log_sum +=", WRONG, KEPT),
 }
