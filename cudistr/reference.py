@@ -189,8 +189,9 @@ def key_energies(k: NDArray[Any]) -> Single:
         deviations = np.zeros((padded, head_dim), np.float32)
         deviations[: len(columns)] = columns - columns[:1]
         parts = np.zeros((2, padded // ENERGY_KEYS, head_dim), np.float32)
-        for key in deviations.reshape(-1, ENERGY_KEYS, head_dim).swapaxes(0, 1):
-            parts += np.stack([key, key * key])
+        for key in deviations.reshape(-1, ENERGY_KEYS, head_dim).swapaxes(0, 1)[: len(columns)]:
+            parts[0] += key
+            parts[1] += key * key
         sums = np.zeros((2, head_dim), np.float32)
         for part in parts.swapaxes(0, 1):
             sums += part

@@ -1,16 +1,24 @@
 """Every kernel variant of a stated grid, compiled for every architecture: registers, spills, shared memory, warnings.
 
 ``python -m tests.grid --write`` renews the committed table, ``docs/resources.csv``.
+
+NVRTC writes PTX first, which takes it half of the time, and then machine code. The PTX of a kernel is the same for
+several architectures, so where ptxas is installed (PyPI's nvidia-cuda-nvcc, of NVRTC's own version) it is written once
+for them and ptxas does the rest. A test compares the machine code with NVRTC's, and ``--write`` asks NVRTC alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import ml_dtypes
@@ -30,6 +38,7 @@ DEVICES = {
     120: Device(120, 99 * 1024),
 }
 SAME_CODE = {89: 86}  # ptxas writes the same instructions for both: they are compiled once
+SAME_PTX = {80: 80, 86: 80, 90: 80, 100: 100, 120: 100}  # for which architecture NVRTC writes the PTX
 # Of a multiprocessor: threads and thread blocks (CUDA C++ Programming Guide, technical specifications).
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
@@ -218,43 +227,91 @@ def occupancy(capability: int, threads: int, registers: int, shared_bytes: int) 
     return min(by_registers, by_shared, THREADS[capability] // threads, BLOCKS[capability])
 
 
-def _compile(job: tuple[Kernel, int]) -> tuple[dict[str, int], list[str]]:
-    kernel, capability = job
-    architecture = compiler.target(capability, kernel.specific)
-    _, log = compiler.compile_cubin(kernel, architecture, report=True)
+@functools.cache
+def ptxas() -> Path | None:
+    """The ptxas that NVRTC has inside, as a program; None where it is not installed."""
+    try:
+        nvcc, nvrtc = (metadata.distribution(f"nvidia-cuda-{name}") for name in ("nvcc", "nvrtc"))
+    except metadata.PackageNotFoundError:
+        return None
+    files = [file for file in nvcc.files or () if file.stem == "ptxas"]
+    return Path(str(files[0].locate())) if files and nvcc.version == nvrtc.version else None
+
+
+def _assemble(ptx: bytes, capability: int, options: Iterable[str]) -> tuple[bytes, str]:
+    """Machine code and log of ptxas."""
+    program = ptxas()
+    assert program is not None
+    with tempfile.TemporaryDirectory(prefix="cudistr-ptxas-") as temporary:
+        source, cubin = (Path(temporary) / name for name in ("kernel.ptx", "kernel.cubin"))
+        target = f".target sm_{capability}".encode()
+        ptx, count = re.subn(rb"^\.target sm_\d+$", target, ptx.rstrip(b"\0"), flags=re.MULTILINE)
+        assert count == 1
+        source.write_bytes(ptx)
+        command = [program, f"-arch=sm_{capability}", "-v", *options, "-o", cubin, source]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return cubin.read_bytes(), run.stdout + run.stderr
+
+
+def cubins(kernel: Kernel, capabilities: Iterable[int], nvrtc_alone: bool = False) -> list[tuple[bytes, str]]:
+    """Machine code, and the compiler's log, of a kernel for architectures of which SAME_PTX names the same one."""
+    capabilities = list(capabilities)
+    if nvrtc_alone or kernel.specific or ptxas() is None:
+        targets = [compiler.target(capability, kernel.specific) for capability in capabilities]
+        return [compiler.compile_cubin(kernel, target, report=True) for target in targets]
+    options = [option.removeprefix("-Xptxas=") for option in kernel.options]
+    ptx, log = compiler.compile_cubin(kernel, f"compute_{SAME_PTX[capabilities[0]]}")
+    assembled = [_assemble(ptx, capability, options) for capability in capabilities]
+    return [(code, log + own) for code, own in assembled]
+
+
+def numbers(kernel: Kernel, log: str) -> tuple[dict[str, int], list[str]]:
+    """What a log says of a kernel, and what the compiler complained about."""
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     used = re.search(r"Used (\d+) registers", log)
     stack = re.search(r"(\d+) bytes stack frame", log)
     assert spill and used and stack, log
     static = re.search(r"(\d+) bytes smem", log)
-    numbers = {
+    found = {
         "registers": int(used[1]),
         "shared_bytes": kernel.shared_bytes + (int(static[1]) if static else 0),
         "spilled": int(spill[1]) + int(spill[2]) + int(stack[1]),
     }
     complaints = [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
-    return numbers, complaints
+    return found, complaints
 
 
-def build() -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
+def _compile(job: tuple[Kernel, tuple[int, ...], bool]) -> list[tuple[dict[str, int], list[str]]]:
+    kernel, capabilities, nvrtc_alone = job
+    return [numbers(kernel, log) for _, log in cubins(kernel, capabilities, nvrtc_alone)]
+
+
+def build(nvrtc_alone: bool = False) -> tuple[dict[str, dict[int, dict[str, int]]], list[str]]:
     """Compile the grid; returns {variant: {architecture: numbers}} and what the compiler complained about."""
     table: dict[str, dict[int, dict[str, int]]] = {}
-    jobs: dict[tuple[Kernel, int], list[tuple[str, int]]] = {}  # what has the same machine code
+    variants: dict[tuple[Kernel, int], list[tuple[str, int]]] = {}  # what has the same machine code
+    together: dict[tuple[Kernel, int], list[int]] = {}  # architectures, by kernel and PTX
     for capability in DEVICES:
         for name, kernel in kernels(capability).items():
             table.setdefault(name, {})
-            jobs.setdefault((kernel, SAME_CODE.get(capability, capability)), []).append((name, capability))
+            like = SAME_CODE.get(capability, capability)
+            variants.setdefault((kernel, like), []).append((name, capability))
+            of_kernel = together.setdefault((kernel, SAME_PTX[like]), [])
+            if like not in of_kernel:
+                of_kernel.append(like)
     complaints: list[str] = []
+    jobs = [(kernel, tuple(capabilities), nvrtc_alone) for (kernel, _), capabilities in together.items()]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for ((kernel, _), variants), (numbers, lines) in zip(
-            jobs.items(), pool.map(_compile, jobs), strict=True
-        ):
-            for name, capability in variants:
+        for (kernel, capabilities, _), results in zip(jobs, pool.map(_compile, jobs), strict=True):
+            for like, (found, lines) in zip(capabilities, results, strict=True):
                 # Warpgroups of the Hopper kernel trade registers among themselves, of as many as it is launched with.
-                own = (numbers["registers"], numbers["shared_bytes"])
-                table[name][capability] = numbers | {"blocks": occupancy(capability, kernel.threads, *own)}
-                complaints += [f"{name} sm_{capability}: {line}" for line in lines]
-    return table, complaints
+                own = (found["registers"], found["shared_bytes"])
+                for name, capability in variants[kernel, like]:
+                    table[name][capability] = found | {"blocks": occupancy(capability, kernel.threads, *own)}
+                    complaints += [f"{name} sm_{capability}: {line}" for line in lines]
+    # In the order of the architectures, not of the compilations.
+    return {name: {c: of[c] for c in DEVICES if c in of} for name, of in table.items()}, complaints
 
 
 def rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
@@ -299,7 +356,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    built, said = build()
+    built, said = build(nvrtc_alone=options.write)
     for row in rows(built):
         print("  ".join(f"{cell:<16}" for cell in row))
     spilled = [f"{n} sm_{c}: {x}" for n, of in built.items() for c, x in of.items() if x["spilled"]]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import struct
+from concurrent.futures import ProcessPoolExecutor
 from itertools import zip_longest
 
 import pytest
 
 from cudistr import compiler
 from cudistr import plan as planner
+from cudistr.plan import Kernel
 from tests import grid
 
 RENEW = "if that is meant, renew it with: python -m tests.grid --write"
@@ -105,16 +107,33 @@ def machine_code(cubin: bytes) -> list[bytes]:
     return [cubin[x[4] : x[4] + x[5]] for x in sections if cubin.startswith(b".text", text + x[0])]
 
 
-def test_architectures_that_are_compiled_once_have_the_same_code(nvrtc: None) -> None:
-    for capability, like in grid.SAME_CODE.items():
-        kernels = grid.kernels(capability)
-        some = {kernel.name: name for name, kernel in kernels.items()}  # the last variant of every kernel
-        for name in some.values():
-            codes = [
-                machine_code(compiler.compile_cubin(kernel, compiler.target(c))[0])
-                for c, kernel in ((like, grid.kernels(like)[name]), (capability, kernels[name]))
-            ]
-            assert codes[0] and codes[0] == codes[1], name
+def compare_with_nvrtc(kernel: Kernel) -> list[str]:
+    """For which architectures the grid takes other code, or another report, for a kernel than NVRTC makes."""
+    wrong = []
+    for ptx in set(grid.SAME_PTX.values()):
+        like = [c for c in grid.DEVICES if grid.SAME_PTX.get(c) == ptx]
+        made = dict(zip(like, grid.cubins(kernel, like), strict=True))
+        for capability in grid.DEVICES:
+            own = grid.SAME_CODE.get(capability, capability)
+            if own in made:
+                code, log = compiler.compile_cubin(kernel, compiler.target(capability), report=True)
+                instructions = machine_code(code)
+                same = instructions and instructions == machine_code(made[own][0])
+                if not same or grid.numbers(kernel, log) != grid.numbers(kernel, made[own][1]):
+                    wrong.append(f"{kernel.name} sm_{capability}")
+    return wrong
+
+
+def test_what_the_grid_takes_once_is_what_nvrtc_makes(nvrtc: None) -> None:
+    """A variant of every kernel, and one with every option of the compiler: by NVRTC alone as for a user, and as the
+    grid makes it."""
+    some: dict[object, Kernel] = {}
+    for kernel in grid.kernels(80).values():
+        some.setdefault(kernel.name, kernel)
+        some.setdefault(kernel.options, kernel)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        wrong = [line for lines in pool.map(compare_with_nvrtc, set(some.values())) for line in lines]
+    assert not wrong
 
 
 @pytest.mark.parametrize(
