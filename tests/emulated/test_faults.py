@@ -213,7 +213,7 @@ FAULTS = {
         MERGE_SHARD, "if (!inside) return;", "", "read of 8 bytes outside", merge="shard"
     ),
     "an lse written before it is read": Fault(
-        MERGE_SHARD, "__syncwarp();", "", "race", merge="shard"
+        MERGE_SHARD, "__syncwarp();", "", "read of an array .* which thread .* writes in this launch", merge="shard"
     ),
     "queries that a shard does not have": Fault(
         MERGE_SHARD, "query < params.last;", "query <= params.last;", "read of 4 bytes outside", merge="shard"

@@ -82,6 +82,7 @@ def test_the_suite_is_the_grid() -> None:
         *KEY_ENERGY.values(),
         *ENERGY_ORDER.values(),
         *MERGE.values(),
+        *MERGE_SHARD.values(),
         *MERGE_SPLITS.values(),
         *PROJECT.values(),
         *DRAW.values(),
