@@ -1017,7 +1017,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
 def merge_shard(
     found: Any, found_lse: Any, rows: tuple[int, int], part: Any, part_lse: Any, dtype: Any
 ) -> Any:
-    """Take what a shard of the keys adds to some queries into what was found so far.
+    """Take what a shard of the keys adds to some queries into what was found so far, on the current device and stream.
 
     Parameters
     ----------

@@ -412,7 +412,11 @@ def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> li
     """Tiles in order of preference."""
     if problem.dtype == "float32":
         # Every operand is split into two in registers, so one 16-row tile per warp is what fits.
-        return [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
+        wide = [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
+        return [
+            *wide,
+            Tile(32, 16, 1),
+        ]  # the last for nearly all of 256 columns in the 99 KB of sm_86, 89 and 120
     keys = _longest_keys(problem, device, group)
     large = _longest_shared_keys(problem.head_dim_v, group, keys) if share_keys else keys
     # Two row tiles per warp halve the reads of shared memory: with one (and 64 rows), 128 columns ran at 0.78 / 0.73

@@ -108,6 +108,7 @@ struct KeyStorage<true> {
     RingBarriers<kStages> raw_barriers;
     u8 order[HEAD_DIM];  // of the columns, for the tile of queries in q
 };
+
 // A tile of queries.
 struct Place {
     int batch_head, batch, head, first_row;
@@ -264,10 +265,9 @@ DEVICE int head_of_keys(const HopperParams& params, SharedStorage& shared, const
 constexpr int kTileUnit = RANKED ? 1 : TILE_K;
 
 // The same for a tile of keys.
-DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStorage<false>& keys,
-                      RingBarriers<kStages>& barriers, u32 step,
+DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStorage<false>& keys, u32 step,
                       const Place& place, int tile, u64 policy, int columns) {
-    const u32 barrier = barriers.open(step, KeyTile::bytes(columns));
+    const u32 barrier = shared.k_barriers.open(step, KeyTile::bytes(columns));
     const int head_kv = head_of_keys(params, shared, place);
 #if RANKED
     if (columns < HEAD_DIM) {
@@ -279,7 +279,7 @@ DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStor
 }
 
 // Grouped: of the transposed K, whose panels are keys side by side, and whose rows are all columns.
-DEVICE void load_keys(const HopperParams& params, SharedStorage&, KeyStorage<true>& keys, RingBarriers<kStages>&, u32 step,
+DEVICE void load_keys(const HopperParams& params, SharedStorage&, KeyStorage<true>& keys, u32 step,
                       const Place& place, int tile, u64 policy, int) {
     const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
     const u32 to = shared_address(keys.raw[step % kStages].data);
@@ -341,7 +341,7 @@ struct Producer {
             cut |= (first_key > 0 || last_key < TILE_K - 1) << group;
         }
         own().cut = cut;
-        load_keys(params, shared, shared.keys, shared.k_barriers, step, place, key, again, width);
+        load_keys(params, shared, shared.keys, step, place, key, again, width);
         if (!first) copy_values(place, step - 1);
         if (other_queries) load_queries(params, shared, place_number++, place, once, width);
         ++step;
@@ -417,14 +417,14 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         const Place place(params, work);
         Walk walk(params, place);
         if (walk.inside()) {
-            load_keys(params, shared, shared.keys, shared.k_barriers, step, place, walk.tile, again, HEAD_DIM);
+            load_keys(params, shared, shared.keys, step, place, walk.tile, again, HEAD_DIM);
             load_queries(params, shared, place_number, place, once, HEAD_DIM);
             ++place_number;
             for (; walk.inside(); walk.advance(), ++step) {
                 Walk next = walk;
                 next.advance();
                 if (walk.more()) {
-                    load_keys(params, shared, shared.keys, shared.k_barriers, step + 1, place, next.tile, again, HEAD_DIM);
+                    load_keys(params, shared, shared.keys, step + 1, place, next.tile, again, HEAD_DIM);
                 }
                 load_values(params, shared, step, place, walk.tile, again);
             }

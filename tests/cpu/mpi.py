@@ -49,7 +49,7 @@ def variables(gpus: bool = False) -> dict[str, str]:
     """The environment of the processes: more of them than cores, by whomever; on the host unless there are ``gpus``."""
     return {
         **os.environ,
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
         "HYDRA_LAUNCHER": "fork", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",

@@ -272,6 +272,13 @@ def test_probe(kernel: Kernel) -> None:
         assert any((used, 0) in compiler._functions for used in others.values())
 
 
+def check_merged(out: Any, lse: Any, exact: Any, exact_lse: Any) -> None:
+    """Rounding of the result; four of numbers of lse's size: two differences, a logarithm, a sum."""
+    error = np.abs(util.cp.asnumpy(out).astype(np.float64) - exact).max()
+    assert error <= 2 * util.ROUNDOFF[np.dtype(out.dtype)] * np.abs(exact).max()
+    assert np.abs(util.cp.asnumpy(lse) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
+
+
 @pytest.mark.parametrize("kernel", MERGE.values(), ids=MERGE)
 @pytest.mark.parametrize("shards", [1, 3, 32])
 def test_merge(kernel: Kernel, shards: int) -> None:
@@ -281,11 +288,7 @@ def test_merge(kernel: Kernel, shards: int) -> None:
     arrays = ([util.on_device(x) for x in outs], [util.cp.asarray(x) for x in lses])
     out, lse = cudistr.merge(*arrays, return_lse=True)
     exact, exact_lse = reference.merge(outs, lses, return_lse=True)
-    assert (
-        np.abs(util.cp.asnumpy(out).astype(np.float64) - exact).max()
-        <= 2 * util.ROUNDOFF[dtype] * np.abs(exact).max()
-    )
-    assert np.abs(util.cp.asnumpy(lse) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
+    check_merged(out, lse, exact, exact_lse)
     assert (kernel, 0) in compiler._functions
 
 
@@ -306,9 +309,7 @@ def test_merge_shard(kernel: Kernel) -> None:
     widened, widened_lse = np.zeros_like(before, dtype=dtype), np.full_like(lse, -np.inf)
     widened[:, :, 3:9], widened_lse[:, :, 3:9] = part, part_lse
     exact, exact_lse = reference.solve_merge([before, widened], [lse, widened_lse])
-    error = np.abs(util.cp.asnumpy(result).astype(np.float64) - exact).max()
-    assert error <= 4 * max(util.ROUNDOFF[out], 2.0**-24) * np.abs(exact).max()
-    assert np.abs(util.cp.asnumpy(arrays[1]) - exact_lse).max() <= 4 * 2.0**-24 * np.abs(exact_lse).max()
+    check_merged(result, arrays[1], exact, exact_lse)
     assert (kernel, 0) in compiler._functions
 
 
