@@ -63,6 +63,7 @@ KEY_ENERGY_THREADS = 128
 ENERGY_ORDER_THREADS = 256
 PROJECT_THREADS = 256  # of smxx_project.cu
 PROJECT_GROUP = 32  # columns that it makes at once
+RESERVED_BYTES = 1024  # of shared memory, by the driver, for each thread block
 PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
 PROJECT_TILES = 8  # of rows that one of them makes one after another, at most
 PROJECT_BLOCKS = 6  # of them for a multiprocessor, at least, if they have more than one tile
@@ -339,8 +340,39 @@ def fuses_in_shared(problem: Problem, device: Device) -> bool:
     return problem.dtype == "float32" or reduction.group_size > 2 or crowded
 
 
+def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
+    """Tiles of V in shared memory.
+
+    With two, the values of the next step are copied while those of this one are multiplied, instead of while its keys
+    are, which takes less time than a copy. Parts of the time with one (one H100, bfloat16, N = 4k / 16k, full): exact,
+    64 columns 0.94 / 0.93, 128 columns 0.98 / 0.99; LSH(2), 64 columns 0.96 / 0.96; LSH(4), 128 columns 0.96 / 0.97,
+    but 64 columns 1.04 / 1.04; exact, N = 4k, 192 columns 1.07, 256 columns 1.02. LSH(2) with 128 columns spills, and
+    exact with 128 before sm_90. As many thread blocks have to fit as with one. Two tiles of K too were slower.
+    """
+    columns = problem.head_dim_v
+    if ITEMSIZE[problem.dtype] != 2 or tile.block_m < 128 or columns > 128:
+        return 1
+    if problem.ranked is not None or _keep(problem) or not problem.aligned:
+        return 1
+    wide = columns > 64
+    if _group(problem) and wide != fuses_in_shared(problem, device):
+        return 1
+    if not _group(problem) and wide and device.capability < 90:
+        return 1
+
+    def blocks(stages: int) -> int:
+        room = device.shared_bytes + RESERVED_BYTES
+        return min(2, room // (_shared_bytes(problem, device, tile, stages) + RESERVED_BYTES))
+
+    return 2 if blocks(2) >= max(1, blocks(1)) else 1
+
+
 def shared_bytes(problem: Problem, device: Device, tile: Tile) -> int:
     """Shared memory of the attention kernel; a ``static_assert`` in the kernel compares it with its own."""
+    return _shared_bytes(problem, device, tile, value_stages(problem, device, tile))
+
+
+def _shared_bytes(problem: Problem, device: Device, tile: Tile, stages: int) -> int:
     itemsize, head_dim, group, keep = (
         ITEMSIZE[problem.dtype],
         problem.head_dim,
@@ -361,7 +393,7 @@ def shared_bytes(problem: Problem, device: Device, tile: Tile) -> int:
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0
-    values = tile.tile_k * (columns_v + pad) * itemsize
+    values = stages * tile.tile_k * (columns_v + pad) * itemsize
     out = tile.block_m * (columns_v + pad) * itemsize
     return max(_round_up(queries + keys + values + table, 16), out)
 
@@ -384,7 +416,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if columns <= 32 and problem.aligned and (square or not group):
             return 128
         if columns == 64 and square and plain and not crowded:
-            return 128
+            return 96 if _keep(problem) and device.capability < 90 else 128
         return 64 if group or not plain else 96
     if columns <= 128:
         if not problem.aligned or (group and not (plain and square)):
@@ -405,6 +437,8 @@ def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
         return min(keys, 64 if columns <= 64 else 32)
     if columns > 128:
         return min(keys, 64)
+    if columns == 64:
+        return min(keys, 96)
     return keys - 16 if columns > 64 and keys > 32 else keys
 
 
@@ -574,6 +608,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "VALUE_STAGES": value_stages(problem, device, tile),
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
     }

@@ -20,6 +20,7 @@
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see AttentionParams;
 //               not with GROUP
 //   SPLIT       1: float32 by three TF32 products; 0: one
+//   VALUE_STAGES  tiles of V: with 2, the next one is copied while this one is multiplied; not with RANKED
 //   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
 #include "tile/fuse.cuh"
@@ -88,6 +89,7 @@ constexpr int kStepColumns = Traits<T>::kMmaDepth;
 constexpr int kSteps = kDepth / kStepColumns;
 constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
+constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
@@ -100,6 +102,7 @@ static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are
 static_assert(!KEEP || (kGroup == 1 && KEEP % 16 == 0 && KEEP < HEAD_DIM), "whole matrix instructions, and a rest");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
+static_assert(!RANKED || kValueStages == 1, "a pass would begin in the tile that the last one still reads");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
 typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
@@ -126,7 +129,7 @@ template <Fusion kHow>
 struct LoopShared {
     QueryTile q;
     RawKeyTile k;
-    ValueTile v;
+    ValueTile v[kValueStages];
     const T* key_row[kMembers * kDepth];  // where each row of the tile comes from in the transposed K
 };
 template <>
@@ -134,14 +137,14 @@ struct LoopShared<kInShared> : RowWeights<kWeighted> {
     QueryTile q;
     RawKeyTile k;
     FusedKeyTile khat;
-    ValueTile v;
+    ValueTile v[kValueStages];
     const T* key_row[kMembers * kDepth];
 };
 template <>
 struct LoopShared<kKept> {
     QueryTile q;
     RawKeyTile k;
-    ValueTile v;
+    ValueTile v[kValueStages];
     const T* key_row[HEAD_DIM];
     float mean[HEAD_DIM - KEEP];  // of the columns that are not kept
     float sum[TILE_K];            // of their part in the scores of each key
@@ -150,7 +153,7 @@ template <>
 struct LoopShared<kExact> {
     QueryTile q;
     PlainKeyTile k;
-    ValueTile v;
+    ValueTile v[kValueStages];
 };
 union SharedStorage {
     LoopShared<kFusion> loop;
@@ -482,6 +485,10 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
             query_copy.run(shared.q, q_row, rows, columns);
         }
         value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
+        if (kValueStages == 2 && tile >= first_tile) {
+            value_copy.run(shared.v[tile % kValueStages], params.v_row, keys_left);
+            value_copy.move(-TILE_K * params.v_row);
+        }
         cp_async_commit();
 
         const u32 queries = left_address<T>(shared.q, warp_row, lane);
@@ -490,10 +497,13 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         for (; tile >= first_tile; --tile) {
             const int key = tile * TILE_K;
             cp_async_wait<0>();
-            __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
-            value_copy.run(shared.v, params.v_row, keys_left);
-            value_copy.move(-TILE_K * params.v_row);
-            cp_async_commit();
+            // The keys, with two stages the values too, have landed, and every warp is done with the last tile's values.
+            __syncthreads();
+            if constexpr (kValueStages == 1) {
+                value_copy.run(shared.v[0], params.v_row, keys_left);
+                value_copy.move(-TILE_K * params.v_row);
+                cp_async_commit();
+            }
             keys_left += TILE_K;
 
             float scores[ROW_TILES][kKeyTiles][4] = {};
@@ -502,13 +512,19 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                 __syncthreads();  // Khat is complete, and the raw keys may be overwritten
                 if (tile > first_tile) {
                     copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                    if constexpr (kValueStages == 2) {
+                        value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
+                        value_copy.move(-TILE_K * params.v_row);
+                    }
                 }
                 cp_async_commit();
                 if (!idle) {
                     multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
                 }
-                cp_async_wait<1>();
-                __syncthreads();  // the values have landed, and every warp is done with Khat
+                if constexpr (kValueStages == 1) {
+                    cp_async_wait<1>();
+                    __syncthreads();  // the values have landed, and every warp is done with Khat
+                }
             } else {
                 if constexpr (kHow == kKept) {
                     sum_rows<KEEP, kThreads>(shared.sum, shared.k, shared.mean, thread_index());
@@ -519,14 +535,19 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                     multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
                                                                                         columns / kStepColumns);
                 }
-                cp_async_wait<0>();
-                __syncthreads();  // the values have landed, and every warp is done with the keys and the queries
+                if constexpr (kValueStages == 1) cp_async_wait<0>();
+                // Every warp is done with the keys and the queries, and the values have landed.
+                __syncthreads();
                 if (tile > first_tile) {
                     if constexpr (kGrouped) {
                         copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
                     } else {
                         key_copy.move(-TILE_K * k_row);
                         key_copy.run(shared.k, k_row, keys_left, columns);
+                    }
+                    if constexpr (kValueStages == 2) {
+                        value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
+                        value_copy.move(-TILE_K * params.v_row);
                     }
                 }
                 cp_async_commit();
@@ -543,7 +564,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                 }
             }
             softmax.update(scores, output, params.score_scale);
-            multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v, lane);
+            multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v[tile % kValueStages], lane);
         }
     }
 

@@ -4,6 +4,7 @@
 #include "ptx/wgmma.cuh"
 #include "tile/dtype.cuh"
 #include "tile/panels.cuh"
+#include "tile/softmax.cuh"
 
 template <class T>
 struct WarpgroupMultiply;
@@ -91,10 +92,6 @@ DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTi
         }
     }
 }
-
-// What a row's scores are measured from may lag behind their maximum by this many powers of two: weights are then at
-// most 256, which no format minds, and after the first tiles the output is hardly ever rescaled.
-static constexpr float kLag = 8.f;
 
 // Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in parts: between them the product that
 // still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
