@@ -22,7 +22,7 @@ KINDS = {
     "energy": ("Energy", "C2", "^"),
     "hyper": ("HyperAttention", "C1", "D"),
 }
-LIMIT = 20  # times the exact one's number: what is beyond is written below the axis
+LIMIT = 20  # times the exact one's number: what is beyond, or lacks that number, is written below
 
 
 def words_of(row: dict[str, Any]) -> list[str]:
@@ -43,7 +43,7 @@ def axis_of(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def draw(path: Path) -> None:
-    """One panel per evaluation: GPU records by milliseconds, others by columns."""
+    """One panel per evaluation: records of a GPU by milliseconds, others by columns."""
     from matplotlib.figure import Figure
 
     chosen: dict[str, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ def draw(path: Path) -> None:
             rows = [r for r in record["rows"] if words_of(r)[0] == kind]
             shown = [r for r in rows if across in r and (exact is None or r[across] <= LIMIT * exact)]
             left_out += [
-                f"{name}: {r['ms_attention']:.0f} ms, error {r['error_mean']:.2f}"
+                f"{name}: {r['ms_attention']:.0f} ms from Python, error {r['error_mean']:.2f}"
                 for r in rows
                 if r not in shown and "ms_attention" in r
             ]
@@ -80,7 +80,7 @@ def draw(path: Path) -> None:
         device = "CPU" if record["device"] == "cpu" else record["device"]
         panel.set_title(f"{facts['model']}, {facts['seqlen']} tokens\n{device}", fontsize=9)
         if left_out:
-            label = "\n".join([label, *(f"beyond the axis: {text}" for text in left_out)])
+            label = "\n".join([label, *(f"not shown: {text}" for text in left_out)])
         panel.set_xlabel(label)
         panel.set_ylabel("relative output error, mean")
         panel.set_yscale("log")
