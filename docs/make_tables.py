@@ -269,7 +269,8 @@ def evaluation(record: dict[str, Any]) -> str:
         "error_mean": ("output error, mean", lambda x: f"{x:.4f}"),
         "error_worst": ("worst head", lambda x: f"{x:.3f}"),
         "dim": ("columns of a score", lambda x: f"{x:.1f}"),
-        "ms_attention": ("ms of attention", figure),
+        "ms_attention": ("ms, called from Python", figure),
+        "ms_graph": ("ms, as a CUDA graph", figure),
     }
     shown = [name for name in names if any(name in row for row in record["rows"])]
     exact = next(
@@ -338,14 +339,15 @@ def all_tables(folder: Path = RECORDS) -> str:
 
 
 def evaluations(folder: Path = RECORDS) -> dict[str, str]:
-    """A table of each evaluation by the name of its record; a GPU's, if there is one, before the CPU's."""
-    found: dict[str, str] = {}
+    """Tables of each evaluation by the name of its records: those of GPUs, which have times, before the CPU's."""
+    found: dict[str, list[str]] = {}
     for path, record in sorted(records(folder), key=lambda x: x[0].parent.name == "cpu"):
         if "evaluated" in record:
             facts = record["evaluated"]
-            line = f"{facts['model']}, {facts['seqlen']} tokens, {facts['dtype']}, {record['device']}:"
-            found.setdefault(path.stem, f"{line}\n\n{evaluation(record)}")
-    return found
+            device = "a CPU" if record["device"] == "cpu" else record["device"]
+            line = f"{facts['model']}, {facts['seqlen']} tokens, {facts['dtype']}, on {device}:"
+            found.setdefault(path.stem, []).append(f"{line}\n\n{evaluation(record)}")
+    return {name: "\n".join(tables) for name, tables in found.items()}
 
 
 def readme_table(folder: Path = RECORDS) -> str:

@@ -43,7 +43,16 @@ DEFAULTS = {
         "hyper", "hydra", "flatten",
     ],
 }  # fmt: skip
-NUMBERS = ("perplexity", "cosine", "cosine_worst", "error_mean", "error_worst", "dim", "ms_attention")
+NUMBERS = (
+    "perplexity",
+    "cosine",
+    "cosine_worst",
+    "error_mean",
+    "error_worst",
+    "dim",
+    "ms_attention",
+    "ms_graph",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from cudistr.demo.measure import Device
 
 from .methods import Inputs, Method, Within, attend, decided, mean_dim, prepare
 from .models import Case, Forward
-from .rivals import TRAINED
+from .rivals import RIVALS, TRAINED
 
 __all__ = ["measure", "steps"]
 
@@ -46,7 +47,8 @@ def measure(
     A row has ``method``, ``trained`` (whether it needs training), the scores of the case (means over the inputs, the
     worst of ``cosine_worst``), ``error_mean`` and ``error_worst`` (``||O - Ohat|| / ||O||`` over layers, heads and
     inputs), ``layer_errors``, ``dim`` and ``rank_mean`` where they are known, and on a GPU ``ms_attention``: the
-    milliseconds of the attention of all layers of one input.
+    milliseconds of the attention of all layers of one input, called from Python. With few heads and short sequences
+    that is how fast the host launches; ``ms_graph`` is the same calls as one CUDA graph, which a rival does not have.
     """
     parts: dict[str, list[dict[str, Any]]] = {method.spec: [] for method in methods}
     for i, forward in enumerate(case.forwards):
@@ -71,7 +73,9 @@ def measure(
                 [_errors(attention(n, q, k, v), o, device) for n, (q, k, v, o) in enumerate(layers)]
             )
             if device.gpu:
-                part["ms"] = _milliseconds(inputs, attention, device)
+                part["ms_attention"] = _milliseconds(inputs, attention, device)
+                if method.kind not in RIVALS:
+                    part["ms_graph"] = _graph_milliseconds(method.spec, inputs, attention, device)
             part["dim"] = _dim(reductions, inputs, case.causal, device.xp)
             parts[method.spec].append(part)
             tick()
@@ -106,16 +110,56 @@ def _errors(out: Any, exact: Any, device: Device) -> Any:
 
 def _milliseconds(inputs: list[Any], attention: Callable[..., Any], device: Device) -> float:
     """Of the attention of all layers, one call after the other: the median of several."""
-    cupy = device.xp
-    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-    found = []
-    for _ in range(GPU_WARM_UP + GPU_RUNS):
-        start.record()
+
+    def calls() -> None:
         for layer, (q, k, v) in enumerate(inputs):
             attention(layer, q, k, v)
+
+    return _median(calls, lambda: None, device.xp.cuda)
+
+
+def _graph_milliseconds(
+    spec: str, inputs: list[Any], attention: Callable[..., Any], device: Device
+) -> float | None:
+    """Of the same calls, captured once and replayed: what the GPU takes. None, with a warning, if that fails."""
+    cuda = device.xp.cuda
+    stream = cuda.Stream(non_blocking=True)
+    device.finish()  # the inputs come from another stream
+    with stream:
+        for layer, (q, k, v) in enumerate(inputs):  # fills the pool of this stream
+            attention(layer, q, k, v)
+        stream.synchronize()
+        stream.begin_capture()
+        error: Exception | None = None
+        try:
+            # Kept until the last replay, which writes to them.
+            outputs = [attention(layer, q, k, v) for layer, (q, k, v) in enumerate(inputs)]
+        except Exception as raised:  # whatever it is, the capture has to end before anything else can run
+            error = raised
+        try:
+            graph = stream.end_capture()
+        except Exception as raised:  # a capture that has failed says so here too
+            error = error or raised
+        if error is not None:
+            warnings.warn(f"{spec} has no ms_graph, it could not be captured: {error}", stacklevel=2)
+            return None
+        # The replay before the one that is timed keeps the GPU busy while the host launches.
+        found = _median(lambda: graph.launch(stream), lambda: graph.launch(stream), cuda)
+        del outputs
+    return found
+
+
+def _median(run: Callable[[], Any], before: Callable[[], Any], cuda: Any) -> float:
+    """Milliseconds of ``run`` on the current stream, each time after ``before``, which is not timed."""
+    start, stop = cuda.Event(), cuda.Event()
+    found = []
+    for _ in range(GPU_WARM_UP + GPU_RUNS):
+        before()
+        start.record()
+        run()
         stop.record()
         stop.synchronize()
-        found.append(float(cupy.cuda.get_elapsed_time(start, stop)))
+        found.append(float(cuda.get_elapsed_time(start, stop)))
     return statistics.median(found[GPU_WARM_UP:])
 
 
@@ -131,6 +175,7 @@ def _row(method: Method, parts: list[dict[str, Any]]) -> dict[str, Any]:
     row["layer_errors"] = [round(float(x), 6) for x in errors.mean(axis=(0, 2))]
     if parts[0]["dim"] is not None:
         row["dim"] = round(statistics.fmean(part["dim"] for part in parts), 3)
-    if "ms" in parts[0]:
-        row["ms_attention"] = round(statistics.fmean(part["ms"] for part in parts), 5)
+    for name in ("ms_attention", "ms_graph"):
+        if all(part.get(name) is not None for part in parts):
+            row[name] = round(statistics.fmean(part[name] for part in parts), 5)
     return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import cudistr
 from cudistr import cli, evaluate, reference
+from cudistr.demo.measure import Device
 from cudistr.evaluate import EvalError, llama, measure, methods, rivals
 
 
@@ -260,3 +262,82 @@ def test_a_record_that_is_none() -> None:
     with pytest.raises(ValueError, match="error_mean of exact must be a finite number, got nan"):
         evaluate.validate({**record, "rows": [row]})
     assert measure.GPU_RUNS % 2  # the median is a run
+
+
+class Gpu:
+    """A GPU as far as times go: one unit of it for each call of attention, whether from Python or in a graph."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.captured: list[float] | None = None
+        self.cuda = SimpleNamespace(
+            Event=self.event,
+            Stream=lambda non_blocking: self,
+            Device=lambda: self,
+            get_elapsed_time=lambda start, stop: stop.at - start.at,
+        )
+
+    def event(self) -> Any:
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.clock)
+        return event
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "a capture is left open"
+
+    def begin_capture(self) -> None:
+        self.synchronize()
+        self.captured = []
+
+    def end_capture(self) -> Any:
+        assert self.captured is not None
+        units, self.captured = sum(self.captured), None
+        return SimpleNamespace(launch=lambda stream: self.work(units))
+
+    def work(self, units: float) -> None:
+        if self.captured is None:
+            self.clock += units
+        else:
+            self.captured.append(units)
+
+
+def test_times_from_python_and_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+    attend = methods.attend
+
+    def counted(q: Any, k: Any, v: Any, reduction: Any, causal: bool, xp: Any) -> Any:
+        if isinstance(reduction, cudistr.LSH) and gpu.captured is not None:
+            raise RuntimeError("not this one")
+        gpu.work(1.0)
+        return attend(q, k, v, reduction, causal, np)
+
+    monkeypatch.setattr(measure, "attend", counted)
+    monkeypatch.setattr(measure, "_errors", lambda out, exact, device: np.zeros(2))
+    layers = [arrays(2, 2, 40) for _ in range(3)]
+
+    def forward(attention: Any) -> list[Any]:
+        return [attention(n, *layer) for n, layer in enumerate(layers)]
+
+    case = SimpleNamespace(
+        forwards=[forward], causal=False, calibration=[[]], score=lambda i, found, exact: {"cosine": 1.0}
+    )
+    chosen = [methods.parse(spec) for spec in ("hydra", "lsh:2", "exact")]
+    with pytest.warns(UserWarning, match="lsh:2 has no ms_graph, it could not be captured: not this one"):
+        rows = measure.measure(case, chosen, Device(gpu, "GPU X", True), lambda: None)  # type: ignore[arg-type]
+    assert [row["ms_attention"] for row in rows] == [3, 3, 3]
+    assert ["ms_graph" in row for row in rows] == [False, False, True]
+    assert rows[2]["ms_graph"] == 3  # a replay before it is not counted
+    assert gpu.captured is None
+    assert "ms_graph" in evaluate.table(rows)
+    record = {name: {"a": "1"} for name in ("versions", "evaluated")} | dict.fromkeys(
+        ("device", "commit", "command"), "1"
+    )
+    rows[2]["ms_graph"] = None
+    with pytest.raises(ValueError, match="ms_graph of exact must be a finite number, got None"):
+        evaluate.validate({**record, "rows": rows})

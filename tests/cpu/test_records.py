@@ -114,9 +114,17 @@ def test_evaluation(folder: Path) -> None:
     assert "| `hydra` (needs training) | 12.50 (+25.00%) | 0.5000 | 1.250 | - |" in text
     found = make_tables.evaluations(folder)
     assert list(found) == ["eval-m"]
-    assert found["eval-m"].startswith(
-        "M, 99 tokens, float32, GPU X:\n\n| method |"
-    )  # a GPU's before the CPU's
+    of_gpu, of_cpu = (
+        found["eval-m"].index(f"M, 99 tokens, float32, on {x}:\n\n| method |") for x in ("GPU X", "a CPU")
+    )
+    assert of_gpu == 0 < of_cpu
+    timed = [{**EVAL["rows"][0], "ms_attention": 0.9}, {**EVAL["rows"][1], "ms_attention": 500.0}]
+    assert "| 64.0 | 0.900 |" in make_tables.evaluation({**EVAL, "rows": timed})
+    timed[0]["ms_graph"] = 0.25
+    text = make_tables.evaluation({**EVAL, "rows": timed})
+    assert "| ms, called from Python | ms, as a CUDA graph |" in text
+    assert "| 64.0 | 0.900 | 0.250 |" in text
+    assert "| - | 500 | - |" in text
 
 
 def test_several_gpus(folder: Path) -> None:
