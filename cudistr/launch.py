@@ -298,7 +298,7 @@ class Reduced(NamedTuple):
 
     queries: Any  # (batch, heads, seqlen_q, columns)
     keys: Any  # (batch, heads_kv, seqlen_k, columns)
-    ranks: Any  # int32 (batch, heads): multiples of 16; head_dim stands for q and k themselves
+    ranks: Any  # int32 (batch, heads): multiples of 16, 0 included; head_dim stands for q and k themselves
     shift: Any = None  # float32 (batch, heads, seqlen_q): what scores of Qhat and Khat lack; None for nothing
 
 
@@ -311,7 +311,7 @@ class Factors(NamedTuple):
     keys: Any  # B, the same
     bias: Any  # mean B, float32 (units, columns)
     mean: Any  # of K, as lanes 0 to 3 have it, uint32 (units, 1, parts, steps, 4, 4)
-    widths: Any  # int32 (units,): columns to make
+    widths: Any  # int32 (units,): columns to make, -1 for heads that have those of q and k themselves
     sketch: Any  # random vectors less what A and B keep of them, uint32 (units, 1, parts, steps, 32, 4)
 
 

@@ -61,9 +61,9 @@ class Projection(Reduction):
         weighted scores.
     singular_values : float64 array (heads_kv, head_dim)
         Of the scores of all calibration queries with all calibration keys, largest first.
-    output_errors : float64 array (heads_kv, head_dim / 16 rounded up)
+    output_errors : float64 array (heads_kv, head_dim / 16 rounded up + 1)
         ``||O - Ohat|| / ||O||`` of each KV head on calibration rows that the fit has not seen, if it was fitted with
-        v: for the ranks 16, 32, ... and last head_dim. (heads_kv, 0) without v.
+        v: for the ranks 0, 16, 32, ... and last head_dim. (heads_kv, 0) without v.
 
     Notes
     -----
@@ -80,7 +80,8 @@ class Projection(Reduction):
     query by ``||G||^2``; a part of the unweighted sums stays for the directions that the sample lacks.
 
     On a GPU one kernel makes Qhat and Khat, and the attention kernel takes from them as many columns as a head uses. A
-    head whose rank is head_dim is exact: it multiplies q and k themselves.
+    head whose rank is head_dim is exact: it multiplies q and k themselves. A head of rank 0 multiplies nothing: a query
+    has the score ``scale * q mean`` with every key that is not exact, so that these keys have one weight.
 
     Examples
     --------
@@ -99,8 +100,9 @@ class Projection(Reduction):
     ranks: tuple[int, ...]
     near: int = 0
     sinks: int = 0
-    queries: NDArray[np.float32] = field(repr=False, kw_only=True)  # A, (heads_kv, head_dim, rank)
-    keys: NDArray[np.float32] = field(repr=False, kw_only=True)  # B, (heads_kv, head_dim, rank)
+    # A and B, (heads_kv, head_dim, rank), but at least a multiplication's 16 columns, or head_dim; zeros beyond a rank.
+    queries: NDArray[np.float32] = field(repr=False, kw_only=True)
+    keys: NDArray[np.float32] = field(repr=False, kw_only=True)
     mean: NDArray[np.float32] = field(repr=False, kw_only=True)  # of K, (heads_kv, head_dim)
     singular_values: NDArray[np.float64] = field(repr=False, kw_only=True)
     output_errors: NDArray[np.float64] = field(repr=False, kw_only=True)
@@ -133,8 +135,8 @@ class Projection(Reduction):
 
     @property
     def rank(self) -> int:
-        """Columns of Qhat and Khat: the largest of ``ranks``."""
-        return max(self.ranks, default=RANK_MULTIPLE)
+        """The largest of ``ranks``."""
+        return max(self.ranks, default=0)
 
     @property
     def score_error(self) -> NDArray[np.float64]:
@@ -173,10 +175,10 @@ class Projection(Reduction):
             The values of each. With them the factors have the smallest error of the output instead of the scores, as
             far as a sample of rows tells: use it where you have them.
         rank : int, optional
-            Columns of every head: a multiple of 16 below head_dim, or head_dim.
+            Columns of every head: a multiple of 16 below head_dim, 0 included, or head_dim.
         tolerance : float, optional
-            Instead of ``rank``: each head gets the smallest rank, in steps of 16, whose ``score_error``, with v whose
-            ``output_errors``, is at most this. Between 0 and 1.
+            Instead of ``rank``: each head gets the smallest rank, in steps of 16 from 0 on, whose ``score_error``, with
+            v whose ``output_errors``, is at most this. Between 0 and 1.
         causal, scale
             As :func:`cudistr.attention` will be called; only of use with v.
         near, sinks : int, default 0
@@ -255,7 +257,7 @@ class Projection(Reduction):
         projections : sequence of Projection
             Those of all layers of a model, each fitted with v and ``rank=head_dim``.
         rank : int
-            The mean over all KV heads of all layers, at least 16.
+            The mean over all KV heads of all layers. Heads may get 0, and others more for it.
 
         Returns
         -------
@@ -285,17 +287,18 @@ class Projection(Reduction):
                 )
             costs += list(projection.output_errors**2)
             columns += [ranks_allowed(projection.head_dim)] * projection.heads_kv
-        if rank < RANK_MULTIPLE:
-            raise ValueError(f"Projection.share: rank must be at least {RANK_MULTIPLE}, got {rank}.")
+        if rank < 0:
+            raise ValueError(
+                f"Projection.share: rank must not be negative, got {rank}. Pass a mean rank, 32 for example."
+            )
         chosen = iter(_shared(costs, columns, rank * len(costs)))
         return [p._cut([next(chosen) for _ in range(p.heads_kv)]) for p in projections]
 
     def _cut(self, ranks: Sequence[int]) -> Projection:
         """The same with fewer columns: those of a rank are the first of any higher one."""
-        keep = np.arange(max(ranks)) < np.array(ranks)[:, None]
-        a, b = (
-            np.where(keep[:, None], x[:, :, : max(ranks)], np.float32(0)) for x in (self.queries, self.keys)
-        )
+        stored = max([*ranks, min(RANK_MULTIPLE, self.head_dim)])
+        keep = np.arange(stored) < np.array(ranks)[:, None]
+        a, b = (np.where(keep[:, None], x[:, :, :stored], np.float32(0)) for x in (self.queries, self.keys))
         return dataclasses.replace(self, ranks=tuple(ranks), queries=a, keys=b, _copies={})
 
     def with_near(self, near: int, *, sinks: int = 0) -> Projection:
@@ -360,12 +363,13 @@ class Projection(Reduction):
     @property
     def mixed(self) -> bool:
         """Whether a kernel has to be told how many columns each head uses."""
-        return self.head_dim % RANK_MULTIPLE == 0 and len(set(self.ranks)) > 1
+        return len(set(self.ranks)) > 1 or 0 in self.ranks
 
     @property
     def columns(self) -> int:
         """Columns of Qhat and Khat. Heads that use head_dim columns use those of q and k themselves."""
-        return max((r for r in self.ranks if r < self.head_dim or not self.mixed), default=RANK_MULTIPLE)
+        reduced = (r for r in self.ranks if r < self.head_dim)
+        return max([*reduced, min(RANK_MULTIPLE, self.head_dim)])  # at least those of one matrix instruction
 
     def check_mean(self, dtype: str) -> None:
         """Refuse a dtype in which keys with the mean of the calibration keys cannot be."""
@@ -386,7 +390,8 @@ class Projection(Reduction):
             columns = self.columns
             # A Hopper kernel copies whole panels, so these are made whole.
             widths = [
-                0 if r > columns else min(columns, -(-r // PANEL_COLUMNS) * PANEL_COLUMNS) for r in self.ranks
+                -1 if r == self.head_dim else min(columns, -(-r // PANEL_COLUMNS) * PANEL_COLUMNS)
+                for r in self.ranks
             ]
             bias = (self.mean[:, None].astype(np.float64) @ self.keys)[:, 0, :columns]
             host = (
@@ -469,8 +474,8 @@ def _not_ours(path: Any) -> ValueError:
 
 
 def ranks_allowed(head_dim: int) -> list[int]:
-    """Multiples of 16 below head_dim, and head_dim."""
-    return [*range(RANK_MULTIPLE, head_dim, RANK_MULTIPLE), head_dim]
+    """Multiples of 16 below head_dim, 0 included, and head_dim."""
+    return [*range(0, head_dim, RANK_MULTIPLE), head_dim]
 
 
 def _batches(q: Any, k: Any, v: Any) -> list[tuple[Any, Any, Any]]:

@@ -45,7 +45,7 @@ struct AttentionParams {
 #if RANKED
     const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
     const T* khat;
-    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 below HEAD_DIM, or HEAD_DIM
+    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 on, or HEAD_DIM
     const float* shift;  // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
     i64 qhat_batch, qhat_head, qhat_row;
     i64 khat_batch, khat_head, khat_row;

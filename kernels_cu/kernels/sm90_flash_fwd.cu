@@ -33,7 +33,7 @@ struct HopperParams {
     TensorMap q, k, v;
 #if RANKED
     TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
-    const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 up to HEAD_DIM
+    const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM
     const float* shift;    // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
 #endif
     T* out;
@@ -753,8 +753,12 @@ struct Consumer {
                 own_queries.wait(place_number);
                 if constexpr (kGrouped) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
-                operands.start(scores[0], step, walk.width() / 16);
-                wgmma_wait<0>();
+                if (walk.width() > 0) {
+                    operands.start(scores[0], step, walk.width() / 16);
+                    wgmma_wait<0>();
+                } else {
+                    wgmma_clear(scores[0]);
+                }
                 wgmma_pin(scores[0]);
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
@@ -764,12 +768,20 @@ struct Consumer {
                 pack_weights<T>(weights, scores[0]);
 
                 if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
-                for (walk.advance(); walk.inside(); walk.advance()) {
+                walk.advance();
+                int loop = 0;
+#if RANKED
+                // The tiles of which a head multiplies no columns are the last ones. They have a loop of their own: if a
+                // branch led past a product, ptxas would let every product wait for the one before.
+#pragma unroll
+                for (; loop < 2; ++loop)
+#endif
+                for (; walk.inside() && (loop == 1 || walk.width() > 0); walk.advance()) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
                     wait_for_turn();
-                    operands.start(scores[0], step, walk.width() / 16);
+                    if (loop == 0) operands.start(scores[0], step, walk.width() / 16);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -779,6 +791,7 @@ struct Consumer {
                         const Place found = anew(place, work);
                         subtract_lacking(params, found, softmax, found.first_row + row);
                     }
+                    if (loop == 1) wgmma_clear(scores[0]);
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);

@@ -35,11 +35,11 @@ struct ProjectParams {
     const Chunk* k_factors;  // B, the same
     const float* bias;       // (kv_units, columns): mean B
     const Chunk* mean;       // (kv_units, kParts, kSteps, 4): lanes 0 to 3, with four parts of the mean in two columns
-    const i32* widths;       // (kv_units): columns to make, at most columns; the others are not written
+    const i32* widths;       // (kv_units): columns to make, others are not written. -1: none, and no shift
     const Chunk* sketch;     // (kv_units, kParts, kSteps, 32): random vectors less what the factors keep of them
     // Of the queries, (batch, heads, seqlen_q), contiguous; null if not wanted.
-    float* residual;         // |q sketch|**2, if there are columns
-    float* shift;            // scale * q mean, 0 without columns
+    float* residual;         // |q sketch|**2; not written for a width of -1
+    float* shift;            // scale * q mean; 0 for a width of -1
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
     i32 slices;              // of COLUMNS columns; a thread block has one
@@ -220,18 +220,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) smxx_project(const Pro
     extern __shared__ __align__(16) unsigned char storage[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
     const Place place(params);
-    const int width = min(params.widths[place.unit] - place.first_column, COLUMNS);
+    const int wanted = params.widths[place.unit];
+    const int width = max(0, min(wanted - place.first_column, COLUMNS));
     const bool shifted = place.of_queries && place.first_column == 0 && params.shift;
     const bool sketched = place.of_queries && place.first_column == 0 && params.residual;
     i64 row = static_cast<i64>(place.batch_head) * (place.of_queries ? params.seqlen_q : params.seqlen_k) +
               place.first_row;  // of all heads
-    if (width <= 0) {
-        if (shifted && params.widths[place.unit] == 0) {
+    if (wanted < 0) {
+        if (shifted) {
 #pragma unroll 1
             for (int i = thread_index(); i < place.rows; i += kThreads) params.shift[row + i] = 0.f;
         }
         return;
     }
+    if (width == 0 && !shifted && !sketched) return;
 
     constexpr int kTileChunks = sizeof(FactorTile) / kChunkBytes;
     const int tiles = (params.columns + kGroup - 1) / kGroup * 2;  // of a unit

@@ -27,6 +27,17 @@ DEVICE void wgmma_pin(float (&d)[kTiles][4]) {
     }
 }
 
+// Zeros in the place of a product over no columns. Plain assignments behind a branch would become choices, register by
+// register, for which ptxas waits.
+template <int kTiles>
+DEVICE void wgmma_clear(float (&d)[kTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+        asm volatile("{ mov.f32 %0, 0f00000000; mov.f32 %1, 0f00000000; mov.f32 %2, 0f00000000; mov.f32 %3, 0f00000000; }"
+                     : "=f"(d[i][0]), "=f"(d[i][1]), "=f"(d[i][2]), "=f"(d[i][3])::"memory");
+    }
+}
+
 // wgmma.mma_async.m64nNk16 for N = 16, 32, ... 256: the instruction names every accumulator, so there is one function
 // for each N, which the size of d chooses.
 //   wgmma_f16, wgmma_bf16            a (64, 16) and b (N, 16), both with the sum's axis contiguous, in shared memory

@@ -67,7 +67,7 @@ def projected_scores(q: np.ndarray, k: np.ndarray, projection: Projection) -> np
     st.integers(1, 2),
     st.integers(2, 90),
     st.integers(2, 90),
-    st.sampled_from([16, 32, 48, 64]),
+    st.sampled_from([0, 16, 32, 48, 64]),
 )
 def test_frobenius_identity(heads, batch, seqlen_q, seqlen_k, rank):
     # The squared error of the scores is exactly the sum of the squared singular values that were cut off.
@@ -118,7 +118,7 @@ def test_tolerance_gives_each_head_the_smallest_rank():
         alone = Projection.fit(q[:, [h]], k[:, [h]], rank=rank)
         np.testing.assert_allclose(projection.queries[h, :, :rank], alone.queries[0], atol=1e-6)
         assert not projection.queries[h, :, rank:].any() and not projection.keys[h, :, rank:].any()
-        if rank > 16:
+        if rank > 0:
             assert Projection.fit(q[:, [h]], k[:, [h]], rank=rank - 16).score_error[0] > 0.01
 
 
@@ -166,7 +166,20 @@ def test_zeros():
     zeros = np.zeros((1, 2, 8, 16), np.float32)
     projection = Projection.fit(zeros, zeros, rank=16)
     assert (projection.score_error == 0).all() and not projection.queries.any()
-    assert Projection.fit(zeros, zeros, tolerance=0.5).ranks == (16, 16)
+    assert Projection.fit(zeros, zeros, tolerance=0.5).ranks == (0, 0)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+def test_rank_0_is_the_mean_of_the_values(head_dim):
+    q, k, v = random(1, 1, 4, 30, head_dim), decaying(2, 1, 2, 50, head_dim), random(3, 1, 2, 50, 8)
+    projection = Projection.fit(q, k, rank=0)
+    assert projection.rank == 0 and (projection.score_error == 1).all()
+    out, lse = reference.attention(q, k, v, reduction=projection, return_lse=True)
+    np.testing.assert_allclose(
+        out, np.broadcast_to(v.mean(axis=2).repeat(2, 1)[:, :, None], out.shape), atol=1e-6
+    )
+    shift = np.einsum("bhnd,bhd->bhn", q, k.mean(axis=2).repeat(2, 1)) / np.sqrt(head_dim)
+    np.testing.assert_allclose(lse, shift + np.log(50), rtol=1e-5)
 
 
 # The reference
@@ -177,7 +190,7 @@ def test_zeros():
     cases(reduced=False, head_dims=(32, 64)),
     st.integers(0, 70),
     st.integers(0, 20),
-    st.sampled_from([16, 32]),
+    st.sampled_from([0, 16, 32]),
 )
 def test_reference_is_one_softmax_over_exact_and_projected_scores(case, near, sinks, rank):
     options = {name: value for name, value in case.options.items() if name not in ("softcap", "reduction")}
@@ -218,9 +231,10 @@ def test_it_prints_and_is_frozen():
     assert projection.with_near(5).queries is projection.queries
 
 
-def test_save_and_load(tmp_path):
+@pytest.mark.parametrize("size", [{"tolerance": 0.05}, {"rank": 0}], ids=str)
+def test_save_and_load(tmp_path, size):
     q, k, v = decaying(20, 1, 4, 80, 32), decaying(21, 1, 2, 80, 32), random(22, 1, 2, 80, 32)
-    projection = Projection.fit(q, k, tolerance=0.05).with_near(7, sinks=2)
+    projection = Projection.fit(q, k, **size).with_near(7, sinks=2)
     path = tmp_path / "layer"
     projection.save(path)
     assert os.listdir(tmp_path) == ["layer"]
@@ -274,10 +288,9 @@ Q, K = np.ones((1, 4, 6, 48), np.float32), np.ones((1, 2, 7, 48), np.float32)
         (
             {"rank": 40},
             ValueError,
-            "rank must be a multiple of 16 below head_dim, or head_dim, got 40. Allowed here: 16, 32, 48.",
+            "rank must be a multiple of 16 below head_dim, or head_dim, got 40. Allowed here: 0, 16, 32, 48.",
         ),
-        ({"rank": 64}, ValueError, "got 64. Allowed here: 16, 32, 48."),
-        ({"rank": 0}, ValueError, "got 0. Allowed here"),
+        ({"rank": 64}, ValueError, "got 64. Allowed here: 0, 16, 32, 48."),
         ({"rank": -16}, ValueError, "got -16. Allowed here"),
         (
             {"rank": 32.0},
@@ -427,14 +440,14 @@ def head_errors(
 def test_output_errors_are_those_of_attention(causal, near, sinks):
     q, k, v = 3 * decaying(3, 1, 4, 90, 48), 3 * decaying(4, 1, 2, 90, 48), random(5, 1, 2, 90, 32)
     options = dict(causal=causal, near=near, sinks=sinks, rows=90)
-    for i, rank in enumerate((16, 32, 48)):
+    for i, rank in enumerate((0, 16, 32, 48)):
         projection = Projection.fit(q, k, v, rank=rank, **options)
         assert (projection.near, projection.sinks) == (near, sinks)
         found = head_errors(projection, q, k, v, causal)
         if not (near or sinks):
             np.testing.assert_allclose(projection.output_errors[:, i], found, rtol=2e-3, atol=2e-6)
         elif (
-            i < 2
+            rank < 48
         ):  # rows that see exact keys alone are not drawn: they add to the output, but not to the error
             assert (found <= projection.output_errors[:, i] * 1.002).all()
             assert (found > 0).all()
@@ -456,24 +469,25 @@ def test_tolerance_with_values_is_of_the_output():
     q, k, v = 3 * decaying(3, 1, 4, 90, 64), 3 * decaying(4, 1, 4, 90, 64), random(5, 1, 4, 90, 32)
     projection = Projection.fit(q, k, v, tolerance=0.05, rows=90)
     assert (head_errors(projection, q, k, v, False) <= 0.0501).all()
-    index = np.array(projection.ranks) // 16 - 1
+    index = np.array(projection.ranks) // 16
     lower = projection.output_errors[np.arange(4), np.maximum(index - 1, 0)]
     assert (lower[index > 0] > 0.05).all()
 
 
-def test_share_is_the_best_choice():
+@pytest.mark.parametrize("mean", [32, 16, 7, 0])
+def test_share_is_the_best_choice(mean):
     layers = []
     for i in range(2):
         q, k = (i + 1) * decaying(2 * i, 1, 4, 80, 48), (i + 1) * decaying(2 * i + 1, 1, 2, 80, 48)
         k[:, 0] *= np.float32(3)
         layers.append(Projection.fit(q, k, random(9 + i, 1, 2, 80, 16), rank=48, near=4))
     errors = np.concatenate([layer.output_errors for layer in layers]) ** 2
-    choices = [c for c in itertools.product(range(3), repeat=4) if sum(c) + 4 <= 2 * 4]
+    choices = [c for c in itertools.product(range(4), repeat=4) if 16 * sum(c) <= mean * 4]
     best = min(errors[range(4), c].sum() for c in choices)
-    shared = Projection.share(layers, 32)
+    shared = Projection.share(layers, mean)
     ranks = [rank for layer in shared for rank in layer.ranks]
-    assert sum(ranks) <= 32 * 4
-    assert errors[range(4), [rank // 16 - 1 for rank in ranks]].sum() == pytest.approx(best)
+    assert sum(ranks) <= mean * 4
+    assert errors[range(4), [rank // 16 for rank in ranks]].sum() == pytest.approx(best)
     for full, layer in zip(layers, shared, strict=True):
         assert layer.near == 4
         assert layer.rank == max(layer.ranks)
@@ -483,6 +497,17 @@ def test_share_is_the_best_choice():
             assert not layer.keys[h, :, rank:].any()
 
 
+def test_share_gives_nothing_to_a_head_that_the_mean_serves():
+    q, k, v = 3 * decaying(1, 1, 2, 90, 48), 3 * decaying(2, 1, 2, 90, 48), random(3, 1, 2, 90, 16)
+    q[:, 0] *= np.float32(1e-3)  # all keys have nearly one weight
+    (shared,) = Projection.share([Projection.fit(q, k, v, rank=48)], 16)
+    assert shared.ranks == (0, 32)
+    assert (
+        head_errors(shared, q, k, v, False) < head_errors(Projection.fit(q, k, v, rank=16), q, k, v, False)[1]
+    ).all()
+    assert Projection.fit(q, k, v, tolerance=0.01).ranks[0] == 0
+
+
 def test_share_refuses_what_it_cannot_cut():
     q, k = Q[..., :48], K[..., :48]
     for projection in (Projection.fit(q, k, rank=48), Projection.fit(q, k, k, rank=32)):
@@ -490,8 +515,10 @@ def test_share_refuses_what_it_cannot_cut():
             ValueError, match=r"must be fitted with v and rank=head_dim.*fit\(q, k, v, rank=48\)"
         ):
             Projection.share([projection], 32)
-    with pytest.raises(ValueError, match="rank must be at least 16, got 8"):
-        Projection.share([Projection.fit(q, k, k, rank=48)], 8)
+    with pytest.raises(
+        ValueError, match="rank must not be negative, got -8. Pass a mean rank, 32 for example"
+    ):
+        Projection.share([Projection.fit(q, k, k, rank=48)], -8)
     with pytest.raises(TypeError, match=r"must be cudistr\.Projection, got int"):
         Projection.share([3], 32)
 

@@ -371,6 +371,10 @@ FAULTS |= {
         PROJECT, "head / params.heads_per_kv : head);", "head % 2 : head);", WRONG, RANKED
     ),
     "a row of Qhat beyond the last": Fault(PROJECT, "if (tile * 8 + i >= rows) continue;", "", "outside|wrote too", RANKED),
+    "no shift for a head without columns": Fault(
+        PROJECT, "if (width == 0 && !shifted && !sketched) return;", "if (width == 0) return;", "which nothing wrote",
+        {"ranks": (0, 32), "kept": (40, 9)}
+    ),
     "a shift without the scale": Fault(PROJECT, "= sum * scale;", "= sum;", WRONG, RANKED),
     "a shift without the first parts of the mean": Fault(
         PROJECT, "float sum = product[tile][0][i] + product[tile][0][i + 2];", "float sum = product[tile][0][i + 2];", WRONG, RANKED
@@ -632,6 +636,20 @@ ON_HOPPER |= {
     ),
     "exact keys counted as reduced": Fault(
         HOPPER, "exact += params.passes.reduced(pass) ? 0 : tiles;", "", f"{RACE}|{WRONG}|no thread", KEPT
+    ),
+    "scores of no columns that are those of the tile before": Fault(
+        HOPPER,
+        "if (loop == 1) wgmma_clear(scores[0]);",
+        "",
+        WRONG,
+        {"ranks": (0, 64), "kept": (40, 10)},
+    ),
+    "a product of no columns": Fault(
+        HOPPER,
+        "(loop == 1 || walk.width() > 0)",
+        "true",
+        f"{RACE}|{WRONG}",
+        {"ranks": (0, 64), "kept": (40, 10)},
     ),
     "an lse of other scores": Fault(HOPPER, "if (lacks) log_sum +=", "if (false) log_sum +=", WRONG, KEPT),
 }

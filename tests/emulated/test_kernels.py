@@ -222,7 +222,7 @@ def check_projected(kernel: Kernel, lengths: tuple[int, int], ranks: tuple[int, 
     queries, keys = (util.on_device(x, layout) for x in (q, k))
     problem = normalize.problem(queries, keys, keys)
     made = launch.project(problem, queries, keys, projection.factors(dtype, 0), True, True)
-    used = np.arange(max(ranks)) < np.array(ranks)[:, None, None]  # others need not be written
+    used = np.arange(projection.columns) < np.array(ranks)[:, None, None]  # others need not be written
     wide, mean = q.astype(np.float64), projection.mean[:, None].astype(np.float64)
     expected = (
         wide @ projection.queries,
@@ -241,6 +241,11 @@ def check_projected(kernel: Kernel, lengths: tuple[int, int], ranks: tuple[int, 
 @pytest.mark.parametrize("kernel", PROJECT.values(), ids=PROJECT)
 def test_project(kernel: Kernel) -> None:
     check_projected(kernel, (65, 131), (16, 48))
+
+
+@pytest.mark.parametrize("dtype", grid.DTYPES)
+def test_project_no_columns(dtype: str) -> None:
+    check_projected(PROJECT[f"smxx_project {dtype} 64"], (65, 131), (0, 48))
 
 
 def test_project_several_tiles_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,13 @@ def test_projected(dtype, options, exact, lengths):
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("head_dim", "rank", "head_dim_v"), [(64, 16, 64), (128, 64, 128), (24, 24, 40), (96, 48, 8)]
+    ("head_dim", "rank", "head_dim_v"),
+    [(64, 16, 64), (128, 64, 128), (24, 24, 40), (96, 48, 8), (64, 0, 64), (40, 0, 24), (8, 0, 8)],
 )
 def test_ranks(dtype, head_dim, rank, head_dim_v):
-    q, k, v = inputs(rank, dtype, batch=1, lengths=(90, 100), head_dim=head_dim, head_dim_v=head_dim_v)
+    q, k, v = shifted(
+        *inputs(rank, dtype, batch=1, lengths=(90, 100), head_dim=head_dim, head_dim_v=head_dim_v)
+    )
     check_kernel(q, k, v, reduction=fitted(q, k, rank), causal=True)
 
 
@@ -86,9 +89,20 @@ def test_heads_of_different_ranks():
         ("float16", "portable", 64, (16, 48, 64, 32), 0, {}),  # one head is exact, on q and k themselves
         ("bfloat16", "portable", 128, (16, 96), 40, {"causal": True}),
         ("float32", "portable", 96, (96, 16), 0, {"window": (120, 90), "scale": -0.2}),
+        ("float16", "portable", 72, (16, 72), 0, {}),
+        # Heads of which reduced keys multiply nothing.
+        ("float16", "portable", 64, (0, 16, 64), 0, {"causal": True}),
+        ("bfloat16", "portable", 128, (48, 0), 40, {"causal": True}),
+        ("float32", "portable", 40, (0, 40), 40, {"window": (120, 90), "scale": -0.2}),
+        ("float16", "portable", 64, (0, 0), 40, {}),
         ("float16", "hopper", 64, (16, 48, 64, 32), 0, {}),
         ("bfloat16", "hopper", 128, (96, 16), 40, {"causal": True}),
         ("float16", "hopper", 96, (96, 16), 0, {"window": (120, 90), "scale": -0.2}),
+        ("float16", "hopper", 64, (0, 16, 64), 0, {"causal": True}),
+        ("bfloat16", "hopper", 64, (32, 0), 40, {"causal": True}),  # three consumers
+        ("bfloat16", "hopper", 128, (48, 0), 40, {"causal": True}),
+        ("float16", "hopper", 96, (0, 96), 40, {"window": (120, 90), "scale": -0.2}),
+        ("bfloat16", "hopper", 128, (0, 0), 40, {}),
     ],
     ids=str,
 )
@@ -106,7 +120,7 @@ def test_ranks_of_heads(dtype, family, head_dim, ranks, near, options, monkeypat
             head_dim=head_dim,
         )
     )
-    check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near), **options)
+    check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near, sinks=near // 4), **options)
 
 
 def test_factors_weighted_by_the_output_found_on_the_device():

@@ -313,7 +313,7 @@ def inputs(
 def of_ranks(q: np.ndarray, k: np.ndarray, *ranks: int) -> cudistr.Projection:
     """A projection whose KV heads have these ranks."""
     projection = cudistr.Projection.fit(q, k, rank=max(ranks))
-    own = np.arange(max(ranks)) < np.array(ranks)[:, None, None]
+    own = np.arange(projection.queries.shape[2]) < np.array(ranks)[:, None, None]
     return dataclasses.replace(
         projection, ranks=ranks, queries=projection.queries * own, keys=projection.keys * own
     )

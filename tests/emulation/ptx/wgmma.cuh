@@ -11,6 +11,12 @@ DEVICE void wgmma_wait() {
 }
 template <int kTiles>
 DEVICE void wgmma_pin(float (&d)[kTiles][4]) {}
+template <int kTiles>
+DEVICE void wgmma_clear(float (&d)[kTiles][4]) {
+    for (auto& tile : d) {
+        for (float& x : tile) x = 0.f;
+    }
+}
 
 // The machine keeps the address of d until a wait, and that of a.
 template <bool kAccumulate, bool kBfloat, int kTiles>
