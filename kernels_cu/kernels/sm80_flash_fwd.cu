@@ -497,8 +497,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         for (; tile >= first_tile; --tile) {
             const int key = tile * TILE_K;
             cp_async_wait<0>();
-            // The keys, with two stages the values too, have landed, and every warp is done with the last tile's values.
-            __syncthreads();
+            __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
             if constexpr (kValueStages == 1) {
                 value_copy.run(shared.v[0], params.v_row, keys_left);
                 value_copy.move(-TILE_K * params.v_row);
@@ -536,8 +535,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                                                                                         columns / kStepColumns);
                 }
                 if constexpr (kValueStages == 1) cp_async_wait<0>();
-                // Every warp is done with the keys and the queries, and the values have landed.
-                __syncthreads();
+                __syncthreads();  // the values have landed, and every warp is done with the keys and the queries
                 if (tile > first_tile) {
                     if constexpr (kGrouped) {
                         copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());

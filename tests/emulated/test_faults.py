@@ -75,6 +75,11 @@ FAULTS = {
         "",
         RACE,
     ),
+    "the next values where these are read": Fault(
+        FLASH, "run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-TILE_K * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
+        "run(shared.v[tile % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-TILE_K * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
+        RACE,
+    ),
     "no barrier between fusion and its readers": Fault(
         FLASH, f"{BARRIER}  // Khat is complete", "// Khat is complete", RACE, FUSED
     ),
@@ -127,8 +132,8 @@ FAULTS = {
     ),
     "an instruction of the warp that a lane skips": Fault(
         "tile/softmax.cuh",
-        "top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
-        "if (thread_index() % 32 < 31) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));",
+        "top[mt][half] = fmaxf(top[mt][half], __shfl_xor_sync(kFullWarp, top[mt][half], distance));",
+        "if (thread_index() % 32 < 31) top[mt][half] = __shfl_xor_sync(kFullWarp, top[mt][half], distance);",
         "has diverged: one lane waits for __shfl_xor_sync, lane 31 for",
     ),
     "no barrier before the sums of the rest are read": Fault(
@@ -156,8 +161,8 @@ FAULTS = {
     ),
     "a copy that is never committed": Fault(
         FLASH,
-        "value_copy.move(-TILE_K * params.v_row);\n            cp_async_commit();",
-        "value_copy.move(-TILE_K * params.v_row);",
+        "                cp_async_commit();\n            }\n\n            if (idle)",
+        "            }\n\n            if (idle)",
         "asynchronous copy of thread .* has not landed",
     ),
     "copies in flight when the block ends": Fault(
@@ -275,9 +280,9 @@ FAULTS = {
     ),
     # Numbers
     "minus infinity taken from itself": Fault(
-        "tile/softmax.cuh", "top == -infinity() ? 0.f : top", "top", WRONG, {"window": (0, None), "causal": True}
+        "tile/softmax.cuh", "after == -infinity() ? 0.f : after", "after", WRONG, {"window": (0, None), "causal": True}
     ),
-    "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][half * 2] *= rescale;", "", WRONG),
+    "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][i] *= rescale[mt][i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}),
     "a hash with products and sums rounded together": Fault(
         PREPARE, "sizeof(T) == 2 ? fmaf", "true ? fmaf",
         "Mismatched", {"near_ties": True}, dtype=np.float32
@@ -289,7 +294,7 @@ FAULTS = {
         FLASH, "place.out_row(params, row) + column", "place.out_row(params, row) + column * 0x7fffffff", "a product that overflows at .*sm80_flash_fwd.cu"
     ),
     "an index outside its array": Fault(
-        "tile/softmax.cuh", "maximum[mt][half] = top;", "maximum[mt][half + 1] = top;", "an index outside its array at .*softmax"
+        "tile/softmax.cuh", "maximum[mt][half] = -infinity();", "maximum[mt][half + 1] = -infinity();", "an index outside its array at .*softmax"
     ),
 }  # fmt: skip
 
