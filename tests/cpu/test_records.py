@@ -204,10 +204,15 @@ def test_the_rate_of_products_follows_from_the_records() -> None:
         if (row["method"], row["head_dim"], row["seqlen_k"], row["causal"]) == ("exact", 128, 4096, False)
     )
     products = 2 * case["batch"] * case["heads"] * case["seqlen"] ** 2 * case["head_dim"]
-    in_a_clock = products / (1e-3 * ms) / (132 * 1.755e9)
-    rate = in_a_clock / (profile["profile"]["exact"]["tensor_percent"] / 100)
+
+    def in_a_clock(ms: float) -> float:
+        return products / (1e-3 * ms) / (132 * 1.755e9)
+
+    # The profile is of an older build, and has the time of its own.
+    exact = profile["profile"]["exact"]
+    rate = in_a_clock(exact["call_ms"]) / (exact["tensor_percent"] / 100)
     assert abs(rate / plan.MMA_PER_CLOCK["bfloat16"] - 1) < 0.02
-    assert abs(in_a_clock / plan.PRODUCTS_PER_CLOCK["bfloat16"] - 1) < 0.02
+    assert abs(in_a_clock(ms) / plan.PRODUCTS_PER_CLOCK["bfloat16"] - 1) < 0.02
 
 
 def test_readme_markers() -> None:
