@@ -537,13 +537,14 @@ def commit_of(folder: pathlib.Path, environ: Mapping[str, str]) -> str:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """The command as one can repeat it anywhere: without the folder that the record went to."""
+    """The command as one can repeat it anywhere: without the folders of this machine, where weights or records are."""
+    folders = ("--output", "--weights")
     words: list[str] = []
     rest = iter(argv)
     for word in rest:
-        if word == "--output":
+        if word in folders:
             next(rest, None)
-        elif not word.startswith("--output="):
+        elif word.partition("=")[0] not in folders:
             words.append(word)
     return shlex.join(["python", "-m", "cudistr", *words])
 

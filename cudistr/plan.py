@@ -63,7 +63,6 @@ KEY_ENERGY_THREADS = 128
 ENERGY_ORDER_THREADS = 256
 PROJECT_THREADS = 256  # of smxx_project.cu
 PROJECT_GROUP = 32  # columns that it makes at once
-RESERVED_BYTES = 1024  # of shared memory, by the driver, for each thread block
 PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
 PROJECT_TILES = 8  # of rows that one of them makes one after another, at most
 PROJECT_BLOCKS = 6  # of them for a multiprocessor, at least, if they have more than one tile
@@ -360,11 +359,14 @@ def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
     if not _group(problem) and wide and device.capability < 90:
         return 1
 
-    def blocks(stages: int) -> int:
-        room = device.shared_bytes + RESERVED_BYTES
-        return min(2, room // (_shared_bytes(problem, device, tile, stages) + RESERVED_BYTES))
+    # Registers leave room for no more than two thread blocks.
+    one, two = (min(2, _fitting(device, _shared_bytes(problem, device, tile, n))) for n in (1, 2))
+    return 2 if two >= max(1, one) else 1
 
-    return 2 if blocks(2) >= max(1, blocks(1)) else 1
+
+def _fitting(device: Device, smem: int) -> int:
+    """Thread blocks with so much shared memory that a multiprocessor has room for; the driver takes a KB of each."""
+    return (device.shared_bytes + 1024) // (smem + 1024)
 
 
 def shared_bytes(problem: Problem, device: Device, tile: Tile) -> int:
@@ -416,7 +418,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if columns <= 32 and problem.aligned and (square or not group):
             return 128
         if columns == 64 and square and plain and not crowded:
-            return 96 if _keep(problem) and device.capability < 90 else 128
+            return 96 if _keep(problem) and device.capability < 90 else 128  # sums of the rest take registers
         return 64 if group or not plain else 96
     if columns <= 128:
         if not problem.aligned or (group and not (plain and square)):
@@ -432,7 +434,10 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
 
 
 def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
-    """The same where thread blocks may share keys, which takes a few registers of those that are full."""
+    """The same where thread blocks may share keys, which takes a few registers of those that are full.
+
+    With 64 columns and two tiles of values, 128 keys spill.
+    """
     if group and columns <= 128:
         return min(keys, 64 if columns <= 64 else 32)
     if columns > 128:
@@ -953,7 +958,7 @@ def probe_splits(problem: Problem, device: Device) -> int:
     """Into how many parts the keys are split: as many as the GPU holds thread blocks for at once."""
     kernel, variants = probe_kernel(problem), probe_variants(problem)
     constants = dict(kernel.constants)
-    by_shared = (device.shared_bytes + 1024) // (kernel.shared_bytes + 1024)  # the driver takes a KB of each
+    by_shared = _fitting(device, kernel.shared_bytes)
     at_once = device.multiprocessors * max(1, min(constants["BLOCKS"], by_shared))
     tiles = -(-problem.seqlen_k // constants["TILE_K"])
     return max(1, min(at_once // (variants * problem.batch * problem.heads), tiles, PROBE_PARTS // variants))
@@ -1036,7 +1041,7 @@ def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int)
     registers = tile.row_tiles * (_round_up(head_dim_v, 16) + tile.tile_k) // 2 + (176 if halves else 96)
     registers = min(256, registers)
     by_registers = REGISTERS // (kernel.threads * registers)
-    by_shared = (device.shared_bytes + 1024) // (kernel.shared_bytes + 1024)  # the driver takes a KB of each
+    by_shared = _fitting(device, kernel.shared_bytes)
     return max(1, min(by_registers, by_shared))
 
 

@@ -280,13 +280,15 @@ class Projection(Reduction):
                 raise TypeError(
                     f"Projection.share: projections must be cudistr.Projection, got {type(projection).__name__}."
                 )
-            if not projection.output_errors.size or set(projection.ranks) != {projection.head_dim}:
+            allowed = ranks_allowed(projection.head_dim)
+            known = projection.output_errors.shape == (projection.heads_kv, len(allowed))
+            if not known or set(projection.ranks) != {projection.head_dim}:
                 raise ValueError(
                     "Projection.share: every projection must be fitted with v and rank=head_dim, got "
                     f"{projection!r}. Pass Projection.fit(q, k, v, rank={projection.head_dim})."
                 )
             costs += list(projection.output_errors**2)
-            columns += [ranks_allowed(projection.head_dim)] * projection.heads_kv
+            columns += [allowed] * projection.heads_kv
         if rank < 0:
             raise ValueError(
                 f"Projection.share: rank must not be negative, got {rank}. Pass a mean rank, 32 for example."

@@ -422,9 +422,11 @@ def test_default_output(tmp_path: pathlib.Path) -> None:
     assert bench.default_output(tmp_path) == tmp_path / "docs" / "benchmarks"
 
 
-@pytest.mark.parametrize("output", [["--output", "/home/me/x y"], ["--output=/home/me"]])
-def test_command_leaves_the_folder_out(output: list[str]) -> None:
-    found = bench.command_of(["bench", *output, "--head-dim", "64", "--name", "a b"])
+@pytest.mark.parametrize("option", ["--output", "--weights"])
+@pytest.mark.parametrize("words", [["{}", "/home/me/x y"], ["{}=/home/me"]])
+def test_command_leaves_folders_out(option: str, words: list[str]) -> None:
+    folder = [word.format(option) for word in words]
+    found = bench.command_of(["bench", *folder, "--head-dim", "64", "--name", "a b"])
     assert found == "python -m cudistr bench --head-dim 64 --name 'a b'"
 
 

@@ -510,7 +510,11 @@ def test_share_gives_nothing_to_a_head_that_the_mean_serves():
 
 def test_share_refuses_what_it_cannot_cut():
     q, k = Q[..., :48], K[..., :48]
-    for projection in (Projection.fit(q, k, rank=48), Projection.fit(q, k, k, rank=32)):
+    whole = Projection.fit(q, k, k, rank=48)
+    without_zero = dataclasses.replace(
+        whole, output_errors=whole.output_errors[:, 1:]
+    )  # an older file has that
+    for projection in (Projection.fit(q, k, rank=48), Projection.fit(q, k, k, rank=32), without_zero):
         with pytest.raises(
             ValueError, match=r"must be fitted with v and rank=head_dim.*fit\(q, k, v, rank=48\)"
         ):
