@@ -4,6 +4,7 @@
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM (at most 256).
 #include "tile/dtype.cuh"
+#include "tile/spread.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
@@ -23,19 +24,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSpan = (HEAD_DIM + kWarpSize - 1) / kWarpSize * kWarpSize;  // threads of one block of queries
 constexpr int kUnits = kThreads / kSpan;
-
-// ||k_c - mean(k_c)|| over all keys of a head.
-DEVICE float key_energy(const float* sums, int spans, int keys) {
-    float sum = 0.f;
-    float square = 0.f;
-    for (int span = 0; span < spans; ++span) {
-        sum = __fadd_rn(sum, sums[0]);
-        square = __fadd_rn(square, sums[HEAD_DIM]);
-        sums += 2 * HEAD_DIM;
-    }
-    square = __fadd_rn(square, -__fmul_rn(sum, __fdiv_rn(sum, static_cast<float>(keys))));
-    return __fsqrt_rn(square < 0.f ? 0.f : square);
-}
 
 }  // namespace
 
@@ -64,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_energy_order(const E
             const float deviation = __fadd_rn(Traits<T>::to_float(q[row * params.q_row]), -mean);
             square = __fadd_rn(square, __fmul_rn(deviation, deviation));
         }
-        const float energy = __fmul_rn(__fsqrt_rn(square), key_energy(sums, params.spans, params.seqlen_k));
+        const float energy = __fmul_rn(__fsqrt_rn(square), key_column<HEAD_DIM>(sums, params.spans, params.seqlen_k).energy);
         // The bits of numbers that are not negative are in the order of the numbers; NaN comes before all.
         energies[unit][column] = energy == energy ? __float_as_uint(energy) : 0x7fffffffu;
     }

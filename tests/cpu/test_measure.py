@@ -47,7 +47,7 @@ def energies(case: Case) -> dict[str, np.ndarray]:
         case.q.shape[2], case.k.shape[2], options.get("causal", False), options.get("window")
     ).astype(float)
     s = naive_scores(case.q, case.k, **scores)
-    queries = case.q if reduction is None else expanded(case.q, reduction)
+    queries = case.q if reduction is None else expanded(case.q, reduction, case.k)
     e = s - naive_scores(queries, case.k, **scores)
 
     def centred(x: np.ndarray) -> np.ndarray:
