@@ -179,9 +179,10 @@ _KEY_ENERGY = _parameters(
     multiple=8,
 )
 _ENERGY_ORDER = _parameters(
-    ("q sums permutation means", "u8"),
-    ("q_batch q_head q_row units", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans", "i4"),
+    ("q k sums permutation means shift", "u8"),
+    ("q_batch q_head q_row k_batch k_head units", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans keep", "i4"),
+    ("scale", "f4"),
     multiple=8,
 )
 _MERGE = _parameters(
@@ -274,7 +275,7 @@ class _Columns(NamedTuple):
     def __call__(self, q: int, k: int, transposed: int, permutation: int, more: int, shift: int = 0) -> None:
         """Run on addresses; ``more`` is where numbers, and sums over K behind them, have their place.
 
-        ``shift``, if not 0, is where goes what weights leave out of the lse.
+        ``shift``, if not 0, is where goes what the reduction leaves out of the lse.
         """
         if self.order is not None:
             vectors = 0 if self.vectors is None else self.vectors.data.ptr
@@ -284,10 +285,7 @@ class _Columns(NamedTuple):
         sums = more + sum(self.number_bytes)
         if self.key_energy.blocks:  # none without keys
             self.key_energy(k, sums)
-        if len(self.number_bytes) == 1:
-            self.weights(q, sums, permutation, more)
-        else:
-            self.weights(q, k, sums, permutation, *self.numbers(more), shift)
+        self.weights(q, k, sums, permutation, *self.numbers(more), shift)
 
 
 class _Recipe(NamedTuple):
@@ -564,7 +562,7 @@ def _columns(
     keys = {name: x for name, x in more.items() if name in (_KEY_ENERGY.names or ())}
     keys |= {"units": all_spans, "spans": spans}
     layout, count = (_ENERGY_ORDER, 1) if isinstance(reduction, Energy) else (_WEIGHTS, 2)
-    queries |= {"units": units, "spans": spans} | more
+    queries |= {"units": units, "spans": spans, "keep": getattr(reduction, "keep", 0)} | more
     queries = {name: x for name, x in queries.items() if name in (layout.names or ())}
     return _Columns(
         order,

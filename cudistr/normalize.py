@@ -86,7 +86,7 @@ class Problem:
     ranked : Ranked or None
         If heads differ in the columns of Q and K that count: where those of fewer than head_dim columns have theirs.
     restore : bool
-        Whether the lse of reduced keys gets back what groups with weights leave out of it: with exact keys beside them.
+        Whether the lse of reduced keys gets back what a reduction that goes by K leaves out: if others are exact.
     """
 
     batch: int
@@ -528,7 +528,7 @@ def _problem(
         family=family,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
-        restore=isinstance(reduction, LSH) and reduction.by_keys and bool(near or sinks) and softcap is None,
+        restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )
 

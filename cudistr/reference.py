@@ -185,7 +185,7 @@ def sample(
 
 
 def restored(q: Any, copied: Any, keys: Any, scale: float, xp: Any = np) -> Any:
-    """What groups with weights leave out of the weight of reduced keys, added to each row's scores: (rows, 1).
+    """What is left out of the weight of reduced keys beside exact ones, to be added to each row's scores: (rows, 1).
 
     ``copied`` stands for q in the products with the reduced ``keys`` (seqlen, head_dim). The part of the mean of the
     keys is known exactly; for the rest the columns of K are taken to be independent and normal, so that the logarithm
@@ -335,15 +335,13 @@ def _grouped_scores(
 ) -> Float:
     """Scores of Qhat and Khat of a block; ``rows`` are its queries as they came."""
     permutation, numbers = columns_of(rows, reduction, energies)
-    weights = None if numbers is None else numbers[0]
     qhat = sample(q, permutation, reduction, numbers)
-    scores = _scores(qhat, fuse(k, permutation, reduction.group_size, weights), problem)
-    if weights is None or not problem.restore:
-        return scores
+    if numbers is None:
+        return _scores(qhat, fuse(k, permutation, reduction.group_size), problem)
+    # sum_t qhat_t khat_t = sum_c (qhat_t w_c) k_c
     copied = np.empty_like(q)
-    copied[:, permutation] = np.repeat(qhat, reduction.group_size, axis=1) * weights
-    result: Float = scores + restored(q, copied, k[problem.sinks :], problem.scale)
-    return result
+    copied[:, permutation] = np.repeat(qhat, reduction.group_size, axis=1) * numbers[0]
+    return _scores_of(copied, q, k, problem)
 
 
 def _kept_scores(q: Float, k: Float, energies: Single, reduction: Energy, problem: Problem) -> Float:
@@ -351,7 +349,15 @@ def _kept_scores(q: Float, k: Float, energies: Single, reduction: Energy, proble
     permutation, means = energy_order(q, energies)
     copied = q.copy()
     copied[:, permutation[reduction.keep :]] = means[reduction.keep :]
-    return _scores(copied, k, problem)
+    return _scores_of(copied, q, k, problem)
+
+
+def _scores_of(copied: Float, q: Float, k: Float, problem: Problem) -> Float:
+    """Scores of what stands for q, and what :func:`restored` gives them back."""
+    scores = _scores(copied, k, problem)
+    if problem.restore:
+        scores += restored(q, copied, k[problem.sinks :], problem.scale)
+    return scores
 
 
 def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:

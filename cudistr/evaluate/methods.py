@@ -225,17 +225,20 @@ def _on_cpu(
             if orders is not None:
                 order = orders[0, h, start // rows_per_block].astype(np.intp)
                 own: Any = None if numbers is None else numbers[..., 0, h, start // rows_per_block, :]
+                copied = None
                 if isinstance(reduction, cudistr.Energy):
                     qhat, khat = block.copy(), keys[:last]
                     qhat[:, order[reduction.keep :]] = own[reduction.keep :]
+                    copied = qhat
                 else:
                     qhat = reference.sample(block, order, reduction, own).astype(np.float32)
                     weights = None if own is None else own[0]
                     khat = reference.fuse(keys[:last], order, reduction.group_size, weights)
+                    if own is not None:
+                        copied = np.empty_like(block)
+                        copied[:, order] = np.repeat(qhat, reduction.group_size, axis=1) * own[0]
                 scores = scale * (qhat @ khat.T)
-                if isinstance(reduction, cudistr.LSH) and own is not None and (near or sinks):
-                    copied = np.empty_like(block)
-                    copied[:, order] = np.repeat(qhat, reduction.group_size, axis=1) * own[0]
+                if copied is not None and (near or sinks):
                     scores += reference.restored(block, copied, keys[sinks:], float(scale))
             elif reduced_keys is not None:
                 scores = reduced_queries[start:stop] @ reduced_keys[:last].T + shift[start:stop]

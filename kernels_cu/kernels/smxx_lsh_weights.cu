@@ -1,6 +1,6 @@
 // Weights of the columns of each group of grouped attention: the best approximation of rank one of what they add to the
 // scores. The NumPy twin is reference.balance, and both give the same bits: float32, one order of sums, product and sum
-// rounded apart. And what they leave out of the weight of reduced keys, reference.restored.
+// rounded apart. And what they leave out of the weight of reduced keys, Lacking.
 //
 // One thread block for a block of queries. The products of a group's columns, each times how much its column of K varies,
 // are a matrix (GROUP x GROUP); squared again and again, its columns become the eigenvector of its largest eigenvalue.
@@ -8,7 +8,6 @@
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM, GROUP (columns per group).
 #include "tile/dtype.cuh"
 #include "tile/spread.cuh"
-#include "tile/warp.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
@@ -118,11 +117,6 @@ DEVICE void find_weights(Storage& shared, int group, u8* permutation, float* wei
     }
 }
 
-// Logarithm of the mean of exp(x) over exp(limit) normal numbers x of mean 0.
-DEVICE float growth(float variance, float limit) {
-    return variance < 2.f * limit ? 0.5f * variance : sqrtf(2.f * limit * variance) - limit;
-}
-
 // Rows of Q to the stage, each column times its factor.
 template <class Factor>
 DEVICE void load_rows(Storage& shared, const T* q, i64 q_row, int rows, Factor factor) {
@@ -135,9 +129,9 @@ DEVICE void load_rows(Storage& shared, const T* q, i64 q_row, int rows, Factor f
     __syncthreads();
 }
 
-// What a staged row's scores lack: a warp's work. The mean of the keys is known, and of the rest the variance.
-DEVICE float lacking(const Storage& shared, const WeightsParams& params, const float* row, int lane) {
-    float mean = 0.f, variance = 0.f, copied_variance = 0.f;
+// What the lse of a staged row lacks: a warp's work.
+DEVICE float find_shift(const Storage& shared, const WeightsParams& params, const float* row, int lane) {
+    Lacking lacking;
     for (int group = lane; group < kGroups; group += kWarpSize) {
         const int first = group * GROUP;
         float total = 0.f, square = 0.f;
@@ -146,19 +140,10 @@ DEVICE float lacking(const Storage& shared, const WeightsParams& params, const f
             square = fmaf(shared.shares[i], shared.weights[i], square);
         }
         for (int i = first; i < first + GROUP; ++i) {
-            const float copied = shared.weights[i] * (total / square);
-            const float energy = shared.energies[i];
-            mean = fmaf(row[i] - copied, shared.means[i], mean);
-            variance = fmaf(row[i] * energy, row[i] * energy, variance);
-            copied_variance = fmaf(copied * energy, copied * energy, copied_variance);
+            lacking.add(row[i], shared.weights[i] * (total / square), shared.energies[i], shared.means[i]);
         }
     }
-    const float keys = static_cast<float>(params.seqlen_k);
-    const float factor = params.scale * params.scale / keys;
-    const float limit = logf(keys);
-    const float shift = params.scale * warp_sum(mean) + growth(factor * warp_sum(variance), limit) -
-                        growth(factor * warp_sum(copied_variance), limit);
-    return fabsf(shift) < infinity() ? shift : 0.f;
+    return lacking.shift(params.scale, params.seqlen_k);
 }
 
 }  // namespace
@@ -226,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_lsh_weights(const We
         const int staged = min(kStageRows, rows - start);
         load_rows(shared, q + start * params.q_row, params.q_row, staged, [](int) { return 1.f; });
         for (int row = threadIdx.x / kWarpSize; row < staged; row += kThreads / kWarpSize) {
-            const float shift = lacking(shared, params, shared.stage[row], lane);
+            const float shift = find_shift(shared, params, shared.stage[row], lane);
             if (lane == 0) params.shift[batch_head * params.seqlen_q + first_row + start + row] = shift;
         }
     }

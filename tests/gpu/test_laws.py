@@ -94,7 +94,9 @@ def test_output_certificate(case):
     reduction = case.options["reduction"]
     exact_options = {name: value for name, value in case.options.items() if name != "reduction"}
     exact = reference.attention(*wide(case), **exact_options)
-    error = naive_scores(case.q, case.k) - naive_scores(expanded(case.q, reduction), case.k, scale=1 / 8)
+    error = naive_scores(case.q, case.k) - naive_scores(
+        expanded(case.q, reduction, case.k), case.k, scale=1 / 8
+    )
     v = np.repeat(case.v.astype(np.float64), case.q.shape[1] // case.v.shape[1], axis=1)
     bound = np.zeros_like(exact)
     for i, keys in enumerate(mask_of(case)):

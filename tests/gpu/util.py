@@ -152,6 +152,13 @@ def baseline(
             few = few[..., : reduction.keep]
             rest = xp.matmul(all_keys[..., reduction.keep :], means[:, :, n, reduction.keep :, None])
             reduced = xp.matmul(few, all_keys[..., : reduction.keep].swapaxes(2, 3)) + rest.swapaxes(2, 3)
+            if (reduction.near or reduction.sinks) and softcap is None:
+                sizes = (*q.shape[:2], 1, -1, 1)
+                own = xp.take_along_axis(queries[:, :, rows], columns, axis=3)[..., None]
+                copied = xp.broadcast_to(means[:, :, n].reshape(sizes), own.shape).copy()
+                copied[..., : reduction.keep, :] = own[..., : reduction.keep, :]
+                far = all_keys[:, :, reduction.sinks :, :, None]
+                reduced += lost(own, copied, far, q.shape[3], scale, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
             scores[:, :, rows] = xp.where(kept[rows], exact, reduced)
     else:
