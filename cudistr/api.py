@@ -238,19 +238,19 @@ def group(q: Any, reduction: LSH | Energy, k: Any = None) -> Any:
     """The column order that a reduction finds for every block of queries, for people who want to look.
 
     Of an ``LSH``, group t of a block is ``permutation[t * group_size : (t + 1) * group_size]``; its first entry is
-    the sampled column, or with "rank1" the one with the largest weight. Of an ``Energy``, the first ``keep`` entries
-    are the columns that stay, those with the most energy first. See arXiv 2507.17245, section 3, and the method page
-    of the documentation.
+    the sampled column, or with "rank1" the one that adds the most to the scores. Of an ``Energy``, the first
+    ``keep`` entries are the columns that stay, those with the most energy first. See arXiv 2507.17245, section 3, and
+    the method page of the documentation.
 
     Parameters
     ----------
     q : array (batch, heads, seqlen_q, head_dim)
         As for :func:`attention`.
     reduction : cudistr.LSH or cudistr.Energy
-        ``block_q``, ``n_proj``, ``seed`` and, with "rank1", ``group_size`` decide the order; of an ``Energy``,
-        ``block_q`` and ``sinks``.
+        ``block_q``, ``n_proj``, ``seed`` and, with "rank1", ``group_size`` and ``sinks`` decide the order; of an
+        ``Energy``, ``block_q`` and ``sinks``.
     k : array (batch, heads_kv, seqlen_k, head_dim)
-        For an ``Energy`` only, as for :func:`attention`.
+        For an ``Energy`` and for "rank1" only, as for :func:`attention`.
 
     Returns
     -------

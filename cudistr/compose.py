@@ -35,7 +35,7 @@ def parts(problem: Problem) -> tuple[Part, ...]:
     They are the passes of :func:`cudistr.plan.passes`; where none of these is reduced, one exact call is left.
     """
     whole = dataclasses.replace(problem, near=0, sinks=0)
-    exact = dataclasses.replace(whole, reduction=None, rank=None)
+    exact = dataclasses.replace(whole, reduction=None, rank=None, restore=False)
     chosen = passes(problem)
     if not any(x.reduced for x in chosen):
         return (Part(exact, 0, problem.seqlen_k),)

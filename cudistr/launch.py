@@ -87,7 +87,8 @@ _EVERY_ATTENTION = (
     ("scale softcap score_scale", "f4"),
 )
 _ATTENTION = _parameters(("q k v out lse partial permutation", "u8"), *_EVERY_ATTENTION)
-_WEIGHTED = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
+_WEIGHTED = _parameters(("q k v out lse partial permutation weights shares", "u8"), *_EVERY_ATTENTION)
+_KEPT = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
 _PASSES = range(MAX_PASSES + 1)
 _BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
 _ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end") for i in _PASSES), "i4")
@@ -165,9 +166,11 @@ _PREPARE = _parameters(
     multiple=8,
 )
 _WEIGHTS = _parameters(
-    ("q permutation weights", "u8"),
-    ("q_batch q_head q_row", "i8"),
-    ("heads seqlen_q block_q group_blocks", "i4"),
+    ("q k sums permutation weights shares shift", "u8"),
+    ("q_batch q_head q_row k_batch k_head", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans", "i4"),
+    ("scale", "f4"),
+    multiple=8,
 )
 _KEY_ENERGY = _parameters(
     ("k sums", "u8"),
@@ -176,9 +179,10 @@ _KEY_ENERGY = _parameters(
     multiple=8,
 )
 _ENERGY_ORDER = _parameters(
-    ("q sums permutation means", "u8"),
-    ("q_batch q_head q_row units", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans", "i4"),
+    ("q k sums permutation means shift", "u8"),
+    ("q_batch q_head q_row k_batch k_head units", "i8"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans keep", "i4"),
+    ("scale", "f4"),
     multiple=8,
 )
 _MERGE = _parameters(
@@ -248,7 +252,7 @@ def _launch(
 
 
 class _Columns(NamedTuple):
-    """What finds the columns of every block: their order, and weights or means for them."""
+    """What finds the columns of every block: their order, and weights and shares, or means, for them."""
 
     # By hash; for attention it transposes K too, and where columns go by energy nothing else.
     order: _Launch | None
@@ -256,28 +260,32 @@ class _Columns(NamedTuple):
     key_energy: _Launch | None
     weights: _Launch | None  # or the order by energy, and means
     permutation_bytes: int
-    weights_bytes: int
+    number_bytes: tuple[int, ...]  # of weights and of shares, or of means
     sums_bytes: int
 
     @property
     def more_bytes(self) -> int:
         """Of what follows the permutation."""
-        return self.weights_bytes + self.sums_bytes
+        return sum(self.number_bytes) + self.sums_bytes
 
-    def __call__(self, q: int, k: int, transposed: int, permutation: int, more: int) -> None:
-        """Run on addresses; ``more`` is where weights, and sums over K behind them, have their place."""
+    def numbers(self, more: int) -> list[int]:
+        """Addresses of weights and shares, or of means, that begin at ``more``."""
+        return [more + sum(self.number_bytes[:i]) for i in range(len(self.number_bytes))]
+
+    def __call__(self, q: int, k: int, transposed: int, permutation: int, more: int, shift: int = 0) -> None:
+        """Run on addresses; ``more`` is where numbers, and sums over K behind them, have their place.
+
+        ``shift``, if not 0, is where goes what the reduction leaves out of the lse.
+        """
         if self.order is not None:
             vectors = 0 if self.vectors is None else self.vectors.data.ptr
             self.order(q, vectors, permutation, k, transposed)
-        if self.weights is None:
+        if self.weights is None or self.key_energy is None:
             return
-        if self.key_energy is None:
-            self.weights(q, permutation, more)
-            return
-        sums = more + self.weights_bytes
+        sums = more + sum(self.number_bytes)
         if self.key_energy.blocks:  # none without keys
             self.key_energy(k, sums)
-        self.weights(q, sums, permutation, more)
+        self.weights(q, k, sums, permutation, *self.numbers(more), shift)
 
 
 class _Recipe(NamedTuple):
@@ -285,7 +293,7 @@ class _Recipe(NamedTuple):
     columns: _Columns | None
     transposed_bytes: int
     permutation_bytes: int  # of the column orders; their weights follow
-    more_bytes: int  # of the weights and the sums that they come from
+    more_bytes: int  # of what goes with them, and of the sums that it comes from
     counter_bytes: int  # what the Hopper kernel counts tiles with; behind all of these
     maps: tuple[Layout, ...] | None  # of q, k and v, and of Qhat and Khat, for the Hopper kernel
     merge: _Launch | None  # of what splits find
@@ -494,7 +502,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             problem.q_strides,
             reduction,
             problem.device,
-            own | {"heads_per_kv": problem.heads // problem.heads_kv},
+            own | {"heads_per_kv": problem.heads // problem.heads_kv, "scale": problem.scale},
         )
         permutation_bytes, more_bytes = columns.permutation_bytes, columns.more_bytes
     ranked = problem.ranked
@@ -503,8 +511,8 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
-    if more_bytes:
-        parameters = _WEIGHTED
+    if reduction is not None and reduction.by_keys:
+        parameters = _KEPT if isinstance(reduction, Energy) else _WEIGHTED
     if chosen.attention.specific:
         parameters, maps = _HOPPER if ranked is None else _HOPPER_RANKED, _maps(problem, chosen)
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
@@ -537,7 +545,8 @@ def _columns(
     device = device_properties(index)
     batch, heads, seqlen_q, head_dim = shape
     blocks = -(-seqlen_q // reduction.rows_per_block)
-    size = batch * heads * blocks * head_dim
+    units = batch * heads * blocks
+    size = units * head_dim
     queries = {
         **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
         "heads": heads,
@@ -546,25 +555,23 @@ def _columns(
         "group_blocks": blocks,
     }
     sums, last = steps
-    if last is None:
-        return _Columns(order, vectors, None, None, size, 0, 0)
-    if sums is None:
-        launch = _launch(last.kernel, last.blocks, device, index, _WEIGHTS, queries)
-        return _Columns(order, vectors, None, launch, size, 4 * size, 0)
+    if sums is None or last is None:
+        return _Columns(order, vectors, None, None, size, (), 0)
     spans = key_spans(more["seqlen_k"])
-    units = batch * more["heads_kv"] * spans
+    all_spans = batch * more["heads_kv"] * spans
     keys = {name: x for name, x in more.items() if name in (_KEY_ENERGY.names or ())}
-    keys |= {"units": units, "spans": spans}
-    queries |= {name: more[name] for name in ("heads_per_kv", "seqlen_k")}
-    queries |= {"units": size // head_dim, "spans": spans}
+    keys |= {"units": all_spans, "spans": spans}
+    layout, count = (_ENERGY_ORDER, 1) if isinstance(reduction, Energy) else (_WEIGHTS, 2)
+    queries |= {"units": units, "spans": spans, "keep": getattr(reduction, "keep", 0)} | more
+    queries = {name: x for name, x in queries.items() if name in (layout.names or ())}
     return _Columns(
         order,
         vectors,
         _launch(sums.kernel, sums.blocks, device, index, _KEY_ENERGY, keys),
-        _launch(last.kernel, last.blocks, device, index, _ENERGY_ORDER, queries),
+        _launch(last.kernel, last.blocks, device, index, layout, queries),
         size,
-        4 * size,
-        8 * units * head_dim,
+        (4 * size,) * count,
+        8 * all_spans * head_dim,
     )
 
 
@@ -666,26 +673,28 @@ def _group_recipe(
     check_device(device_properties(index), index)
     batch, heads, seqlen_q, head_dim = shape
     units = batch * heads * -(-seqlen_q // reduction.rows_per_block)
-    if isinstance(reduction, Energy):
-        assert keys is not None
+    steps: tuple[Step | None, Step | None] = (None, None)
+    more: dict[str, Any] = {}
+    if keys is not None:
         heads_kv, seqlen_k, k_strides = keys
-        steps = (
-            key_energy(dtype, head_dim, batch * heads_kv, seqlen_k),
-            energy_order(dtype, head_dim, units),
+        last = (
+            energy_order(dtype, head_dim, units)
+            if isinstance(reduction, Energy)
+            else weights(dtype, head_dim, reduction.group_size, units)
         )
+        steps = (key_energy(dtype, head_dim, batch * heads_kv, seqlen_k), last)
         more = {
             **dict(zip(("k_batch", "k_head", "k_row"), k_strides, strict=True)),
             "heads_kv": heads_kv,
             "heads_per_kv": heads // heads_kv,
             "seqlen_k": seqlen_k,
         }
-        return _columns(None, None, steps, shape, strides, reduction, index, more)
-    chosen = prepare(batch, heads, seqlen_q, head_dim, reduction.rows_per_block, None)
-    weighted = reduction.representative == "rank1"
-    kernel = prepare_kernel(dtype, head_dim, aligned, weighted)
-    order, vectors = _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
-    last = weights(dtype, head_dim, reduction.group_size, units) if weighted else None
-    return _columns(order, vectors, (None, last), shape, strides, reduction, index, {})
+    order = vectors = None
+    if isinstance(reduction, LSH):
+        chosen = prepare(batch, heads, seqlen_q, head_dim, reduction.rows_per_block, None)
+        kernel = prepare_kernel(dtype, head_dim, aligned, reduction.by_keys)
+        order, vectors = _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
+    return _columns(order, vectors, steps, shape, strides, reduction, index, more)
 
 
 @functools.lru_cache(maxsize=64)
@@ -764,6 +773,7 @@ def _attention(
         strides = row_strides(out.shape, out.strides, out.itemsize)
         aligned = rows_aligned(out.data.ptr, strides, out.itemsize)
     lse = cupy.ndarray(problem.out_shape[:3], np.float32) if return_lse else None
+    shift = cupy.ndarray(problem.out_shape[:3], np.float32) if return_lse and problem.restore else None
     if problem.empty:
         check_device(device_properties(problem.device or 0), problem.device or 0)
         out.fill(0)
@@ -784,10 +794,10 @@ def _attention(
         hold(scratch)
         if recipe.columns is not None:
             keys, permutation = scratch.ptr, scratch.ptr + recipe.transposed_bytes
-            weights_address = permutation + recipe.permutation_bytes
-            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, weights_address)
-            if recipe.more_bytes:
-                more.append(weights_address)
+            behind = permutation + recipe.permutation_bytes
+            shift_address = 0 if shift is None else shift.data.ptr
+            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, behind, shift_address)
+            more += recipe.columns.numbers(behind)
         if recipe.counter_bytes:
             place = scratch + (scratch_bytes - recipe.counter_bytes)
             place.memset_async(0, recipe.counter_bytes)
@@ -800,15 +810,17 @@ def _attention(
             ranks = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
         maps = map(encode, recipe.maps, pointers)
         recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
-        return out, lse
-    if recipe.merge is None:
+    elif recipe.merge is None:
         recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
-        return out, lse
-    found = cupy.cuda.alloc(recipe.split_bytes)
-    hold(found)
-    lses = found.ptr + recipe.partial_bytes
-    recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation, *more)
-    recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
+    else:
+        found = cupy.cuda.alloc(recipe.split_bytes)
+        hold(found)
+        lses = found.ptr + recipe.partial_bytes
+        recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation, *more)
+        recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
+    if shift is not None:
+        hold(shift)
+        lse += shift
     return out, lse
 
 
@@ -950,9 +962,9 @@ def decide(
 
 
 def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, Any]:
-    """Column order of every block of checked queries, and the weights or means of the columns in this order.
+    """Column order of every block of checked queries, and the numbers of the columns, see `reference.solve_columns`.
 
-    k is None where the order does not go by energy. The second is None where there are neither weights nor means.
+    k is None where columns do not go by it.
     """
     if type(q) is np.ndarray:
         return reference.solve_columns(q, reduction, k)
@@ -965,10 +977,11 @@ def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, 
         blocks = -(-q.shape[2] // reduction.rows_per_block)
         permutation = cupy.ndarray((*q.shape[:2], blocks, q.shape[3]), np.uint8)
         keys, address = None, 0
-        if isinstance(reduction, Energy):
+        if reduction.by_keys:
             k = k[:, :, reduction.sinks :]
             keys = (k.shape[1], k.shape[2], row_strides(k.shape, k.strides, k.itemsize))
             address = k.data.ptr
+        shape = permutation.shape if isinstance(reduction, Energy) else (2, *permutation.shape)
         if not permutation.size:
             return permutation, None
         run = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index, keys)
@@ -978,7 +991,7 @@ def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, 
         scratch = cupy.cuda.alloc(run.more_bytes)
         hold(scratch)
         run(q.data.ptr, address, 0, permutation.data.ptr, scratch.ptr)
-        return permutation, cupy.ndarray(permutation.shape, np.float32, scratch)
+        return permutation, cupy.ndarray(shape, np.float32, scratch)
 
 
 def _dtype_name(array: Any) -> str:

@@ -245,12 +245,11 @@ def _energies(
     """Squared errors and sizes (heads, rows, 4) of the drawn rows: output, its error, scores, theirs; and factors."""
     norms = np.stack([_host((wide(x, xp) ** 2).sum(axis=2)) for x in out])
     samples = list(_samples(norms, problem, rows, seed))
-    orders = weights = None
+    orders = numbers = None
     if problem.reduction is not None:
         # The energy of K's columns is that of the keys that are reduced.
-        energy = isinstance(problem.reduction, Energy)
         chosen = dataclasses.replace(problem.reduction, sinks=problem.sinks)
-        orders, weights = launch.columns(q, k if energy else None, chosen, stream)
+        orders, numbers = launch.columns(q, k if chosen.by_keys else None, chosen, stream)
     projection = reduction if isinstance(reduction, Projection) else None
     energies = np.zeros((problem.heads, rows, 4))
     shared = problem.heads // problem.heads_kv
@@ -267,9 +266,12 @@ def _energies(
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     reduced = _projected(queries, keys, projection, group, problem, xp)
                 elif orders is not None:
-                    of_head = None if weights is None else weights[b, h]
+                    of_head = None if numbers is None else numbers[..., b, h, :, :]
                     copied = _expanded(queries, orders[b, h], of_head, positions, problem, xp)
                     reduced = _scores(copied, keys, problem, xp)
+                    if problem.restore:
+                        far = keys[problem.sinks :]
+                        reduced += reference.restored(queries, copied, far, problem.scale, xp)
                 reduced = xp.where(reference.kept(positions, problem, xp), scores, reduced)
                 found = _compare(
                     scores,
@@ -297,24 +299,26 @@ def _samples(norms: Float, problem: Problem, rows: int, seed: int) -> Iterator[_
         yield _Sample(chosen // problem.seqlen_q, chosen % problem.seqlen_q, factors)
 
 
-def _expanded(queries: Any, orders: Any, weights: Any, positions: Any, problem: Problem, xp: Any) -> Any:
+def _expanded(queries: Any, orders: Any, numbers: Any, positions: Any, problem: Problem, xp: Any) -> Any:
     """What stands for each column of Q: the reduced scores are its products with K."""
     reduction = problem.reduction
     assert reduction is not None
     blocks = positions // reduction.rows_per_block
     order = orders[blocks].astype(np.int64)
     sorted_queries = xp.take_along_axis(queries, order, 1)
-    if weights is not None:
-        weights = weights[blocks].astype(np.float64)
+    if numbers is not None:
+        numbers = numbers[..., blocks, :].astype(np.float64)
     if isinstance(reduction, Energy):
         kept = xp.arange(queries.shape[1])[None] < reduction.keep
-        copies = xp.where(kept, sorted_queries, weights)
+        copies = xp.where(kept, sorted_queries, numbers)
     else:
         grouped = sorted_queries.reshape(len(queries), -1, reduction.group_size)
-        if weights is not None:
-            weights = weights.reshape(grouped.shape)
-            shares = (weights * grouped).sum(axis=2, keepdims=True) / (weights**2).sum(axis=2, keepdims=True)
-            copies = weights * shares
+        if numbers is not None:
+            weights, shares = numbers.reshape(2, *grouped.shape)
+            common = (shares * grouped).sum(axis=2, keepdims=True) / (shares * weights).sum(
+                axis=2, keepdims=True
+            )
+            copies = weights * common
         elif reduction.representative == "sample":
             copies = xp.broadcast_to(grouped[..., :1], grouped.shape)
         else:

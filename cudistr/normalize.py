@@ -85,6 +85,8 @@ class Problem:
         Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
     ranked : Ranked or None
         If heads differ in the columns of Q and K that count: where those of fewer than head_dim columns have theirs.
+    restore : bool
+        Whether the lse of reduced keys gets back what a reduction that goes by K leaves out: if others are exact.
     """
 
     batch: int
@@ -111,6 +113,7 @@ class Problem:
     sinks: int = 0
     rank: int | None = None
     ranked: Ranked | None = None
+    restore: bool = False
 
     def __post_init__(self) -> None:
         # Problems are looked up on every call: hash the fields once. Equality stays that of the fields.
@@ -525,6 +528,7 @@ def _problem(
         family=family,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
+        restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )
 
@@ -685,11 +689,12 @@ def check_group(q: Any, reduction: Any, k: Any = None, *, reference: bool = Fals
             f"reduction must be a cudistr.LSH or a cudistr.Energy, got {_kind(reduction)}. "
             "Pass, for example, cudistr.LSH(group_size=2)."
         )
-    if (k is None) == (type(reduction) is Energy):
+    if (k is None) == reduction.by_keys:
         raise TypeError(
-            "k must be given for a cudistr.Energy, which goes by its columns too. Pass k as for attention."
+            "k must be given for a cudistr.Energy and for representative='rank1', which go by its columns too. "
+            "Pass k as for attention."
             if k is None
-            else "k must be None for a cudistr.LSH, which goes by q alone. Leave k away."
+            else "k must be None for this cudistr.LSH, which goes by q alone. Leave k away."
         )
     arrays = {"q": q} if k is None else {"q": q, "k": k}
     for name, array in arrays.items():

@@ -820,7 +820,7 @@ def prepare(
 
 
 def weights(dtype: str, head_dim: int, group_size: int, units: int) -> Step:
-    """What finds the weights of the columns of each group, for so many blocks of queries."""
+    """What finds the weights and shares of the columns of each group, for so many blocks of queries."""
     constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("GROUP", group_size))
     return Step(Kernel("smxx_lsh_weights", constants, WEIGHTS_THREADS), check_blocks(units))
 
@@ -1191,10 +1191,11 @@ def plan(problem: Problem, device: Device) -> Plan:
     dtype, head_dim = problem.dtype, problem.head_dim
     units = problem.batch * problem.heads * -(-problem.seqlen_q // reduction.rows_per_block)
     energy, columns = None, None
-    if isinstance(reduction, Energy):
+    if reduction.by_keys:
         energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, problem.seqlen_k)
+    if isinstance(reduction, Energy):
         columns = energy_order(dtype, head_dim, units)
-    elif _weighted(problem):
+    elif reduction.by_keys:
         columns = weights(dtype, head_dim, reduction.group_size, units)
     return dataclasses.replace(
         chosen,

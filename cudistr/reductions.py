@@ -122,8 +122,9 @@ class LSH(Reduction):
     representative : {"sample", "mean", "rank1"}, default "sample"
         What stands for a group in Q: its first column (the paper's sampling); the mean of its columns; or their best
         approximation of rank one: each column is a multiple of the representative, by a weight of its own, with
-        which its column of K enters the sum. Weights may be negative, so "rank1" hashes a column and its negative
-        alike. Of the three it leaves the least of Q out.
+        which its column of K enters the sum. Weights go by how much the columns of K vary over the keys, the sinks
+        left out. They may be negative, so "rank1" hashes a column and its negative alike. Of the three it leaves the
+        least of the scores out; and beside exact keys reduced ones get back the weight that they lose by it.
     near : int, default 0
         Keys less than ``near`` positions away from a query's own position (bottom-right aligned) keep the full
         score product: with a causal mask the last ``near`` keys, the query's own included. 0 is none; beyond the
@@ -172,7 +173,7 @@ class LSH(Reduction):
         if self.representative not in REPRESENTATIVES:
             raise ValueError(
                 f"LSH: representative must be 'sample', 'mean' or 'rank1', got {self.representative!r}. "
-                "'sample' is the paper's choice, 'rank1' leaves the least of Q out."
+                "'sample' is the paper's choice, 'rank1' leaves the least of the scores out."
             )
         near, sinks = exact_keys("LSH", self.near, self.sinks)
         for name, value in (
@@ -203,6 +204,11 @@ class LSH(Reduction):
         assert self.block_q is not None  # __post_init__ filled it in
         return self.block_q
 
+    @property
+    def by_keys(self) -> bool:
+        """Whether what is done with columns depends on K."""
+        return self.representative == "rank1"
+
 
 @dataclass(frozen=True)
 class Energy(Reduction):
@@ -211,7 +217,8 @@ class Energy(Reduction):
     The energy of column c in a block of ``block_q`` query rows is ``||q_c - mean(q_c)|| * ||k_c - mean(k_c)||``: the
     norm of what column c adds to the scores, less what softmax does not see. The ``keep`` columns with the most are
     multiplied as they are. Of the others Q is taken for constant over the block, so that together they add one
-    number to each key's scores, ``sum_c mean(q_c) k_jc``, in float32.
+    number to each key's scores, ``sum_c mean(q_c) k_jc``, in float32. Beside exact keys reduced ones get back the
+    weight that they lose by it.
 
     This is an approximation whose error depends on the data; see the accuracy page of the documentation.
 
@@ -272,6 +279,11 @@ class Energy(Reduction):
         """Query rows of a block as an int: ``block_q`` with its default filled in."""
         assert self.block_q is not None  # __post_init__ filled it in
         return self.block_q
+
+    @property
+    def by_keys(self) -> bool:
+        """Whether what is done with columns depends on K."""
+        return True
 
 
 @functools.lru_cache(maxsize=64)

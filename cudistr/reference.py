@@ -6,6 +6,7 @@ what runs when the arrays are NumPy arrays, and what the kernels are tested agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ Single = NDArray[np.float32]
 
 # Twins of constants in smxx_lsh_weights.cu and smxx_key_energy.cu.
 SQUARINGS = 10  # of a group's products: the largest eigenvalue's share grows to its 1024th power
-WEIGHT_STEPS = 256  # weights are multiples of 1/256: every dtype has them exactly
+LEAST_SPREAD = np.float32(1 / 64)  # of a column of K, as a part of the largest in its group
+LEAST_WEIGHT = np.float32(2.0**-14)  # smaller ones are 0; the others every dtype has exactly
 ENERGY_KEYS = 256  # keys whose deviations are summed one after another
 
 # Standard errors of the logarithm of a squared error that are added to it before it is held against a tolerance. Errors
@@ -95,26 +97,34 @@ def order(q_block: NDArray[Any], reduction: LSH) -> NDArray[np.intp]:
 
 
 def balance(
-    q_block: NDArray[Any], permutation: NDArray[np.intp], reduction: LSH
-) -> tuple[NDArray[np.intp], Single]:
-    """Weights of the columns of each group: their best approximation of rank one, ``q_c ~ w_c qhat``.
+    q_block: NDArray[Any], permutation: NDArray[np.intp], reduction: LSH, energies: Single
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Weights of the columns of each group: the best approximation of rank one of what they add to the scores.
 
-    The weights are the eigenvector of the largest eigenvalue of the group's products ``q_a . q_b``, found by squaring
-    their matrix until nothing else is left of it, and scaled so that the largest is 1; its column comes first. They
-    are rounded to multiples of 1/256, which every dtype has, and qhat, see :func:`sample`, is the best for the
-    rounded ones. Where there is no largest (zeros, NaN) the first column stands for the group, and the others'
-    weights are 0. All in float32, in one order, so that the kernel gives the same bits.
+    A group adds ``sum_c q_c k_c^T``, of which ``q_c = y_c qhat`` keeps the most where y is the eigenvector of the
+    largest eigenvalue of the products ``e_a e_b q_a . q_b``, with the spread e of the columns of K (their energies,
+    over the largest of the group, and at least 1/64; all 1 where that is zero or not finite). It is found by squaring
+    the matrix until nothing else is left of it. The column of its largest entry comes first. With ``r_c = e_c / e_1``
+    and ``y_1 = 1``, columns of K have the weights ``w_c = y_c / r_c``, rounded to eight significant bits, which every
+    dtype has, and columns of Q the shares ``r_c**2 w_c``, see :func:`sample`: the best for the rounded weights. Where
+    there is no largest (zeros, NaN) the first column stands for the group, and the others' weights are 0. All in
+    float32, in one order, so that the kernel gives the same bits.
 
     Returns
     -------
-    permutation (head_dim,), weights (head_dim,)
-        The order with each group's largest column moved to its first place, and the weights in this order.
+    permutation (head_dim,), numbers (2, head_dim)
+        The order with each group's first column moved to its place; weights and shares in this order.
     """
     size = reduction.group_size
     order = permutation.reshape(-1, size)
-    columns = q_block.astype(np.float32)[:, order]
     groups = np.arange(len(order))
     with np.errstate(all="ignore"):
+        spread = energies[order]
+        largest = np.fmax.reduce(spread, axis=1, initial=np.float32(0))[:, None]
+        relative = spread / largest
+        relative = np.where(relative >= LEAST_SPREAD, relative, LEAST_SPREAD)  # NaN too
+        spread = np.where((largest > 0) & (largest < np.inf), relative, np.float32(1))
+        columns = q_block.astype(np.float32)[:, order] * spread
         products = np.zeros((len(order), size, size), np.float32)
         for row in columns:
             products += row[:, :, None] * row[:, None, :]
@@ -122,21 +132,28 @@ def balance(
             products = _squared(_over_trace(products))
         diagonal = products[:, np.arange(size), np.arange(size)]
         # A strict comparison, as the kernel's: NaN is never the largest.
-        lead, largest = np.zeros(len(order), np.intp), diagonal[:, 0]
+        lead, most = np.zeros(len(order), np.intp), diagonal[:, 0]
         for member in range(1, size):
-            larger = diagonal[:, member] > largest
+            larger = diagonal[:, member] > most
             lead = np.where(larger, member, lead)
-            largest = np.where(larger, diagonal[:, member], largest)
-        weights = products[groups, lead] / largest[:, None]
-        weights = np.rint(weights * np.float32(WEIGHT_STEPS)) / np.float32(WEIGHT_STEPS) + np.float32(
-            0
-        )  # no -0
-        weights = np.where(np.abs(weights) <= 1, weights, np.float32(0))
-    weights[groups, lead] = 1
+            most = np.where(larger, diagonal[:, member], most)
+        ratio = spread / spread[groups, lead][:, None]
+        weights = _eight_bits(products[groups, lead] / most[:, None] / ratio)
+        usual = (np.abs(weights) >= LEAST_WEIGHT) & (np.abs(weights) <= 2 / LEAST_SPREAD)
+        weights = np.where(usual, weights, np.float32(0))
+        weights[groups, lead] = 1
+        numbers = np.stack([weights, ratio * (ratio * weights)])
     order = order.copy()
-    for array in (order, weights):
+    for array in (order, *numbers):
         array[groups, lead], array[:, 0] = array[:, 0].copy(), array[groups, lead].copy()
-    return order.reshape(-1), weights.reshape(-1)
+    return order.reshape(-1), numbers.reshape(2, -1)
+
+
+def _eight_bits(x: Single) -> Single:
+    """The nearest numbers of eight significant bits, ties to even: bfloat16."""
+    bits = x.view(np.uint32)
+    rounded: Single = ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return rounded
 
 
 def _over_trace(products: Single) -> Single:
@@ -154,17 +171,40 @@ def _squared(products: Single) -> Single:
 
 
 def sample(
-    q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH, weights: Single | None = None
+    q_block: NDArray[Any], permutation: NDArray[Any], reduction: LSH, numbers: Single | None = None
 ) -> NDArray[Any]:
     """Qhat (rows, head_dim / group_size): the first column of each group, the mean of the group, or its weighted mean.
 
-    The last is ``sum_c w_c q_c / sum_c w_c**2``, the best that the weights allow.
+    The last is ``sum_c s_c q_c / sum_c s_c w_c`` with the weights w and shares s of :func:`balance`.
     """
     grouped = q_block[:, permutation].reshape(len(q_block), -1, reduction.group_size)
-    if weights is not None:
-        shares = weights.astype(np.float64).reshape(-1, reduction.group_size)
-        return (grouped * shares).sum(axis=2) / (shares**2).sum(axis=1)  # type: ignore[no-any-return]
+    if numbers is not None:
+        weights, shares = numbers.astype(np.float64).reshape(2, -1, reduction.group_size)
+        return (grouped * shares).sum(axis=2) / (shares * weights).sum(axis=1)  # type: ignore[no-any-return]
     return grouped[:, :, 0] if reduction.representative == "sample" else grouped.mean(axis=2)
+
+
+def restored(q: Any, copied: Any, keys: Any, scale: float, xp: Any = np) -> Any:
+    """What is left out of the weight of reduced keys beside exact ones, to be added to each row's scores: (rows, 1).
+
+    ``copied`` stands for q in the products with the reduced ``keys`` (seqlen, head_dim). The part of the mean of the
+    keys is known exactly; for the rest the columns of K are taken to be independent and normal, so that the logarithm
+    of the mean of exp(score) grows by :func:`_growth` of the variance of a row's scores.
+    """
+    if len(keys) == 0:
+        return xp.zeros((len(q), 1))
+    mean, variance, limit = keys.mean(axis=0), keys.var(axis=0), math.log(len(keys))
+    parts = [_growth(scale**2 * (x**2 @ variance), limit, xp) for x in (q, copied)]
+    shift = scale * ((q - copied) @ mean) + parts[0] - parts[1]
+    return xp.where(xp.isfinite(shift), shift, 0.0)[:, None]
+
+
+def _growth(variance: Any, limit: float, xp: Any) -> Any:
+    """Logarithm of the mean of exp(x) over ``exp(limit)`` normal numbers x of mean 0.
+
+    Half the variance, until the largest number decides (Derrida, *Random-energy model*, Phys. Rev. B 24, 2613, 1981).
+    """
+    return xp.where(variance < 2 * limit, variance / 2, xp.sqrt(2 * limit * variance) - limit)
 
 
 def fuse(
@@ -282,14 +322,26 @@ def _scores(q: Float, k: Float, problem: Problem) -> Float:
     return scores
 
 
-def columns_of(q_block: NDArray[Any], reduction: LSH) -> tuple[NDArray[np.intp], Single | None]:
-    """Order and weights of the columns of one block of queries; weights are None where all are 1."""
+def columns_of(
+    q_block: NDArray[Any], reduction: LSH, energies: Single | None
+) -> tuple[NDArray[np.intp], Single | None]:
+    """Order of the columns of one block of queries, and their weights and shares; None where all are 1."""
     permutation = order(q_block, reduction)
-    return (
-        balance(q_block, permutation, reduction)
-        if reduction.representative == "rank1"
-        else (permutation, None)
-    )
+    return (permutation, None) if energies is None else balance(q_block, permutation, reduction, energies)
+
+
+def _grouped_scores(
+    q: Float, k: Float, rows: NDArray[Any], energies: Single | None, reduction: LSH, problem: Problem
+) -> Float:
+    """Scores of Qhat and Khat of a block; ``rows`` are its queries as they came."""
+    permutation, numbers = columns_of(rows, reduction, energies)
+    qhat = sample(q, permutation, reduction, numbers)
+    if numbers is None:
+        return _scores(qhat, fuse(k, permutation, reduction.group_size), problem)
+    # sum_t qhat_t khat_t = sum_c (qhat_t w_c) k_c
+    copied = np.empty_like(q)
+    copied[:, permutation] = np.repeat(qhat, reduction.group_size, axis=1) * numbers[0]
+    return _scores_of(copied, q, k, problem)
 
 
 def _kept_scores(q: Float, k: Float, energies: Single, reduction: Energy, problem: Problem) -> Float:
@@ -297,7 +349,15 @@ def _kept_scores(q: Float, k: Float, energies: Single, reduction: Energy, proble
     permutation, means = energy_order(q, energies)
     copied = q.copy()
     copied[:, permutation[reduction.keep :]] = means[reduction.keep :]
-    return _scores(copied, k, problem)
+    return _scores_of(copied, q, k, problem)
+
+
+def _scores_of(copied: Float, q: Float, k: Float, problem: Problem) -> Float:
+    """Scores of what stands for q, and what :func:`restored` gives them back."""
+    scores = _scores(copied, k, problem)
+    if problem.restore:
+        scores += restored(q, copied, k[problem.sinks :], problem.scale)
+    return scores
 
 
 def _projected_scores(q: Float, k: Float, projection: Projection, head: int, problem: Problem) -> Float:
@@ -415,8 +475,11 @@ def solve(
     with np.errstate(invalid="ignore", over="ignore"):
         for b, h in np.ndindex(problem.batch, problem.heads):
             keys, values = (x[b, h // shared].astype(np.float64, order="C") for x in (k, v))
-            if isinstance(reduction, Energy):
-                energies = key_energies(k[b, h // shared, problem.sinks :])
+            energies = (
+                key_energies(k[b, h // shared, problem.sinks :])
+                if reduction is not None and reduction.by_keys
+                else None
+            )
             for start in range(0, problem.seqlen_q, block_q):
                 rows = np.arange(start, min(start + block_q, problem.seqlen_q))
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
@@ -424,11 +487,10 @@ def solve(
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
                     scores = _projected_scores(q_block, keys, projection, h // shared, problem)
                 elif isinstance(reduction, Energy):
+                    assert energies is not None
                     scores = _kept_scores(q_block, keys, energies, reduction, problem)
                 elif reduction is not None:
-                    permutation, weights = columns_of(q[b, h, rows], reduction)
-                    khat = fuse(keys, permutation, reduction.group_size, weights)
-                    scores = _scores(sample(q_block, permutation, reduction, weights), khat, problem)
+                    scores = _grouped_scores(q_block, keys, q[b, h, rows], energies, reduction, problem)
                 if problem.near or problem.sinks:
                     scores = np.where(kept(rows, problem), exact, scores)
                 out[b, h, rows], lse[b, h, rows] = _attend(scores, values, visible(rows, problem))
@@ -438,25 +500,30 @@ def solve(
 def solve_columns(
     q: NDArray[Any], reduction: LSH | Energy, k: NDArray[Any] | None = None
 ) -> tuple[NDArray[np.uint8], Single | None]:
-    """Permutations for checked arguments, see :func:`group`, and the weights or means that go with them."""
+    """Permutations for checked arguments, see :func:`group`, and the numbers that go with them.
+
+    These are means (as the permutations), or weights and shares (2, as the permutations), or None.
+    """
     batch, heads, seqlen_q, head_dim = q.shape
     block_q = reduction.rows_per_block
     permutations = np.zeros((batch, heads, -(-seqlen_q // block_q), head_dim), np.uint8)
-    numbers = np.ones(permutations.shape, np.float32)
+    kinds = () if isinstance(reduction, Energy) else (2,)
+    numbers = np.ones((*kinds, *permutations.shape), np.float32)
     for b, h in np.ndindex(batch, heads):
-        if isinstance(reduction, Energy):
+        energies = None
+        if reduction.by_keys:
             assert k is not None
             energies = key_energies(k[b, h // (heads // k.shape[1]), reduction.sinks :])
         for n in range(permutations.shape[2]):
             block = q[b, h, n * block_q : (n + 1) * block_q]
             if isinstance(reduction, Energy):
+                assert energies is not None
                 permutations[b, h, n], numbers[b, h, n] = energy_order(block, energies)
                 continue
-            permutations[b, h, n], weights = columns_of(block, reduction)
-            if weights is not None:
-                numbers[b, h, n] = weights
-    plain = isinstance(reduction, LSH) and reduction.representative != "rank1"
-    return permutations, None if plain else numbers
+            permutations[b, h, n], found = columns_of(block, reduction, energies)
+            if found is not None:
+                numbers[:, b, h, n] = found
+    return permutations, numbers if reduction.by_keys else None
 
 
 def solve_merge(outs: Sequence[NDArray[Any]], lses: Sequence[NDArray[Any]]) -> tuple[Float, Float]:

@@ -299,9 +299,12 @@ def naive_softmax(scores: np.ndarray, v: np.ndarray, seen: np.ndarray) -> tuple[
 def expanded(
     q: np.ndarray, reduction: cudistr.LSH | cudistr.Energy, k: np.ndarray | None = None
 ) -> np.ndarray:
-    """Qtilde, float64: what stands for each column of Q. ``S_hat = Qtilde K^T``. Columns kept by energy ask for k."""
+    """Qtilde, float64: what stands for each column of Q. ``S_hat = Qtilde K^T``. k is used where columns go by it."""
     result = q.astype(np.float64)
     q = np.ascontiguousarray(q)
+    if reduction.by_keys:
+        assert k is not None
+        k = np.ascontiguousarray(k)
     if isinstance(reduction, cudistr.Energy):
         permutations = cudistr.reference.group(q, reduction, k)
         for b, h, n in np.ndindex(*permutations.shape[:3]):
@@ -309,15 +312,21 @@ def expanded(
             for column in permutations[b, h, n, reduction.keep :]:
                 result[b, h, rows, column] = q[b, h, rows, column].astype(np.float64).mean()
         return result
-    permutations = cudistr.reference.group(q, reduction)
+    permutations = cudistr.reference.group(q, reduction, k if reduction.by_keys else None)
     for b, h, n in np.ndindex(*permutations.shape[:3]):
         rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
         block = q[b, h, rows].astype(np.float64)
         for group in permutations[b, h, n].reshape(-1, reduction.group_size):
-            if reduction.representative == "rank1":
-                _, weights = cudistr.reference.balance(q[b, h, rows], group.astype(int), reduction)
-                one = block[:, group] @ weights / (weights.astype(np.float64) @ weights)
-                result[b, h, rows, group] = np.outer(weights, one)
+            if reduction.by_keys:
+                energies = cudistr.reference.key_energies(
+                    k[b, h // (q.shape[1] // k.shape[1]), reduction.sinks :]
+                )
+                found, numbers = cudistr.reference.balance(
+                    q[b, h, rows], group.astype(int), reduction, energies
+                )
+                weights, shares = numbers.astype(np.float64)
+                one = block[:, found] @ shares / (weights @ shares)
+                result[b, h, rows, found] = np.outer(weights, one)
                 continue
             one = block[:, group[0]] if reduction.representative == "sample" else block[:, group].mean(axis=1)
             result[b, h, rows, group] = one  # advanced index first: (group_size, rows)

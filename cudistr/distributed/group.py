@@ -18,7 +18,7 @@ from cudistr.distributed.schedule import PARALLEL, Layout
 from cudistr.distributed.transport import Mpi, Nccl, Transport
 from cudistr.errors import CudaUnavailableError, DistributedError
 from cudistr.projection import Projection
-from cudistr.reductions import Energy, Reduction
+from cudistr.reductions import Reduction
 
 __all__ = ["Group", "connect"]
 
@@ -117,7 +117,7 @@ class Group:
             layout of q must begin at multiples of ``block_q``: ``Layout.split(..., block=block_q)``.
         tolerance : float, optional
             As for :func:`cudistr.attention`; only with ``parallel="heads"``, because its decision takes all keys. An
-            Energy is for ``"heads"`` alone for the same reason.
+            Energy, and an LSH with ``representative="rank1"``, are for ``"heads"`` alone for the same reason.
         return_lse : bool, default False
             Whether to return ``lse`` too.
 
@@ -194,10 +194,10 @@ class Group:
                     "tolerance needs all keys of a head on one rank, so it cannot be used with parallel='context'. "
                     "Pass parallel='heads', or leave it away."
                 )
-            if isinstance(reduction, Energy) and parallel == "context":
+            if getattr(reduction, "by_keys", False) and parallel == "context":
                 raise ValueError(
-                    "a cudistr.Energy goes by all keys of a head, so it cannot be used with parallel='context'. "
-                    "Pass parallel='heads', or a cudistr.LSH."
+                    "a cudistr.Energy, and representative='rank1', go by all keys of a head, so they cannot be used "
+                    "with parallel='context'. Pass parallel='heads', or a cudistr.LSH with another representative."
                 )
             alike = {
                 "batch": problem.batch,

@@ -205,7 +205,7 @@ def _on_cpu(
     out = np.empty((1, heads, seqlen, v.shape[3]), np.float32)
     orders = numbers = None
     if isinstance(reduction, cudistr.LSH | cudistr.Energy):
-        of_keys = k if isinstance(reduction, cudistr.Energy) else None
+        of_keys = k if reduction.by_keys else None
         normalize.check_group(q, reduction, of_keys)
         orders, numbers = reference.solve_columns(q, reduction, of_keys)
     near, sinks = getattr(reduction, "near", 0), getattr(reduction, "sinks", 0)
@@ -224,14 +224,22 @@ def _on_cpu(
             block = queries[start:stop]
             if orders is not None:
                 order = orders[0, h, start // rows_per_block].astype(np.intp)
-                own: Any = None if numbers is None else numbers[0, h, start // rows_per_block]
+                own: Any = None if numbers is None else numbers[..., 0, h, start // rows_per_block, :]
+                copied = None
                 if isinstance(reduction, cudistr.Energy):
                     qhat, khat = block.copy(), keys[:last]
                     qhat[:, order[reduction.keep :]] = own[reduction.keep :]
+                    copied = qhat
                 else:
                     qhat = reference.sample(block, order, reduction, own).astype(np.float32)
-                    khat = reference.fuse(keys[:last], order, reduction.group_size, own)
+                    weights = None if own is None else own[0]
+                    khat = reference.fuse(keys[:last], order, reduction.group_size, weights)
+                    if own is not None:
+                        copied = np.empty_like(block)
+                        copied[:, order] = np.repeat(qhat, reduction.group_size, axis=1) * own[0]
                 scores = scale * (qhat @ khat.T)
+                if copied is not None and (near or sinks):
+                    scores += reference.restored(block, copied, keys[sinks:], float(scale))
             elif reduced_keys is not None:
                 scores = reduced_queries[start:stop] @ reduced_keys[:last].T + shift[start:stop]
             else:

@@ -11,7 +11,7 @@
 //   FUSE_IN_SHARED  1: the columns of a group are summed in shared memory, once for all warps; 0: on the way from there
 //               to the product, by every warp
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
-//   WEIGHTED    1: by their weighted mean, and columns of K are summed with the same weights
+//   WEIGHTED    1: by their weighted mean, and columns of K are summed with weights too
 //   KEEP        0, or with GROUP 1: the first KEEP columns of the permutation are multiplied, and for the others the
 //               means of Q's columns stand in the place of Q
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
@@ -40,7 +40,10 @@ struct AttentionParams {
     float* partial;         // (splits, batch, heads, seqlen_q, HEAD_DIM_V), contiguous: takes the place of out
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
 #if WEIGHTED || KEEP
-    const float* weights;   // the same shape: of the columns in this order, weights, or the means of Q
+    const float* weights;   // the same shape: of the columns in this order, weights for K, or the means of Q
+#endif
+#if WEIGHTED
+    const float* shares;    // the same shape: weights for Q
 #endif
 #if RANKED
     const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
@@ -188,7 +191,7 @@ DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* 
 // Qhat: one column per group, sampled or averaged. Padding becomes zero.
 template <class Shared>
 DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation,
-                           const float* weights, int thread) {
+                           const float* weights, const float* shares, int thread) {
     for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
         const int row = i / kDepth;
         const int group = i % kDepth;
@@ -202,9 +205,9 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
                 float square = 0.f;
 #pragma unroll
                 for (int member = 0; member < kMembers; ++member) {
-                    const float weight = weights[group * kMembers + member];
-                    total = fmaf(weight, Traits<T>::to_float(source[columns[member]]), total);
-                    square = fmaf(weight, weight, square);
+                    const float share = shares[group * kMembers + member];
+                    total = fmaf(share, Traits<T>::to_float(source[columns[member]]), total);
+                    square = fmaf(share, weights[group * kMembers + member], square);
                 }
                 value = Traits<T>::from_float(total / square);
             } else if constexpr (MEAN) {
@@ -460,12 +463,16 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 
         const u8* permutation = nullptr;
         const float* weights = nullptr;
+        const float* shares = nullptr;
         if constexpr (kGrouped) {
             const i64 block =
                 static_cast<i64>(place.batch_head) * params.group_blocks + place.row_block / params.tiles_per_block;
             permutation = params.permutation + block * HEAD_DIM;
 #if WEIGHTED || KEEP
             weights = params.weights + block * HEAD_DIM;
+#endif
+#if WEIGHTED
+            shares = params.shares + block * HEAD_DIM;
 #endif
             find_key_rows(shared, k, k_row, permutation, weights, thread);
             __syncthreads();
@@ -476,7 +483,7 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
         ValueCopy value_copy;
         if constexpr (kGrouped) {
             if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
-            gather_queries(shared, q, q_row, rows, permutation, weights, thread);
+            gather_queries(shared, q, q_row, rows, permutation, weights, shares, thread);
         } else {
             key_copy.open(k + tile * (TILE_K * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);

@@ -1,21 +1,28 @@
-// Weights of the columns of each group of grouped attention: their best approximation of rank one. The NumPy twin is
-// reference.balance, and both give the same bits: float32, one order of sums, product and sum rounded apart.
+// Weights of the columns of each group of grouped attention: the best approximation of rank one of what they add to the
+// scores. The NumPy twin is reference.balance, and both give the same bits: float32, one order of sums, product and sum
+// rounded apart. And what they leave out of the weight of reduced keys, Lacking.
 //
-// One thread block for a block of queries. The products of a group's columns are a matrix (GROUP x GROUP); squared
-// again and again, its columns become the eigenvector of its largest eigenvalue.
+// One thread block for a block of queries. The products of a group's columns, each times how much its column of K varies,
+// are a matrix (GROUP x GROUP); squared again and again, its columns become the eigenvector of its largest eigenvalue.
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM, GROUP (columns per group).
 #include "tile/dtype.cuh"
+#include "tile/spread.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
 // Strides are in elements.
 struct WeightsParams {
     const T* q;
-    u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; each group's largest column is moved first
-    float* weights;   // the same shape: of the columns in this order
-    i64 q_batch, q_head, q_row;
-    i32 heads, seqlen_q, block_q, group_blocks;
+    const T* k;
+    const float* sums;  // of smxx_key_energy.cu
+    u8* permutation;    // (batch, heads, group_blocks, HEAD_DIM), contiguous; each group's largest column is moved first
+    float* weights;     // the same shape: of the columns in this order, for K
+    float* shares;      // for Q
+    float* shift;       // (batch, heads, seqlen_q), contiguous; null if not wanted
+    i64 q_batch, q_head, q_row, k_batch, k_head;
+    i32 heads, heads_per_kv, seqlen_q, seqlen_k, block_q, group_blocks, spans;
+    float scale;
 };
 
 namespace {
@@ -26,12 +33,16 @@ constexpr int kProducts = HEAD_DIM * GROUP;  // of all groups
 constexpr int kOwn = (kProducts + kThreads - 1) / kThreads;
 constexpr int kStageRows = 8;
 constexpr int kSquarings = 10;
-constexpr float kSteps = 256.f;  // weights are multiples of 1 / 256: every dtype has them exactly
+constexpr float kLeastSpread = 1.f / 64.f;       // of a column, as a part of the largest in its group
+constexpr float kLeastWeight = 1.f / 16384.f;    // smaller ones are 0; the others every dtype has exactly
 
 struct Storage {
     float stage[kStageRows][HEAD_DIM];  // rows of Q, columns in the block's order
     float products[kGroups][GROUP][GROUP];
+    // Of the columns in the order in which they came.
     u8 columns[HEAD_DIM];
+    float energies[HEAD_DIM], spread[HEAD_DIM], means[HEAD_DIM];
+    float weights[HEAD_DIM], shares[HEAD_DIM];
 };
 
 // The products that a thread has, in registers between the steps.
@@ -58,31 +69,112 @@ DEVICE void publish(Storage& shared, Own& own) {
     __syncthreads();
 }
 
-// Nearest, ties to even, for numbers up to 2**22.
-DEVICE float round_to_integer(float x) { return __fadd_rn(__fadd_rn(x, 12582912.f), -12582912.f); }
+// Nearest with eight significant bits, ties to even.
+DEVICE float round_to_eight_bits(float x) {
+    const u32 bits = __float_as_uint(x);
+    return __uint_as_float((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+// How much each column of K varies, as a part of the largest in its group.
+DEVICE void find_spread(Storage& shared) {
+    for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+        float largest = 0.f;
+        for (int member = 0; member < GROUP; ++member) {
+            const float energy = shared.energies[i / GROUP * GROUP + member];
+            if (energy > largest) largest = energy;
+        }
+        const float relative = __fdiv_rn(shared.energies[i], largest);
+        const float spread = relative >= kLeastSpread ? relative : kLeastSpread;  // of what is not a number too
+        shared.spread[i] = largest > 0.f && largest < infinity() ? spread : 1.f;
+    }
+}
+
+// Weights and shares of a group, from the eigenvector that its products have become.
+DEVICE void find_weights(Storage& shared, int group, u8* permutation, float* weights, float* shares) {
+    int lead = 0;
+    float largest = shared.products[group][0][0];
+    for (int member = 1; member < GROUP; ++member) {
+        const float square = shared.products[group][member][member];
+        if (square > largest) {
+            largest = square;
+            lead = member;
+        }
+    }
+    const int first = group * GROUP;
+    for (int member = 0; member < GROUP; ++member) {
+        // The largest column and the first change places.
+        const int place = first + (member == lead ? 0 : member == 0 ? lead : member);
+        const float ratio = __fdiv_rn(shared.spread[first + member], shared.spread[first + lead]);
+        float weight = __fdiv_rn(__fdiv_rn(shared.products[group][lead][member], largest), ratio);
+        weight = round_to_eight_bits(weight);
+        // Of zeros and of what is not a number there is no ratio.
+        if (!(fabsf(weight) >= kLeastWeight && fabsf(weight) <= 2.f / kLeastSpread)) weight = 0.f;
+        if (member == lead) weight = 1.f;
+        const float share = __fmul_rn(ratio, __fmul_rn(ratio, weight));
+        shared.weights[first + member] = weights[place] = weight;
+        shared.shares[first + member] = shares[place] = share;
+        permutation[place] = shared.columns[first + member];
+    }
+}
+
+// Rows of Q to the stage, each column times its factor.
+template <class Factor>
+DEVICE void load_rows(Storage& shared, const T* q, i64 q_row, int rows, Factor factor) {
+    __syncthreads();  // what factors are made of is there, and every thread is done with the rows before
+    for (int i = threadIdx.x; i < rows * HEAD_DIM; i += kThreads) {
+        const int column = i % HEAD_DIM;
+        const float element = Traits<T>::to_float(q[i / HEAD_DIM * q_row + shared.columns[column]]);
+        shared.stage[i / HEAD_DIM][column] = __fmul_rn(element, factor(column));
+    }
+    __syncthreads();
+}
+
+// What the lse of a staged row lacks: a warp's work.
+DEVICE float find_shift(const Storage& shared, const WeightsParams& params, const float* row, int lane) {
+    Lacking lacking;
+    for (int group = lane; group < kGroups; group += kWarpSize) {
+        const int first = group * GROUP;
+        float total = 0.f, square = 0.f;
+        for (int i = first; i < first + GROUP; ++i) {
+            total = fmaf(shared.shares[i], row[i], total);
+            square = fmaf(shared.shares[i], shared.weights[i], square);
+        }
+        for (int i = first; i < first + GROUP; ++i) {
+            lacking.add(row[i], shared.weights[i] * (total / square), shared.energies[i], shared.means[i]);
+        }
+    }
+    return lacking.shift(params.scale, params.seqlen_k);
+}
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads) smxx_lsh_weights(const WeightsParams params) {
     __shared__ Storage shared;
     const i64 batch_head = blockIdx.x / params.group_blocks;
+    const i64 batch = batch_head / params.heads;
+    const i64 head = batch_head % params.heads;
+    const i64 head_kv = head / params.heads_per_kv;
     const int first_row = static_cast<int>(blockIdx.x % params.group_blocks) * params.block_q;
     const int rows = min(params.block_q, params.seqlen_q - first_row);
-    const T* q = params.q + batch_head / params.heads * params.q_batch + batch_head % params.heads * params.q_head +
-                 first_row * params.q_row;
-    u8* permutation = params.permutation + static_cast<i64>(blockIdx.x) * HEAD_DIM;
-    float* weights = params.weights + static_cast<i64>(blockIdx.x) * HEAD_DIM;
+    const T* q = params.q + batch * params.q_batch + head * params.q_head + first_row * params.q_row;
+    const T* k = params.k + batch * params.k_batch + head_kv * params.k_head;
+    const float* sums =
+        params.sums + (batch * (params.heads / params.heads_per_kv) + head_kv) * params.spans * (2 * HEAD_DIM);
+    const i64 block = static_cast<i64>(blockIdx.x) * HEAD_DIM;
 
-    for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) shared.columns[i] = permutation[i];
+    for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+        const int column = params.permutation[block + i];
+        const KeyColumn found = key_column<HEAD_DIM>(sums + column, params.spans, params.seqlen_k);
+        shared.columns[i] = static_cast<u8>(column);
+        shared.energies[i] = found.energy;
+        shared.means[i] = params.seqlen_k > 0 ? Traits<T>::to_float(k[column]) + found.mean : 0.f;
+    }
+    __syncthreads();
+    find_spread(shared);
     Own own = {};
     for (int start = 0; start < rows; start += kStageRows) {
         const int staged = min(kStageRows, rows - start);
-        __syncthreads();  // the columns are there, and every thread is done with the rows before
-        for (int i = threadIdx.x; i < staged * HEAD_DIM; i += kThreads) {
-            const T* row = q + (start + i / HEAD_DIM) * params.q_row;
-            shared.stage[i / HEAD_DIM][i % HEAD_DIM] = Traits<T>::to_float(row[shared.columns[i % HEAD_DIM]]);
-        }
-        __syncthreads();
+        load_rows(shared, q + start * params.q_row, params.q_row, staged, [&](int i) { return shared.spread[i]; });
         own.each([&](float& value, int group, int a, int b) {
             for (int row = 0; row < staged; ++row) {
                 const float* columns = shared.stage[row] + group * GROUP;
@@ -111,23 +203,16 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_lsh_weights(const We
     }
 
     for (int group = threadIdx.x; group < kGroups; group += kThreads) {
-        int lead = 0;
-        float largest = shared.products[group][0][0];
-        for (int member = 1; member < GROUP; ++member) {
-            const float square = shared.products[group][member][member];
-            if (square > largest) {
-                largest = square;
-                lead = member;
-            }
-        }
-        for (int member = 0; member < GROUP; ++member) {
-            // The largest column and the first change places.
-            const int place = member == lead ? 0 : member == 0 ? lead : member;
-            const float ratio = __fdiv_rn(shared.products[group][lead][member], largest);
-            const float weight = round_to_integer(__fmul_rn(ratio, kSteps)) * (1.f / kSteps);
-            // Of zeros and of what is not a number there is no ratio.
-            weights[group * GROUP + place] = member == lead ? 1.f : fabsf(weight) <= 1.f ? weight : 0.f;
-            permutation[group * GROUP + place] = shared.columns[group * GROUP + member];
+        find_weights(shared, group, params.permutation + block, params.weights + block, params.shares + block);
+    }
+    if (!params.shift) return;
+    const int lane = threadIdx.x % kWarpSize;
+    for (int start = 0; start < rows; start += kStageRows) {
+        const int staged = min(kStageRows, rows - start);
+        load_rows(shared, q + start * params.q_row, params.q_row, staged, [](int) { return 1.f; });
+        for (int row = threadIdx.x / kWarpSize; row < staged; row += kThreads / kWarpSize) {
+            const float shift = find_shift(shared, params, shared.stage[row], lane);
+            if (lane == 0) params.shift[batch_head * params.seqlen_q + first_row + start + row] = shift;
         }
     }
 }

@@ -64,7 +64,12 @@ def check(size, q, k, v, layout, **options):
 @given(st.data())
 def test_context_parallel_is_one_call(data):
     case: Case = data.draw(
-        cases(head_dims=(16,), head_dims_v=(8,), max_seqlen=70, methods=st.none() | with_exact_keys((1, 2)))
+        cases(
+            head_dims=(16,),
+            head_dims_v=(8,),
+            max_seqlen=70,
+            methods=st.none() | with_exact_keys((1, 2)).filter(lambda reduction: not reduction.by_keys),
+        )
     )
     reduction = case.options["reduction"]
     if reduction is not None:
@@ -162,7 +167,7 @@ def test_projection():
 @pytest.mark.parametrize(
     ("parallel", "reduction"),
     [
-        ("context", cudistr.LSH(2, representative="rank1", block_q=64, near=9)),
+        ("context", cudistr.LSH(2, representative="mean", block_q=64, near=9)),
         ("heads", cudistr.LSH(2, representative="rank1")),
         ("heads", cudistr.Energy(16, near=9, sinks=2)),
     ],
@@ -385,12 +390,13 @@ def test_what_cannot_be_computed_is_refused_on_all_ranks():
         ValueError,
         "parallel='heads', or leave it away",
     )
-    raises(
-        2,
-        lambda g: g.attention(*wide, reduction=cudistr.Energy(16)),
-        ValueError,
-        "cannot be used with parallel='context'. Pass parallel='heads', or a cudistr.LSH",
-    )
+    for by_keys in (cudistr.Energy(16), cudistr.LSH(2, representative="rank1")):
+        raises(
+            2,
+            lambda g, reduction=by_keys: g.attention(*wide, reduction=reduction),
+            ValueError,
+            "cannot be used with parallel='context'. Pass parallel='heads', or a cudistr.LSH",
+        )
 
 
 def test_shard_and_gather_refuse():

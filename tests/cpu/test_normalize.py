@@ -415,9 +415,10 @@ def test_group_arguments():
         ):
             function(zeros((1, 1, 5, 48)), cudistr.LSH(4))
         energy = cudistr.Energy(16)
-        with raises(TypeError, "k must be given for a cudistr.Energy"):
-            function(zeros((1, 1, 5, 32)), energy)
-        with raises(TypeError, "k must be None for a cudistr.LSH"):
+        for by_keys in (energy, cudistr.LSH(2, representative="rank1")):
+            with raises(TypeError, "k must be given for a cudistr.Energy and for representative='rank1'"):
+                function(zeros((1, 1, 5, 32)), by_keys)
+        with raises(TypeError, "k must be None for this cudistr.LSH"):
             function(zeros((1, 1, 5, 32)), cudistr.LSH(2), zeros((1, 1, 5, 32)))
         with raises(ValueError, "keep must be at most head_dim 8, got 16. This head_dim has too few columns"):
             function(zeros((1, 1, 5, 8)), energy, zeros((1, 1, 5, 8)))

@@ -299,7 +299,7 @@ def test_grouped_attention_is_prepared(one: Problem, device: Device) -> None:
     energy = isinstance(one.reduction, Energy)
     rank1 = isinstance(one.reduction, LSH) and one.reduction.representative == "rank1"
     assert constants["SIGNED"] == rank1
-    assert (chosen.key_energy is not None, chosen.columns is not None) == (energy, energy or rank1)
+    assert (chosen.key_energy is not None, chosen.columns is not None) == (energy or rank1,) * 2
     assert (chosen.prepare.order_units == 0) == energy  # not by hash
     assert not (chosen.attention.specific and (energy or rank1))
     assert {type(value) for value in constants.values()} == {int}
@@ -794,7 +794,8 @@ KEPT = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
     ("struct", "kernel", "layout"),
     [
         *((struct, *of) for struct, of in LAYOUTS.items()),
-        *(("AttentionParams", kernel, launch._WEIGHTED) for kernel in (WEIGHTED, KEPT)),
+        ("AttentionParams", WEIGHTED, launch._WEIGHTED),
+        ("AttentionParams", KEPT, launch._KEPT),
     ],
     ids=[*LAYOUTS, "weighted", "kept"],
 )

@@ -59,6 +59,11 @@ def test_exact_attention_is_the_whole_matrix_formula(case):
     np.testing.assert_allclose(lse, expected_lse, **CLOSE)
 
 
+def by_queries(case: Case) -> bool:
+    """Whether what is done with columns goes by Q alone."""
+    return not getattr(case.options.get("reduction"), "by_keys", False)
+
+
 # By groups, or by energy.
 reduced_cases = cases(reduced=True) | cases(head_dims=(32, 48, 64), methods=kept)
 
@@ -186,7 +191,8 @@ def test_short_block_uses_the_first_projection_rows():
 @given(seeds, reductions(), st.sampled_from([1, 64, 65, 130, 200]), st.sampled_from(sorted(DTYPES)), layouts)
 def test_groups_are_stable_sorts_by_rank_per_block(seed, reduction, seqlen_q, dtype, layout):
     q = random(seed, 2, 2, seqlen_q, 64, dtype=DTYPES[dtype])
-    result = reference.group(laid_out(q, layout), reduction)
+    k = random(seed, 2, 2, 9, 64, dtype=DTYPES[dtype]) if reduction.by_keys else None
+    result = reference.group(laid_out(q, layout), reduction, k)
     block_q = reduction.block_q
     assert result.dtype == np.uint8 and result.shape == (2, 2, -(-seqlen_q // block_q), 64)
     for b, h, n in np.ndindex(*result.shape[:3]):
@@ -223,28 +229,37 @@ def test_rank_one_leaves_least(seed, sizes, rows, alike):
     # One group order for all: that of the signed hash.
     order = reference.order(block, reduction)
     left = best = mean = sampled = 0.0
+    energies = np.exp2(np.random.default_rng(seed).integers(-2, 3, head_dim)).astype(np.float32)
     for group in order.reshape(-1, group_size):
-        columns = block[:, group]
-        left += residual_of(columns, group_size)
+        # What columns add to the scores goes by the spread of K's columns too.
+        columns = block[:, group] * energies[group]
+        left += residual_of(block[:, group], energies[group])
         values = np.linalg.svd(columns, compute_uv=False)
         best += (values[1:] ** 2).sum()
-        mean += ((columns - columns.mean(axis=1, keepdims=True)) ** 2).sum()
-        sampled += ((columns - columns[:, :1]) ** 2).sum()
-    # Weights are rounded to 1/256, and ten squarings leave a little of a second eigenvalue next to the first.
-    slack = 2.0**-11 * (block**2).sum()
+        mean += (
+            ((block[:, group] - block[:, group].mean(axis=1, keepdims=True)) * energies[group]) ** 2
+        ).sum()
+        sampled += (((block[:, group] - block[:, group[:1]]) * energies[group]) ** 2).sum()
+    # Weights have eight bits, and ten squarings leave a little of a second eigenvalue next to the first.
+    slack = 2.0**-11 * ((block * energies) ** 2).sum()
     assert best - slack <= left <= best + slack
     assert left <= mean + slack and left <= sampled + slack
 
 
-def residual_of(columns: np.ndarray, group_size: int) -> float:
-    """The same of one group, with the weights that the method finds."""
-    permutation, weights = reference.balance(
-        columns, np.arange(group_size), cudistr.LSH(group_size, representative="rank1")
-    )
-    assert np.abs(weights).max() == weights[0] == 1 and (weights * 256 == np.rint(weights * 256)).all()
-    ordered = columns[:, permutation]
-    one = ordered @ weights / (weights.astype(np.float64) @ weights)
-    return float(((ordered - np.outer(one, weights)) ** 2).sum())
+def residual_of(columns: np.ndarray, energies: np.ndarray) -> float:
+    """What the method's weights leave of a group's part in the scores, times so much as K's columns vary."""
+    size = len(energies)
+    reduction = cudistr.LSH(size, representative="rank1")
+    permutation, numbers = reference.balance(columns, np.arange(size), reduction, energies)
+    weights, shares = numbers.astype(np.float64)
+    assert weights[0] == 1 and (numbers[0].view(np.uint32) % 2**16 == 0).all()  # eight bits
+    ordered, spread = columns[:, permutation], energies[permutation].astype(np.float64)
+    qhat = reference.sample(columns, permutation, reduction, numbers)[:, 0]
+    np.testing.assert_allclose(qhat, ordered @ shares / (weights @ shares), rtol=1e-12, atol=1e-12)
+    # No other shares leave less.
+    best = np.linalg.lstsq((spread * weights)[:, None], (ordered * spread).T, rcond=None)[0][0]
+    np.testing.assert_allclose(qhat, best, rtol=1e-5, atol=1e-5 * np.abs(best).max())
+    return float((((ordered - np.outer(qhat, weights)) * spread) ** 2).sum())
 
 
 @given(seeds, st.sampled_from([2, 4]), st.integers(1, 150))
@@ -263,9 +278,47 @@ def test_weights_of_groups_that_have_none():
     block[:, 3] = np.nan
     block[:, 4:6] = np.inf
     block[:, 9] = 1.0
-    permutation, weights = reference.balance(block, np.arange(16), reduction)
+    permutation, numbers = reference.balance(block, np.arange(16), reduction, np.ones(16, np.float32))
     np.testing.assert_array_equal(permutation, [0, 1, 2, 3, 4, 5, 6, 7, 9, 8, 10, 11, 12, 13, 14, 15])
-    np.testing.assert_array_equal(weights, [1, 0] * 8)
+    np.testing.assert_array_equal(numbers, [[1, 0] * 8] * 2)
+
+
+def test_weights_by_columns_of_keys_that_do_not_vary():
+    # Columns of Q are alike up to a factor of two. Of K, one in each group varies 64 times less, or not at all, or
+    # is not a number; or none varies. The weight is that of Q whatever K does, the shares are not.
+    reduction = cudistr.LSH(2, representative="rank1")
+    block = np.repeat(random(3, 7, 5), 2, axis=1) * np.tile([2, 1], 5)
+    energies = np.array([1, 1, 64, 1, 1, 0, 1, np.nan, 0, 0], np.float32)
+    permutation, numbers = reference.balance(block, np.arange(10), reduction, energies)
+    np.testing.assert_array_equal(permutation, np.arange(10))
+    np.testing.assert_array_equal(numbers[0], [1, 0.5] * 5)
+    part = 0.5 / 64**2
+    np.testing.assert_array_equal(numbers[1], [1, 0.5, 1, part, 1, part, 1, part, 1, 0.5])
+
+
+@given(seeds, st.sampled_from([2, 4]), st.sampled_from([64, 700]), st.floats(0.1, 1.5))
+def test_lse_of_reduced_keys_is_restored(seed, group_size, seqlen_k, spread):
+    """With exact keys beside them, what weights leave out comes back: means exactly, the rest for normal numbers."""
+    reduction = cudistr.LSH(group_size, representative="rank1", sinks=8)
+    q = random(seed, 1, 1, 96, 32) * np.float32(spread)
+    k, v = random(seed + 1, 1, 1, seqlen_k, 32), random(seed + 2, 1, 1, seqlen_k, 8)
+    k[0, 0, 8:] -= k[0, 0, 8:].mean(axis=0)
+    shifted = k + 5 * random(seed + 3, 32)
+    q, k, shifted, v = (x.astype(np.float64) for x in (q, k, shifted, v))
+
+    def far(keys, **options):
+        scale = 32**-0.5
+        lse = reference.attention(q, keys, v, return_lse=True, **options)[1]
+        sunk = reference.attention(q, keys[:, :, :8], v[:, :, :8], return_lse=True)[1]
+        return lse + np.log(-np.expm1(sunk - lse)) - scale * (q @ keys[0, 0, 8:].mean(axis=0))
+
+    exact = far(k)
+    # A mean of the keys, which weights would get wrong, changes nothing.
+    restored = far(k, reduction=reduction)
+    np.testing.assert_allclose(far(shifted, reduction=reduction), restored, rtol=1e-4, atol=1e-4)
+    plain = cudistr.LSH(group_size, representative="rank1")
+    lost = reference.attention(q, k[:, :, 8:], v[:, :, 8:], return_lse=True, reduction=plain)[1]
+    assert np.abs(restored - exact).mean() < np.abs(lost - exact).mean()
 
 
 @given(seeds, st.integers(1, 700))
@@ -466,7 +519,7 @@ def test_values_of_one_give_one(case):
     np.testing.assert_allclose(out, expected, rtol=1e-13)
 
 
-@given(cases(masked=False), seeds)
+@given(cases(masked=False).filter(by_queries), seeds)
 def test_permuting_keys_with_their_values_changes_nothing(case, seed):
     mixed = np.random.default_rng(seed).permutation(case.k.shape[2])
     expected = solve(case)
@@ -520,7 +573,7 @@ def test_a_constant_added_to_every_key_changes_nothing(case, seed):
     np.testing.assert_allclose(shifted, lse + q @ constant * q.shape[3] ** -0.5, rtol=1e-9, atol=1e-9)
 
 
-@given(cases(masked=False), st.lists(st.integers(0, 150), max_size=4))
+@given(cases(masked=False).filter(by_queries), st.lists(st.integers(0, 150), max_size=4))
 def test_shards_of_the_keys_merge_into_the_whole(case, cuts):
     seqlen_k = case.k.shape[2]
     edges = [0, *sorted(min(cut, seqlen_k) for cut in cuts), seqlen_k]  # equal cuts make empty shards

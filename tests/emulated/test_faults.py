@@ -40,6 +40,7 @@ DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
+RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
 ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
@@ -146,7 +147,10 @@ FAULTS = {
         WEIGHTS, f"= value; }});\n    {BARRIER}", "= value; });", RACE, RANK1
     ),
     "no barrier before rows are overwritten": Fault(
-        WEIGHTS, f"{BARRIER}  // the columns are there", "// the columns are there", RACE, RANK1
+        WEIGHTS, f"{BARRIER}  // what factors are made of", "// what factors are made of", RACE, RANK1
+    ),
+    "no barrier before energies of a group are read": Fault(
+        WEIGHTS, f"{BARRIER}\n    find_spread", "find_spread", RACE, RANK1
     ),
     "no barrier before energies are compared": Fault(
         ENERGY_ORDER, f"    {BARRIER}\n    if (!active) return;", "    if (!active) return;", RACE, ENERGY
@@ -237,7 +241,18 @@ FAULTS = {
         PREPARE, "if constexpr (SIGNED) rank", "if constexpr (false) rank", WRONG, RANK1
     ),
     "a group's columns in the old order": Fault(
-        WEIGHTS, "permutation[group * GROUP + place]", "permutation[group * GROUP + member]", WRONG, RANK1
+        WEIGHTS, "permutation[place]", "permutation[first + member]", WRONG, RANK1
+    ),
+    "weights that go by the keys of another head": Fault(
+        WEIGHTS, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, RANK1
+    ),
+    "shares that are weights": Fault(WEIGHTS, "shares[place] = share;", "shares[place] = weight;", WRONG, RANK1),
+    "a mean of the keys that is not restored": Fault(
+        WEIGHTS, "params.scale * warp_sum(mean) + ", "", WRONG, RESTORED
+    ),
+    "a shift of the row before": Fault(
+        WEIGHTS, "first_row + start + row] = shift", "max(first_row + start + row - 1, 0)] = shift",
+        "wrote too|nothing wrote", RESTORED
     ),
     "the mean of another column": Fault(
         FLASH, "shared.mean[row - KEEP] = weights[row]", "shared.mean[row - KEEP] = weights[row - 1]", WRONG, ENERGY
@@ -250,7 +265,7 @@ FAULTS = {
         FLASH, "sums[nt * 8 + thread % 4 * 2 + i]", "sums[nt * 8 + thread % 4 + i]", WRONG, ENERGY
     ),
     "columns ordered by the energy of Q alone": Fault(
-        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), key_energy(sums, params.spans, params.seqlen_k))", "square", WRONG, ENERGY
+        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), key_column<HEAD_DIM>(sums, params.spans, params.seqlen_k).energy)", "square", WRONG, ENERGY
     ),
     "the energy of another KV head": Fault(
         ENERGY_ORDER, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, ENERGY

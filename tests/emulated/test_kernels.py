@@ -175,10 +175,11 @@ def test_prepare(kernel: Kernel) -> None:
     q = random(1, 1, 2, 161, head_dim, dtype=dtype)
     k = random(2, 2, 1, 77, head_dim, dtype=dtype)
     on_device = util.on_device(q, layout)
-    permutation = cudistr.group(on_device, reduction)
-    util.same_bits(permutation, reference.group(q, reduction))
-
     keys = util.on_device(k, layout)
+    of_keys = (keys[:1], k[:1]) if reduction.by_keys else (None, None)
+    permutation = cudistr.group(on_device, reduction, of_keys[0])
+    util.same_bits(permutation, reference.group(q, reduction, of_keys[1]))
+
     chosen = planner.prepare(2, 1, 0, head_dim, 128, (1, 77))
     strides = launch.row_strides(keys.shape, keys.strides, keys.itemsize)
     more = {

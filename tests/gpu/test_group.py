@@ -79,14 +79,19 @@ def test_zeros_ties_and_what_is_not_a_number(dtype):
     ids=str,
 )
 def test_weights(dtype, head_dim, group_size, options):
-    reduction = cudistr.LSH(group_size, representative="rank1", **options)
+    reduction = cudistr.LSH(group_size, representative="rank1", sinks=7, **options)
     q = random(head_dim, 1, 3, 200, head_dim, dtype=dtype)
     q[0, 1] = np.repeat(q[0, 1, :, :1], head_dim, axis=1) * (random(1, head_dim) > 0)  # multiples, and zeros
     q[0, 2, 5, 7] = np.nan
-    found = launch.columns(on_device(q), None, reduction, None)
-    for one, other in zip(found, reference.solve_columns(q, reduction), strict=True):
+    k = random(head_dim + 1, 1, 1, 300, head_dim, dtype=dtype)
+    k = (k.astype(np.float32) * np.exp2(np.arange(head_dim) % 9)).astype(dtype)
+    k[0, 0, 7:, :3] = k[0, 0, :1, :3]  # does not vary
+    k[0, 0, 100, 40] = np.inf
+    arrays = on_device(q), on_device(k)
+    found = launch.columns(*arrays, reduction, None)
+    for one, other in zip(found, reference.solve_columns(q, reduction, k), strict=True):
         same_bits(one, other)
-    check(q, reduction)
+    same_bits(cudistr.group(arrays[0], reduction, arrays[1]), found[0])
 
 
 @each_dtype

@@ -89,6 +89,21 @@ def rounded(x: Any, dtype: np.dtype, xp: Any) -> Any:
     return (bits & xp.uint32(0xFFFF0000)).view(xp.float32)
 
 
+def lost(q: Any, copied: Any, keys: Any, head_dim: int, scale: float | None, xp: Any) -> Any:
+    """What groups with weights leave out of the weight of reduced keys, before the scale: (batch, heads, rows, 1)."""
+    if keys.shape[2] == 0:
+        return xp.float32(0)
+    scale = head_dim**-0.5 if scale is None else scale
+    mean, variance = keys.mean(axis=2, keepdims=True), keys.var(axis=2, keepdims=True)
+    limit = float(np.log(keys.shape[2]))
+    result = ((q - copied) * mean).sum(axis=(3, 4))
+    for sign, x in ((1, q), (-1, copied)):
+        spread = scale**2 * (x**2 * variance).sum(axis=(3, 4))
+        growth = xp.where(spread < 2 * limit, spread / 2, xp.sqrt(2 * limit * spread) - limit)
+        result += xp.float32(sign / scale) * growth
+    return result[..., None]
+
+
 def baseline(
     q: np.ndarray,
     k: np.ndarray,
@@ -137,10 +152,17 @@ def baseline(
             few = few[..., : reduction.keep]
             rest = xp.matmul(all_keys[..., reduction.keep :], means[:, :, n, reduction.keep :, None])
             reduced = xp.matmul(few, all_keys[..., : reduction.keep].swapaxes(2, 3)) + rest.swapaxes(2, 3)
+            if (reduction.near or reduction.sinks) and softcap is None:
+                sizes = (*q.shape[:2], 1, -1, 1)
+                own = xp.take_along_axis(queries[:, :, rows], columns, axis=3)[..., None]
+                copied = xp.broadcast_to(means[:, :, n].reshape(sizes), own.shape).copy()
+                copied[..., : reduction.keep, :] = own[..., : reduction.keep, :]
+                far = all_keys[:, :, reduction.sinks :, :, None]
+                reduced += lost(own, copied, far, q.shape[3], scale, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
             scores[:, :, rows] = xp.where(kept[rows], exact, reduced)
     else:
-        permutations, weights = reference.solve_columns(q, reduction)
+        permutations, numbers = reference.solve_columns(q, reduction, k if reduction.by_keys else None)
         permutations = xp.asarray(permutations.astype(np.int64))
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
         kept = kept_mask(q.shape[2], k.shape[2], reduction)
@@ -152,15 +174,18 @@ def baseline(
                 for x in (queries[:, :, rows], keys)
             )
             qhat = grouped[..., 0] if reduction.representative == "sample" else grouped.mean(axis=4)
-            if weights is not None:
-                of_block = xp.asarray(weights[:, :, n]).reshape(
-                    *weights.shape[:2], 1, -1, reduction.group_size
-                )
-                qhat = (grouped * of_block).sum(axis=4) / (of_block**2).sum(axis=4)
-                summed = summed * of_block
+            lacking = xp.float32(0)
+            if numbers is not None:
+                sizes = (2, *q.shape[:2], 1, -1, reduction.group_size)
+                weights, shares = xp.asarray(numbers[:, :, :, n]).reshape(sizes)
+                qhat = (grouped * shares).sum(axis=4) / (weights * shares).sum(axis=4)
+                if (reduction.near or reduction.sinks) and softcap is None:
+                    copied = weights * qhat[..., None]
+                    lacking = lost(grouped, copied, summed[:, :, reduction.sinks :], q.shape[3], scale, xp)
+                summed = summed * weights
             qhat, khat = rounded(qhat, dtype, xp), rounded(summed.sum(axis=4), dtype, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
-            reduced = xp.matmul(qhat, khat.swapaxes(2, 3))
+            reduced = xp.matmul(qhat, khat.swapaxes(2, 3)) + lacking
             scores[:, :, rows] = xp.where(xp.asarray(kept[rows]), exact, reduced)
     scores *= xp.float32(q.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
