@@ -104,15 +104,21 @@ _RANKED = _parameters(
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
-_HOPPER = _parameters(
-    ("q k v", f"V{MAP_BYTES}"),
-    ("out lse permutation counter", "u8"),
+_EVERY_HOPPER = (
     ("out_batch out_head out_row band_low band_high", "i8"),
     (
         "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
         "i4",
     ),
     ("scale softcap score_scale", "f4"),
+)
+_HOPPER = _parameters(
+    ("q k v", f"V{MAP_BYTES}"), ("out lse permutation counter", "u8"), *_EVERY_HOPPER, multiple=64
+)
+_HOPPER_WEIGHTED = _parameters(
+    ("q k v", f"V{MAP_BYTES}"),
+    ("out lse permutation counter weights shares", "u8"),
+    *_EVERY_HOPPER,
     multiple=64,
 )
 _HOPPER_RANKED = _parameters(
@@ -514,7 +520,10 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
     if reduction is not None and reduction.by_keys:
         parameters = _KEPT if isinstance(reduction, Energy) else _WEIGHTED
     if chosen.attention.specific:
-        parameters, maps = _HOPPER if ranked is None else _HOPPER_RANKED, _maps(problem, chosen)
+        maps = _maps(problem, chosen)
+        parameters = _HOPPER_WEIGHTED if parameters is _WEIGHTED else _HOPPER
+        if ranked is not None:
+            parameters = _HOPPER_RANKED
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
@@ -784,6 +793,7 @@ def _attention(
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
     keys, permutation, counter = k.data.ptr, 0, 0
+    numbers: list[int] = []  # addresses of weights and shares, or of means
     # Addresses behind that of the permutation.
     more = [] if reduced is None else [0 if x is None else x.data.ptr for x in reduced]
     scratch_bytes = (
@@ -797,7 +807,7 @@ def _attention(
             behind = permutation + recipe.permutation_bytes
             shift_address = 0 if shift is None else shift.data.ptr
             recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, behind, shift_address)
-            more += recipe.columns.numbers(behind)
+            numbers = recipe.columns.numbers(behind)
         if recipe.counter_bytes:
             place = scratch + (scratch_bytes - recipe.counter_bytes)
             place.memset_async(0, recipe.counter_bytes)
@@ -809,14 +819,14 @@ def _attention(
             pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
             ranks = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
         maps = map(encode, recipe.maps, pointers)
-        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
+        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter, *numbers)
     elif recipe.merge is None:
-        recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
+        recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more, *numbers)
     else:
         found = cupy.cuda.alloc(recipe.split_bytes)
         hold(found)
         lses = found.ptr + recipe.partial_bytes
-        recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation, *more)
+        recipe.attention(*addresses, out.data.ptr, lses, found.ptr, permutation, *more, *numbers)
         recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
     if shift is not None:
         hold(shift)

@@ -664,12 +664,16 @@ def panel_columns(columns: int) -> int:
     return next(width for width in (64, 32, 16) if columns % width == 0)
 
 
-def hopper_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int, group: int) -> int:
+def hopper_shared_bytes(
+    tile: Tile, head_dim: int, head_dim_v: int, group: int, weighted: bool = False
+) -> int:
     """Shared memory of the Hopper kernel; a ``static_assert`` in the kernel compares it with its own."""
     widths = (head_dim, head_dim_v, head_dim // group) if group else (head_dim, head_dim_v)
     sizes = [tile.block_m * head_dim] + [tile.tile_k * x for x in widths] * HOPPER_STAGES
     tiles = sum(_round_up(2 * size, HOPPER_ALIGNMENT) for size in sizes)
-    order = _round_up(16 * HOPPER_STAGES + head_dim, HOPPER_ALIGNMENT) if group else 0
+    # Of a column: its place in the order; its share of Qhat, and two weights for every panel of keys.
+    per_column = 1 + weighted * (4 + 2 * 2 * tile.tile_k // PANEL_COLUMNS)
+    order = _round_up(16 * HOPPER_STAGES + per_column * head_dim, HOPPER_ALIGNMENT) if group else 0
     return _round_up(tiles + order + HOPPER_BARRIER_BYTES, HOPPER_ALIGNMENT)
 
 
@@ -679,10 +683,13 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     # Three consumers share the tiles of K and V where their accumulators fit 160 registers each, two otherwise.
     block_m = 192 if head_dim_v <= 64 and not group else 128
 
+    def needed(tile: Tile) -> int:
+        return hopper_shared_bytes(tile, head_dim, head_dim_v, group, _weighted(problem))
+
     def tiles(sizes: Iterable[int]) -> list[Tile]:
         every = (Tile(block_m, tile_k, 1) for tile_k in sizes)
         most = device.shared_bytes
-        return [tile for tile in every if hopper_shared_bytes(tile, head_dim, head_dim_v, group) <= most]
+        return [tile for tile in every if needed(tile) <= most]
 
     def cost(tile: Tile) -> int:
         counts = key_tiles(problem, tile, -(-problem.seqlen_q // block_m), 1)
@@ -704,12 +711,12 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
 def _hopper_groups(problem: Problem) -> bool:
     """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms.
 
-    Weights, and columns kept by energy, are the portable kernel's alone.
+    Columns kept by energy are the portable kernel's alone.
     """
     reduction = problem.reduction
     if reduction is None:
         return True
-    if isinstance(reduction, Energy) or _weighted(problem):
+    if isinstance(reduction, Energy):
         return False
     return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
@@ -739,18 +746,19 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
     tile = _hopper_tile(problem, device) if _hopper_covers(problem, device) else None
     if tile is None:
         return None
-    group = _group(problem)
+    group, weighted = _group(problem), _weighted(problem)
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "GROUP": group,
         "MEAN": int(_mean(problem)),
+        "WEIGHTED": int(weighted),
         "BLOCK_M": tile.block_m,
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
-        "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group),
+        "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group, weighted),
     }
     kernel = Kernel(
         "sm90_flash_fwd",

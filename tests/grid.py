@@ -52,6 +52,11 @@ HOPPER_GROUPS = (
     ("bfloat16", 192, 192, 2), ("float16", 48, 64, 3), ("float16", 64, 128, 4), ("bfloat16", 256, 64, 4),
     ("float16", 256, 128, 16),
 )  # fmt: skip
+HOPPER_RANK1 = (
+    ("float16", 128, 128, 2), ("bfloat16", 128, 128, 2), ("bfloat16", 128, 128, 4), ("bfloat16", 64, 64, 2),
+    ("float16", 96, 96, 3), ("bfloat16", 128, 128, 8), ("bfloat16", 192, 192, 2), ("bfloat16", 256, 64, 4),
+    ("float16", 256, 128, 16), ("bfloat16", 64, 128, 2),
+)  # fmt: skip
 GROUPS = (
     (32, (2, 4)), (40, (5,)), (64, (2, 4, 8)), (72, (3, 9)), (96, (2, 3, 4)), (128, (2, 4, 8, 16)), (192, (2, 6)),
     (256, (2, 4, 8, 32)),
@@ -163,6 +168,9 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
                 yield f"{dtype} {d} ranked{mask}", _replace(_problem(dtype, d, d, **options), ranked=RANKED)
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
+    for dtype, d, dv, g in HOPPER_RANK1:
+        rank1 = LSH(g, representative="rank1")
+        yield f"{dtype} {d} v{dv} lsh{g} rank1", _problem(dtype, d, dv, reduction=rank1)
     mean = LSH(2, representative="mean")
     yield (
         "float16 128 lsh2 mean softcap",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,28 @@ def same_numbers(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(found[~nan].view(kind), expected[~nan].view(kind))
 
 
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` of 16-bit numbers, rounded once: what double precision gives, or its neighbour if that is nearer."""
+    rough = (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+    found = rough.astype(a.dtype)
+    for at in np.ndindex(found.shape):
+        if not np.isfinite(float(rough[at])) or not np.isfinite(float(found[at])):
+            continue
+        exact = Fraction(float(a[at])) * Fraction(float(b[at])) + Fraction(float(c[at]))
+        word = int(found[at].view(np.uint16))
+        near = [np.uint16(w).view(a.dtype) for w in (word - 1, word, word + 1) if 0 <= w < 2**16]
+        distances = [
+            (abs(Fraction(float(x)) - exact), int(x.view(np.uint16)) % 2, x)
+            for x in near
+            if np.isfinite(float(x))
+        ]
+        best = min(distances, key=lambda of: of[:2])
+        found[at] = best[2]
+    return found
+
+
 def check_conversions(run: Run) -> None:
-    """Every conversion and sum of ``ptx/math.cuh``, special numbers and ties included."""
+    """Every conversion, sum and product of ``ptx/math.cuh``, special numbers and ties included."""
     random = np.random.default_rng(2)
     halves = np.uint32(1) << np.arange(32, dtype=np.uint32) % 24
     for round_ in range(20):
@@ -134,8 +155,8 @@ def check_conversions(run: Run) -> None:
             x[: len(SPECIAL)] = SPECIAL
         if round_ == 1:  # numbers whose dropped bits are one and zeros: ties, for some of the formats
             x = (bits(np.ones(32)) + halves).view(np.float32)
-        pair_words = random.integers(0, 2**32, (32, 2), np.uint32)
-        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 9)
+        pair_words = random.integers(0, 2**32, (32, 3), np.uint32)
+        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 11)
         low = np.ascontiguousarray(found & 0xFFFF).astype(np.uint16)
 
         with np.errstate(all="ignore"):
@@ -155,8 +176,8 @@ def check_conversions(run: Run) -> None:
             rest = found[:, 1].copy().view(np.float32)[~finite]
             same_numbers(rest, x[~finite])
 
-            one, two = (
-                np.ascontiguousarray(pair_words[:, i]).view(np.uint16).reshape(32, 2) for i in range(2)
+            one, two, three = (
+                np.ascontiguousarray(pair_words[:, i]).view(np.uint16).reshape(32, 2) for i in range(3)
             )
             same_numbers(
                 found[:, 2].copy().view(np.float32), one[:, 0].copy().view(np.float16).astype(np.float32)
@@ -171,6 +192,10 @@ def check_conversions(run: Run) -> None:
                 total = one.copy().view(dtype).astype(np.float64) + two.copy().view(dtype).astype(np.float64)
                 packed = np.ascontiguousarray(found[:, column]).view(np.uint16).reshape(32, 2)
                 same_numbers(packed.view(dtype), total.astype(np.float32).astype(dtype))
+            for column, dtype in ((9, np.float16), (10, ml_dtypes.bfloat16)):
+                factors = (x.copy().view(dtype) for x in (one, two, three))
+                packed = np.ascontiguousarray(found[:, column]).view(np.uint16).reshape(32, 2)
+                same_numbers(packed.view(dtype), fused(*factors))
 
 
 def check_cp_async(run: Run) -> None:

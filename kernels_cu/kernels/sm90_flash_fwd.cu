@@ -13,6 +13,7 @@
 //   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V; multiples of 16
 //   GROUP       0 exact; otherwise columns per group, and K comes transposed as (batch, heads_kv, HEAD_DIM, key_columns)
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
+//   WEIGHTED    1: by their weighted mean, and columns of K are summed with weights too
 //   BLOCK_M     queries per tile: 128 or 192; TILE_K keys per step
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
@@ -40,6 +41,10 @@ struct HopperParams {
     float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; null if exact
     i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
+#if WEIGHTED
+    const float* weights;  // as permutation, of the columns in this order: for K, T has them exactly, the first of a group is 1
+    const float* shares;   // for Q
+#endif
     i64 out_batch, out_head, out_row;
 #if RANKED
     Passes passes;
@@ -72,6 +77,7 @@ constexpr int kOutTiles = HEAD_DIM_V / 8;
 constexpr bool kGrouped = GROUP != 0;
 constexpr int kMembers = kGrouped ? GROUP : 1;
 constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
+constexpr bool kWeighted = WEIGHTED;
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
 
@@ -107,6 +113,12 @@ struct KeyStorage<true> {
     RawTile raw[kStages];
     RingBarriers<kStages> raw_barriers;
     u8 order[HEAD_DIM];  // of the columns, for the tile of queries in q
+#if WEIGHTED
+    float shares[HEAD_DIM];  // of the columns in this order, such that a group's sum is its Qhat
+    // For the sums of K, once for every panel. Two of them: a builder may still sum for a tile of queries when another
+    // begins the next.
+    T weights[2][FusedTile::kPanels * HEAD_DIM];
+#endif
 };
 
 // A tile of queries.
@@ -463,6 +475,9 @@ struct Builder {
     int thread, lane;
     // Where in a tile of raw keys the chunks lie that this thread sums, two offsets in a word.
     u32 members[(kOwn * kMembers + 1) / 2];
+#if WEIGHTED
+    const T* weights = nullptr;  // of the members of row(0); those of the others lie a constant apart
+#endif
 
     DEVICE int row(int i) const { return thread / kAcross + i * kDown; }
     DEVICE u32 member(int i) const { return i % 2 ? members[i / 2] >> 16 : members[i / 2] & 0xffff; }
@@ -496,10 +511,42 @@ struct Builder {
             for (int i = 0; i < kAtOnce; ++i) {
                 const int of = row(first + i);
                 const int to = of * FusedTile::kWidth + (thread % kAcross ^ of % 8) * kChunkBytes;
-                if (first + i < kOwn && of < kRows) *reinterpret_cast<Chunk*>(khat + to) = sum_chunks<T>(chunks[i]);
+                if (first + i < kOwn && of < kRows) *reinterpret_cast<Chunk*>(khat + to) = sum(chunks[i], first + i);
             }
         }
     }
+
+    // Of the members of row(i).
+    DEVICE Chunk sum(const Chunk (&chunks)[kMembers], int i) const {
+#if WEIGHTED
+        return sum_weighted_chunks<T>(chunks, [&](int member) { return weights[i * kDown * kMembers + member]; });
+#else
+        return sum_chunks<T>(chunks);
+#endif
+    }
+
+#if WEIGHTED
+    // Writes the weights of columns, which all builders read, and their shares over what these give of a column that is as
+    // the weights say.
+    DEVICE void tell_numbers(const float* of_columns, const float* shares, u32 place_number) {
+        T* to = keys.weights[place_number % 2];
+#pragma unroll 1
+        for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) {
+            const int first = i / kMembers * kMembers;
+            float square = 0.f;
+            for (int column = first; column < first + kMembers; ++column) {
+                square = fmaf(shares[column], of_columns[column], square);
+            }
+            keys.shares[i] = shares[i] / square;
+#pragma unroll
+            for (int panel = 0; panel < FusedTile::kPanels; ++panel) {
+                to[panel * HEAD_DIM + i] = Traits<T>::from_float(of_columns[i]);
+            }
+        }
+        weights = to + row(0) * kMembers;
+        named_barrier_sync(1 + kConsumers, kBuilderThreads);  // behind the turns of the consumers
+    }
+#endif
 
     DEVICE void run() {
         u32 step = 0, place_number = 0, work_number = 0;
@@ -513,6 +560,9 @@ struct Builder {
             find_members(permutation);
             shared.q_barriers[0].wait_empty(place_number);
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
+#if WEIGHTED
+            tell_numbers(params.weights + block * HEAD_DIM, params.shares + block * HEAD_DIM, place_number);
+#endif
             mbarrier_arrive(shared_address(shared.q_barriers[0].full));
             ++place_number;
             for (; walk.inside(); walk.advance(), ++step) {
@@ -562,12 +612,24 @@ struct Operands<true> {
         start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * u32(sizeof(FusedTile) / 16));
     }
 
-    static DEVICE T value(const QueryTile& q, int row, const u8* columns) {
-        if constexpr (!MEAN) return q.at(row, columns[0]);
+    template <class Keys>
+    static DEVICE T value(const QueryTile& q, int row, const Keys& storage, int group) {
+        const u8* columns = storage.order + group * kMembers;
         float total = 0.f;
+        if constexpr (kWeighted) {
 #pragma unroll
-        for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(q.at(row, columns[member]));
-        return Traits<T>::from_float(total * (1.f / kMembers));
+            for (int member = 0; member < kMembers; ++member) {
+                const float share = storage.shares[group * kMembers + member];
+                total = fmaf(share, Traits<T>::to_float(q.at(row, columns[member])), total);
+            }
+            return Traits<T>::from_float(total);
+        } else if constexpr (MEAN) {
+#pragma unroll
+            for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(q.at(row, columns[member]));
+            return Traits<T>::from_float(total * (1.f / kMembers));
+        } else {
+            return q.at(row, columns[0]);
+        }
     }
 
     // row: this lane's first row of the tile.
@@ -577,8 +639,8 @@ struct Operands<true> {
         for (int i = 0; i < kTerms / 16 * 4; ++i) {
             const int group = i / 2 * 8 + lane % 4 * 2;
             const int own = row + i % 2 * 8;
-            const T low = value(q, own, storage.order + group * kMembers);
-            const T high = value(q, own, storage.order + (group + 1) * kMembers);
+            const T low = value(q, own, storage, group);
+            const T high = value(q, own, storage, group + 1);
             queries[i / 4][i % 4] = low.bits | static_cast<u32>(high.bits) << 16;
         }
     }

@@ -20,6 +20,7 @@ struct Traits<f16> {
     static DEVICE f16 from_float(float x) { return {float_to_f16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_f16x2(low, high); }
     static DEVICE u32 add(u32 a, u32 b) { return add_f16x2(a, b); }
+    static DEVICE u32 fma(u32 a, u32 b, u32 c) { return fma_f16x2(a, b, c); }
     static DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_m16n8k16_f16(d, a, b0, b1); }
 };
 
@@ -30,6 +31,7 @@ struct Traits<bf16> {
     static DEVICE bf16 from_float(float x) { return {float_to_bf16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_bf16x2(low, high); }
     static DEVICE u32 add(u32 a, u32 b) { return add_bf16x2(a, b); }
+    static DEVICE u32 fma(u32 a, u32 b, u32 c) { return fma_bf16x2(a, b, c); }
     static DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_m16n8k16_bf16(d, a, b0, b1); }
 };
 

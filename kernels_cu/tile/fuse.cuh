@@ -34,27 +34,33 @@ DEVICE Chunk sum_chunks(const Chunk (&chunks)[kMembers]) {
     return sum;
 }
 
-// The same with a weight for each: they lie kDistance apart, and the first is 1. In float32, rounded once.
-template <class T, int kDistance, int kMembers>
-DEVICE Chunk sum_weighted_chunks(const Chunk (&chunks)[kMembers], const T* weights) {
+// The same with a weight for each, weight(member); the first is 1. Rounded once.
+template <class T, int kMembers, class Weight>
+DEVICE Chunk sum_weighted_chunks(const Chunk (&chunks)[kMembers], Weight weight) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
-    float total[kElements];
     union {
         Chunk chunk;
         T element[kElements];
     } value;
-    value.chunk = chunks[0];
+    if constexpr (kMembers == 2 && sizeof(T) == 2) {
+        const u32 pair = weight(1).bits * 0x10001u;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) total[i] = Traits<T>::to_float(value.element[i]);
+        for (int i = 0; i < 4; ++i) value.chunk.word[i] = Traits<T>::fma(chunks[1].word[i], pair, chunks[0].word[i]);
+    } else {
+        float total[kElements];
+        value.chunk = chunks[0];
 #pragma unroll
-    for (int member = 1; member < kMembers; ++member) {
-        const float weight = Traits<T>::to_float(weights[member * kDistance]);
-        value.chunk = chunks[member];
+        for (int i = 0; i < kElements; ++i) total[i] = Traits<T>::to_float(value.element[i]);
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) total[i] = fmaf(weight, Traits<T>::to_float(value.element[i]), total[i]);
+        for (int member = 1; member < kMembers; ++member) {
+            const float factor = Traits<T>::to_float(weight(member));
+            value.chunk = chunks[member];
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) total[i] = fmaf(factor, Traits<T>::to_float(value.element[i]), total[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) value.element[i] = Traits<T>::from_float(total[i]);
     }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) value.element[i] = Traits<T>::from_float(total[i]);
     return value.chunk;
 }
 
@@ -81,7 +87,8 @@ DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, const T* weights, in
             }
             if constexpr (kWeighted) {
                 const T* own = weights + i / kAcross;
-                *reinterpret_cast<Chunk*>(khat.data + offset) = sum_weighted_chunks<T, FusedTile::kRows>(chunks, own);
+                *reinterpret_cast<Chunk*>(khat.data + offset) =
+                    sum_weighted_chunks<T>(chunks, [&](int member) { return own[member * FusedTile::kRows]; });
             } else {
                 *reinterpret_cast<Chunk*>(khat.data + offset) = sum_chunks<T>(chunks);
             }

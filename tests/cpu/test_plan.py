@@ -301,7 +301,7 @@ def test_grouped_attention_is_prepared(one: Problem, device: Device) -> None:
     assert constants["SIGNED"] == rank1
     assert (chosen.key_energy is not None, chosen.columns is not None) == (energy or rank1,) * 2
     assert (chosen.prepare.order_units == 0) == energy  # not by hash
-    assert not (chosen.attention.specific and (energy or rank1))
+    assert not (chosen.attention.specific and energy)
     assert {type(value) for value in constants.values()} == {int}
     assert chosen.prepare_kernel.shared_bytes == 0
     columns, key_blocks = chosen.prepare.key_columns, chosen.prepare.key_blocks
@@ -465,7 +465,9 @@ def test_what_the_hopper_kernel_covers() -> None:
     one = problem(head_dim=128, head_dim_v=128)
     assert on_hopper(one) and on_hopper(dataclasses.replace(one, dtype="bfloat16", softcap=5.0, scale=-1.0))
     assert on_hopper(dataclasses.replace(one, left=3, right=0, heads=6, heads_kv=3))
-    assert on_hopper(dataclasses.replace(one, reduction=LSH(2, block_q=256, representative="mean")))
+    for representative in ("mean", "rank1"):
+        of_groups = LSH(2, block_q=256, representative=representative)
+        assert on_hopper(dataclasses.replace(one, reduction=of_groups))
     # A raw tile of 192 keys would fit shared memory, but not the 16 bits in which its offsets are kept.
     wide = dataclasses.replace(one, head_dim=192, head_dim_v=16, reduction=LSH(12))
     assert plan(wide, HOPPER).tile.tile_k == 128
@@ -477,7 +479,7 @@ def test_what_the_hopper_kernel_covers() -> None:
         {"seqlen_q": 64},
         {"reduction": LSH(2, block_q=64)},
         {"reduction": LSH(16)},
-        {"reduction": LSH(2, representative="rank1")},
+        {"reduction": LSH(16, representative="rank1")},
         {"reduction": Energy(32)},
         {"family": "portable"},
         {"q_strides": (0, -128, 128)},

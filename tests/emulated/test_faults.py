@@ -40,6 +40,7 @@ DECIDE = "kernels/smxx_decide.cu"
 GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
 FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
 RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
+RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
 ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
@@ -234,8 +235,12 @@ FAULTS = {
         "tile/fuse.cuh", "weights + i / kAcross", "weights + i % kAcross", WRONG, RANK1
     ),
     "a weight that Qhat has and Khat has not": Fault(
-        "tile/fuse.cuh", "fmaf(weight, Traits<T>::to_float(value.element[i]), total[i])",
-        "fmaf(1.f, Traits<T>::to_float(value.element[i]), total[i])", WRONG, RANK1
+        "tile/fuse.cuh", "Traits<T>::fma(chunks[1].word[i], pair, chunks[0].word[i])",
+        "Traits<T>::add(chunks[1].word[i], chunks[0].word[i])", WRONG, RANK1
+    ),
+    "weights that Qhat has and Khat has not": Fault(
+        "tile/fuse.cuh", "fmaf(factor, Traits<T>::to_float(value.element[i]), total[i])",
+        "fmaf(1.f, Traits<T>::to_float(value.element[i]), total[i])", WRONG, RANK1_OF_FOUR
     ),
     "a column that is hashed with its sign": Fault(
         PREPARE, "if constexpr (SIGNED) rank", "if constexpr (false) rank", WRONG, RANK1
@@ -612,6 +617,26 @@ ON_HOPPER = {
     "a member counted twice": Fault(HOPPER, "kMembers + i % kMembers];", "kMembers];", WRONG, GROUPED),
     "the wrong swizzle of a sum": Fault(HOPPER, "(thread % kAcross ^ of % 8)", "(thread % kAcross)", WRONG, GROUPED),
     "the wrong swizzle of raw keys": Fault(HOPPER, "(thread % kAcross ^ column % 8)", "(thread % kAcross)", WRONG, GROUPED),
+    # Weighted
+    "weights read before all are written": Fault(
+        HOPPER, "        named_barrier_sync(1 + kConsumers, kBuilderThreads);", "        //", RACE, RANK1
+    ),
+    "weights overwritten while another still sums": Fault(
+        HOPPER, "T* to = keys.weights[place_number % 2];", "T* to = keys.weights[0];", RACE,
+        {**RANK1, "causal": True}, lengths=(2100, 100)
+    ),
+    "the weights of another row": Fault(
+        HOPPER, "weights[i * kDown * kMembers + member]", "weights[i * kMembers + member]", WRONG, RANK1_OF_FOUR
+    ),
+    "shares of another column": Fault(
+        HOPPER, "storage.shares[group * kMembers + member]", "storage.shares[group * kMembers]", WRONG, RANK1
+    ),
+    "shares of more than a whole": Fault(
+        HOPPER, "keys.shares[i] = shares[i] / square;", "keys.shares[i] = shares[i];", WRONG, RANK1
+    ),
+    "weights of another head": Fault(
+        HOPPER, "tell_numbers(params.weights + block * HEAD_DIM", "tell_numbers(params.weights + (block ^ 1) * HEAD_DIM", WRONG, RANK1
+    ),
     "a query of the wrong place": Fault(
         PANELS, "^ row / (128 / kWidth) % (kWidth / 16);", "^ row % 2;", WRONG, GROUPED
     ),

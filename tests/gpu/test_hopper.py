@@ -77,7 +77,7 @@ def test_groups(dtype, dims):
 @pytest.mark.parametrize(
     "lengths", [(1, 1), (1, 300), (65, 63), (129, 128), (257, 200), (300, 517), (517, 300)], ids=str
 )
-@pytest.mark.parametrize("representative", ["sample", "mean"])
+@pytest.mark.parametrize("representative", ["sample", "mean", "rank1"])
 def test_lengths_of_groups(dtype, lengths, representative):
     q, k, v = inputs(16, dtype, batch=1, heads=2, lengths=lengths)
     reduction = cudistr.LSH(2, representative=representative)
@@ -92,6 +92,75 @@ def test_lengths_of_groups(dtype, lengths, representative):
 def test_blocks_of_groups(dtype, block_q, heads):
     q, k, v = inputs(17, dtype, batch=1, heads=heads[0], heads_kv=heads[1], lengths=(700, 150))
     check(q, k, v, reduction=cudistr.LSH(4, block_q=block_q), causal=True)
+
+
+def in_proportion(q: np.ndarray, group_size: int) -> np.ndarray:
+    """Columns of a group such that the first times a power of two, either sign, is each of the others."""
+    factors = 2.0 ** -np.arange(group_size) * (-1.0) ** np.arange(group_size)
+    return (q[..., ::group_size, None] * factors.astype(q.dtype)).reshape(q.shape)
+
+
+# Every number of members whose weighted sums are made in their own way, and tiles of one to three panels of keys.
+WEIGHTED_GROUPS = [
+    (128, 128, 2),
+    (64, 64, 2),
+    (128, 128, 4),
+    (64, 64, 4),
+    (96, 96, 3),
+    (128, 64, 8),
+    (192, 16, 12),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("dims", WEIGHTED_GROUPS, ids=str)
+def test_weighted_groups(dtype, dims):
+    head_dim, head_dim_v, group_size = dims
+    q, k, v = inputs(
+        21, dtype, batch=1, heads_kv=2, lengths=(333, 415), head_dim=head_dim, head_dim_v=head_dim_v
+    )
+    reduction = cudistr.LSH(group_size, representative="rank1")
+    q[:, 1] = in_proportion(q[:, 1], group_size)
+    q[:, 2] *= np.linspace(1, 3, head_dim).astype(dtype)
+    check(q, k, v, reduction=reduction)
+    check(q, k, v, reduction=reduction, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_blocks_of_weighted_groups(dtype, heads, group_size):
+    # Every thread block has several tiles of queries, and every tile has other weights.
+    q, k, v = inputs(22, dtype, batch=1, heads=heads[0], heads_kv=heads[1], lengths=(700, 150))
+    q *= np.repeat(np.linspace(0.5, 2, 700), 64).reshape(700, 64).astype(dtype)
+    q[..., ::3] *= np.array(-2, dtype)
+    check(q, k, v, reduction=cudistr.LSH(group_size, representative="rank1"))
+    check(q, k, v, reduction=cudistr.LSH(group_size, block_q=256, representative="rank1"), causal=True)
+
+
+@each_dtype
+def test_groups_of_columns_in_proportion_are_exact(dtype):
+    q, k, v = inputs(23, dtype, lengths=(300, 400), head_dim=64)
+    q = in_proportion(q, 2)
+    arrays = [on_device(x) for x in (q, k, v)]
+    exact = cp.asnumpy(cudistr.attention(*arrays)).astype(np.float32)
+    reduction = cudistr.LSH(2, representative="rank1")
+    grouped = cp.asnumpy(cudistr.attention(*arrays, reduction=reduction)).astype(np.float32)
+    # Sums of two columns of K are rounded once more.
+    assert np.linalg.norm(grouped - exact) <= 4 * ROUNDOFF[np.dtype(dtype)] * np.linalg.norm(exact)
+
+
+@each_dtype
+def test_nan_in_weighted_groups_goes_where_the_reference_has_it(dtype):
+    q, k, v = inputs(24, dtype, batch=1, lengths=(300, 300))
+    q[0, 0, 3, 4] = q[0, 1, 140, 9] = np.nan
+    options = {"causal": True, "reduction": cudistr.LSH(2, representative="rank1")}
+    out, lse = cudistr.attention(*map(on_device, (q, k, v)), return_lse=True, **options)
+    wide = (x.astype(np.float64) for x in (q, k, v))
+    exact, exact_lse = cudistr.reference.attention(*wide, return_lse=True, **options)
+    assert np.isnan(exact).any() and not np.isnan(exact).all()
+    np.testing.assert_array_equal(np.isnan(cp.asnumpy(out).astype(np.float32)), np.isnan(exact))
+    np.testing.assert_array_equal(np.isnan(cp.asnumpy(lse)), np.isnan(exact_lse))
 
 
 @each_dtype
