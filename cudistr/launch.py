@@ -41,6 +41,7 @@ from cudistr.plan import (
     decide_kernel,
     draw_kernel,
     energy_order,
+    keeps_keys,
     key_energy,
     key_spans,
     merge_kernel,
@@ -117,6 +118,20 @@ _HOPPER = _parameters(
 _HOPPER_RANKED = _parameters(
     ("q k v qhat khat", f"V{MAP_BYTES}"),
     ("ranks shift out lse permutation counter", "u8"),
+    ("out_batch out_head out_row", "i8"),
+    _BANDS,
+    _ENDS,
+    ("exact_passes passes", "i4"),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
+        "i4",
+    ),
+    ("scale softcap score_scale", "f4"),
+    multiple=64,
+)
+_HOPPER_KEPT = _parameters(
+    ("q k v", f"V{MAP_BYTES}"),
+    ("shift out lse permutation counter", "u8"),
     ("out_batch out_head out_row", "i8"),
     _BANDS,
     _ENDS,
@@ -402,7 +417,7 @@ def _extent(problem: Problem) -> dict[str, int]:
 
 
 def _passes(problem: Problem) -> dict[str, int]:
-    """The passes over the keys of a ranked problem, as the parameters of attention kernels name them."""
+    """The passes over the keys of a reduced problem, as the parameters of attention kernels name them."""
     position = problem.seqlen_k - problem.seqlen_q  # of the first query
     chosen = passes(problem)
     whole = Pass(
@@ -497,16 +512,18 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             own | {"heads_per_kv": problem.heads // problem.heads_kv},
         )
         permutation_bytes, more_bytes = columns.permutation_bytes, columns.more_bytes
-    ranked = problem.ranked
-    if ranked is not None:
+    ranked, kept = problem.ranked, keeps_keys(problem)
+    if ranked is not None or kept:
         values |= _passes(problem)
+    if ranked is not None:
         for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
     if more_bytes:
         parameters = _WEIGHTED
     if chosen.attention.specific:
-        parameters, maps = _HOPPER if ranked is None else _HOPPER_RANKED, _maps(problem, chosen)
+        parameters = _HOPPER_RANKED if ranked is not None else _HOPPER_KEPT if kept else _HOPPER
+        maps = _maps(problem, chosen)
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
@@ -794,12 +811,12 @@ def _attention(
             counter = place.ptr
     addresses = (q.data.ptr, keys, v.data.ptr)
     if recipe.maps is not None:
-        pointers, ranks = list(addresses), []
+        pointers, others = list(addresses), [0] if keeps_keys(problem) else []  # no shift
         if reduced is not None:
             pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
-            ranks = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
+            others = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
         maps = map(encode, recipe.maps, pointers)
-        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter)
+        recipe.attention(*maps, *others, out.data.ptr, lse_address, permutation, counter)
         return out, lse
     if recipe.merge is None:
         recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more)
