@@ -9,7 +9,7 @@ from typing import Any
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
-from cudistr.plan import Pass, passes
+from cudistr.plan import Device, Pass, hopper_kernel, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 
@@ -51,6 +51,12 @@ def _part(problem: Problem, own: Pass) -> Part:
     return Part(part, own.first, own.last)
 
 
+@functools.lru_cache(maxsize=1024)
+def _in_one_kernel(problem: Problem, device: Device) -> bool:
+    """Whether exact keys beside a grouping are passes of one kernel, as they are of the Hopper kernel alone."""
+    return hopper_kernel(problem, device) is not None
+
+
 def attention(
     problem: Problem,
     reduction: Reduction | None,
@@ -78,7 +84,10 @@ def attention(
         return launch.attention(problem, q, k, v, out, return_lse, stream)
     chosen = parts(problem)
     if len(chosen) == 1:
-        return launch.attention(chosen[0].problem, q, k, v, out, return_lse, stream)
+        keys, values = (x[:, :, chosen[0].first : chosen[0].last] for x in (k, v))
+        return launch.attention(chosen[0].problem, q, keys, values, out, return_lse, stream)
+    if _in_one_kernel(problem, launch.device_properties(problem.device)):
+        return launch.attention(problem, q, k, v, out, return_lse, stream)
     with launch.placed(problem.device, stream):
         results = []
         for part in chosen:

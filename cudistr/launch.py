@@ -41,6 +41,7 @@ from cudistr.plan import (
     decide_kernel,
     draw_kernel,
     energy_order,
+    keeps_keys,
     key_energy,
     key_spans,
     merge_kernel,
@@ -124,6 +125,20 @@ _HOPPER_WEIGHTED = _parameters(
 _HOPPER_RANKED = _parameters(
     ("q k v qhat khat", f"V{MAP_BYTES}"),
     ("ranks shift out lse permutation counter", "u8"),
+    ("out_batch out_head out_row", "i8"),
+    _BANDS,
+    _ENDS,
+    ("exact_passes passes", "i4"),
+    (
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
+        "i4",
+    ),
+    ("scale softcap score_scale", "f4"),
+    multiple=64,
+)
+_HOPPER_KEPT = _parameters(
+    ("q k v", f"V{MAP_BYTES}"),
+    ("shift out lse permutation counter", "u8"),
     ("out_batch out_head out_row", "i8"),
     _BANDS,
     _ENDS,
@@ -416,7 +431,7 @@ def _extent(problem: Problem) -> dict[str, int]:
 
 
 def _passes(problem: Problem) -> dict[str, int]:
-    """The passes over the keys of a ranked problem, as the parameters of attention kernels name them."""
+    """The passes over the keys of a reduced problem, as the parameters of attention kernels name them."""
     position = problem.seqlen_k - problem.seqlen_q  # of the first query
     chosen = passes(problem)
     whole = Pass(
@@ -511,9 +526,10 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             own | {"heads_per_kv": problem.heads // problem.heads_kv, "scale": problem.scale},
         )
         permutation_bytes, more_bytes = columns.permutation_bytes, columns.more_bytes
-    ranked = problem.ranked
-    if ranked is not None:
+    ranked, kept = problem.ranked, keeps_keys(problem)
+    if ranked is not None or kept:
         values |= _passes(problem)
+    if ranked is not None:
         for name, strides in (("qhat", ranked.q_strides), ("khat", ranked.k_strides)):
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
@@ -521,7 +537,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         parameters = _KEPT if isinstance(reduction, Energy) else _WEIGHTED
     if chosen.attention.specific:
         maps = _maps(problem, chosen)
-        parameters = _HOPPER_WEIGHTED if parameters is _WEIGHTED else _HOPPER
+        parameters = _HOPPER_WEIGHTED if parameters is _WEIGHTED else _HOPPER_KEPT if kept else _HOPPER
         if ranked is not None:
             parameters = _HOPPER_RANKED
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
@@ -814,12 +830,12 @@ def _attention(
             counter = place.ptr
     addresses = (q.data.ptr, keys, v.data.ptr)
     if recipe.maps is not None:
-        pointers, ranks = list(addresses), []
+        pointers, others = list(addresses), [0] if keeps_keys(problem) else []  # no shift
         if reduced is not None:
             pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
-            ranks = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
+            others = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
         maps = map(encode, recipe.maps, pointers)
-        recipe.attention(*maps, *ranks, out.data.ptr, lse_address, permutation, counter, *numbers)
+        recipe.attention(*maps, *others, out.data.ptr, lse_address, permutation, counter, *numbers)
     elif recipe.merge is None:
         recipe.attention(*addresses, out.data.ptr, lse_address, 0, permutation, *more, *numbers)
     else:

@@ -27,6 +27,7 @@ __all__ = [
     "draw_kernel",
     "energy_order",
     "hopper_kernel",
+    "keeps_keys",
     "key_energy",
     "key_spans",
     "merge_kernel",
@@ -316,6 +317,11 @@ def _mean(problem: Problem) -> bool:
 def _weighted(problem: Problem) -> bool:
     """Whether the columns of a group have weights."""
     return isinstance(problem.reduction, LSH) and problem.reduction.representative == "rank1"
+
+
+def keeps_keys(problem: Problem) -> bool:
+    """Whether a problem with groups, or columns kept by energy, leaves some keys exact."""
+    return problem.reduction is not None and bool(problem.near or problem.sinks)
 
 
 def _depth(head_dim: int, group: int, keep: int) -> int:
@@ -630,8 +636,8 @@ HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere e
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
 HOPPER_GROUP_ROWS = 64  # queries of a consumer
 # Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile;
-# that number; and what is known of four tiles of keys, and of what is under way.
-HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES + 6 * 32
+# that number; and what is known of up to eight tiles of keys, and of what is under way.
+HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES + 10 * 32
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 # Keys per step, by columns of V: what to choose from. A consumer's thread holds, per row of 64, scores (keys / 2),
@@ -649,6 +655,7 @@ HOPPER_KEYS = (
 # What a step costs beside its keys, in keys: one of 192 takes 1.44 times as long as one of 128.
 HOPPER_STEP_KEYS = 18
 HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
+HOPPER_KEPT_COLUMNS = 128  # of a grouping with exact keys: beyond, ptxas spills some of its variants
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
 HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 # From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
@@ -698,7 +705,11 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
     if group:
         # Rows of a panel of the transposed K are 64 keys. Registers: scores, weights, output, and Qhat.
         beside = head_dim_v // 2 + head_dim // group // 4
-        for tile in tiles((192, 128, 64)):
+        if keeps_keys(problem) and max(head_dim, head_dim_v) > HOPPER_KEPT_COLUMNS:
+            return None
+        # Builders that also learn which tiles are exact have no registers for many columns of long ones.
+        longest = (192,) if head_dim <= 64 or not keeps_keys(problem) else ()
+        for tile in tiles((*longest, 128, 64)):
             raw_bytes = 2 * tile.tile_k * head_dim
             if raw_bytes <= HOPPER_RAW_BYTES and tile.tile_k * 3 // 4 + beside <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile
@@ -758,6 +769,7 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
+        "KEPT": int(keeps_keys(problem)),
         "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group, weighted),
     }
     kernel = Kernel(

@@ -171,7 +171,21 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
     for dtype, d, dv, g in HOPPER_RANK1:
         rank1 = LSH(g, representative="rank1")
         yield f"{dtype} {d} v{dv} lsh{g} rank1", _problem(dtype, d, dv, reduction=rank1)
+    for dtype, d, dv, g in HOPPER_GROUPS:
+        if max(d, dv) <= planner.HOPPER_KEPT_COLUMNS:
+            yield f"{dtype} {d} v{dv} lsh{g} kept", _problem(dtype, d, dv, reduction=LSH(g, near=40, sinks=9))
     mean = LSH(2, representative="mean")
+    yield (
+        "float16 128 lsh2 mean softcap kept",
+        _problem(
+            "float16",
+            128,
+            128,
+            reduction=LSH(2, representative="mean", near=40, sinks=9),
+            softcap=30.0,
+            causal=True,
+        ),
+    )
     yield (
         "float16 128 lsh2 mean softcap",
         _problem("float16", 128, 128, reduction=mean, softcap=30.0, causal=True),

@@ -18,6 +18,7 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
+//   KEPT        1: with GROUP, some keys are exact, see HopperParams
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
 #include "tile/fuse.cuh"
@@ -35,6 +36,8 @@ struct HopperParams {
 #if RANKED
     TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
     const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM
+#endif
+#if RANKED || KEPT
     const float* shift;    // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
 #endif
     T* out;
@@ -46,7 +49,7 @@ struct HopperParams {
     const float* shares;   // for Q
 #endif
     i64 out_batch, out_head, out_row;
-#if RANKED
+#if RANKED || KEPT
     Passes passes;
 #else
     i64 band_low, band_high;
@@ -140,14 +143,19 @@ struct Place {
     }
 };
 
-// A tile of keys of RANKED, as the thread that starts copies finds it and tells the consumers.
+// A tile of keys of RANKED or KEPT, as the thread that starts copies finds it and tells the consumers.
 struct alignas(16) Step {
     // Query i of the tile of queries sees, of this tile's keys, those from i + low to i + high that come before end.
     i32 low, high, end;
     i32 cut;  // bit g: consumer g has queries that do not see all of them
     i32 key;  // the first of the tile
-    // With the first tile: columns of the head, tiles for this tile of queries, and how many of them multiply Q and K.
-    i32 columns, count, exact;
+#if KEPT
+    i32 first;  // no query sees a key before it
+#else
+    i32 columns;  // with the first tile: of the head
+#endif
+    // With the first tile: tiles for this tile of queries, and how many of them multiply Q and K.
+    i32 count, exact;
 };
 
 // What that thread keeps for itself; it has few registers.
@@ -155,11 +163,15 @@ struct Notes {
     Place place;
     i32 head_kv, columns;
     i32 low, high, end;  // of the pass, as in Step
+#if KEPT
+    i32 first;  // the same
+#endif
     u32 next;            // tile of queries
     u32 number;          // of such tiles so far
 };
 
-constexpr int kSteps = 4;  // kept: consumers look at one after they have given its tile of keys back
+// Kept: consumers look at one after they have given its tile of keys back, and of KEPT run behind the builders.
+constexpr int kSteps = KEPT ? 8 : 4;
 
 // Queries that are copied at once. RANKED changes them in the middle of a tile: each consumer has a copy of its own
 // queries, which are on their way while the others still multiply the old ones.
@@ -173,7 +185,7 @@ struct SharedStorage {
     RingBarriers<1> q_barriers[kQueryParts];
     RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
     i32 work[kStages];  // the tile of queries after the current one
-#if RANKED
+#if RANKED || KEPT
     Step steps[kSteps];
     Notes notes;
 #endif
@@ -182,34 +194,41 @@ static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel di
 static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
 
 // The tiles of keys of a tile of queries, one after another, from the last to the first of a band.
-#if RANKED
-// As a consumer knows them: the producer finds them, and tells how many there are with the first one, at least one.
+#if RANKED || KEPT
+// As consumers and builders know them: the producer finds them, and tells how many there are with the first one, at least one.
 struct Walk {
     SharedStorage& shared;
     u32 first;  // tile of keys of this thread block
     int index, count, exact;
     int columns;  // of the head
 
-    DEVICE Walk(SharedStorage& shared_, u32 first_) : shared(shared_), first(first_), index(0) {
+    // ring: by which this warp learns that the first tile is there.
+    DEVICE Walk(SharedStorage& shared_, RingBarriers<kStages>& ring, u32 first_) : shared(shared_), first(first_), index(0) {
         __syncwarp();  // all lanes are done with the steps of the tile before
-        shared.k_barriers.wait(first);
+        ring.wait(first);
         // Broadcast, so that the compiler knows them to be the same for all.
         count = __shfl_sync(kFullWarp, step().count, 0);
         exact = __shfl_sync(kFullWarp, step().exact, 0);
+#if KEPT
+        columns = HEAD_DIM;
+#else
         columns = __shfl_sync(kFullWarp, step().columns, 0);
+#endif
     }
     DEVICE const Step& step() const { return shared.steps[(first + index) % kSteps]; }
     DEVICE bool inside() const { return index < count; }
     DEVICE bool ends_reduced() const { return exact < count; }
     DEVICE bool reduced() const { return index >= exact; }
     DEVICE int width() const { return reduced() ? columns : HEAD_DIM; }
+    DEVICE bool in_first_loop() const { return KEPT ? !reduced() : width() > 0; }  // of a consumer
     DEVICE bool last_of_queries() const { return index + 1 == count || index + 1 == exact; }
     DEVICE bool more() const { return index + 1 < count; }
     DEVICE void advance() { ++index; }
 };
 
 // Those of a pass, as the producer finds them: from key to first_key; maybe none. They start at the first key that a query
-// sees, so that few of them are cut; but those of heads that are whole where an exact call has them, for the same bits.
+// sees, so that few of them are cut; but those of heads that are whole where an exact call has them, for the same bits,
+// and those of the transposed K, where keys lie side by side, on whole chunks.
 struct PassTiles {
     int first_key, count;
 
@@ -219,7 +238,9 @@ struct PassTiles {
         first_key = band.first_key(place.first_row);
         const int last_key = band.last_key(last_row);
         if (pass == Passes::kWhole) first_key -= first_key % TILE_K;
-        count = last_key < first_key ? 0 : (last_key - first_key) / TILE_K + 1;
+        const int start = KEPT ? first_key / 8 * 8 : first_key;
+        count = last_key < first_key ? 0 : (last_key - start) / TILE_K + 1;
+        first_key = start;
     }
 };
 #else
@@ -236,7 +257,9 @@ struct Walk {
     }
     DEVICE bool inside() const { return tile >= first_tile; }
     DEVICE bool ends_reduced() const { return false; }
+    DEVICE bool reduced() const { return kGrouped; }
     DEVICE int width() const { return HEAD_DIM; }
+    DEVICE bool in_first_loop() const { return true; }
     DEVICE bool last_of_queries() const { return tile == first_tile; }
     DEVICE bool more() const { return tile > first_tile; }
     DEVICE void advance() { --tile; }
@@ -266,15 +289,15 @@ DEVICE void load_queries(const HopperParams& params, SharedStorage& shared, u32 
 
 // The head of K and V that a head of Q has.
 DEVICE int head_of_keys(const HopperParams& params, SharedStorage& shared, const Place& place) {
-#if RANKED
+#if RANKED || KEPT
     return shared.notes.head_kv;
 #else
     return place.head / params.heads_per_kv;
 #endif
 }
 
-// Tiles of keys are known by their number, those of RANKED, which start anywhere, by their first key.
-constexpr int kTileUnit = RANKED ? 1 : TILE_K;
+// Tiles of keys are known by their number, those of RANKED and KEPT, which start anywhere, by their first key.
+constexpr int kTileUnit = RANKED || KEPT ? 1 : TILE_K;
 
 // The same for a tile of keys.
 DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStorage<false>& keys, u32 step,
@@ -291,14 +314,14 @@ DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStor
 }
 
 // Grouped: of the transposed K, whose panels are keys side by side, and whose rows are all columns.
-DEVICE void load_keys(const HopperParams& params, SharedStorage&, KeyStorage<true>& keys, u32 step,
+DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStorage<true>& keys, u32 step,
                       const Place& place, int tile, u64 policy, int) {
     const u32 barrier = keys.raw_barriers.open(step, RawTile::kBytes);
     const u32 to = shared_address(keys.raw[step % kStages].data);
 #pragma unroll
     for (int panel = 0; panel < RawTile::kPanels; ++panel) {
-        const int key = tile * TILE_K + panel * RawTile::kPanelColumns;
-        const int x[4] = {key, 0, place.head / params.heads_per_kv, place.batch};
+        const int key = tile * kTileUnit + panel * RawTile::kPanelColumns;
+        const int x[4] = {key, 0, head_of_keys(params, shared, place), place.batch};
         tma_load_4d(to + panel * RawTile::kPanelBytes, &params.k, barrier, x, policy);
     }
 }
@@ -322,20 +345,32 @@ DEVICE void tell(SharedStorage& shared, u32 work_number, u32 next) {
 
 // One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
 // a tile comes after K of the next.
-#if RANKED
+#if RANKED || KEPT
 struct Producer {
     const HopperParams& params;
     SharedStorage& shared;
     u64 once, again;  // policies
     u32 step;         // tiles of keys so far
     u32 place_number;
+#if KEPT
+    u32 exact_ones;  // bit i: the tile copied i before the next one is exact
+#endif
 
     // Of the tile of keys that is copied next; what is told before its copy is there with it. There are few registers, so
     // that this is also where to look for what it was.
     DEVICE Step& own() { return shared.steps[step % kSteps]; }
 
+#if KEPT
+    // Builders give a tile of keys back at once if it is exact; it is free when the consumers are done with it.
+    DEVICE void wait_for_consumers(bool exact) {
+        shared.keys.raw_barriers.wait_empty(step);  // else the phase that is waited for below may not have begun
+        if (exact_ones >> 1 & 1) shared.k_barriers.wait_empty(step);
+        exact_ones = exact_ones << 1 | exact;
+    }
+#endif
+
     // Starts the copies of the keys from key on, and of the values of the tile before.
-    DEVICE void copy_tile(const Place& place, int key, int width, bool first, bool other_queries) {
+    DEVICE void copy_tile(const Place& place, int key, int width, bool exact, bool first, bool other_queries) {
         // Relative to the tile bounds that are far away may be brought nearer: sums with rows then fit 32 bits.
         const int far = 1 << 28;
         const int low = max(shared.notes.low, key - far) - key;
@@ -345,14 +380,23 @@ struct Producer {
         own().high = high;
         own().end = end;
         own().key = key;
+#if KEPT
+        own().first = shared.notes.first - key;
+#endif
         int cut = 0;
 #pragma unroll
         for (int group = 0; group < kConsumers; ++group) {
-            const int first_key = low + (group + 1) * kGroupRows - 1;  // of those that all queries see
+            int first_key = low + (group + 1) * kGroupRows - 1;  // of those that all queries see
+#if KEPT
+            first_key = max(first_key, own().first);
+#endif
             const int last_key = min(high + group * kGroupRows, end - 1);
             cut |= (first_key > 0 || last_key < TILE_K - 1) << group;
         }
         own().cut = cut;
+#if KEPT
+        wait_for_consumers(exact);
+#endif
         load_keys(params, shared, shared.keys, step, place, key, again, width);
         if (!first) copy_values(place, step - 1);
         if (other_queries) load_queries(params, shared, place_number++, place, once, width);
@@ -365,35 +409,48 @@ struct Producer {
     // Notes what a pass sees. Of the bounds, all below the first key are alike.
     DEVICE void note(const Place& place, const CutBand& band) {
         const i64 least = -BLOCK_M, most = 0x7fffffff;
+#if KEPT
+        shared.notes.first = band.first;
+#endif
         shared.notes.low = static_cast<int>(max(least, min(most, band.low + place.first_row)));
         shared.notes.high = static_cast<int>(max(least, min(most, band.high + place.first_row)));
         shared.notes.end = band.end;
     }
 
+    // Of a head, whether all its columns count.
+    DEVICE bool whole() const { return RANKED && shared.notes.columns == HEAD_DIM; }
+
     DEVICE void copy(const Place& place) {
         shared.notes.head_kv = place.head / params.heads_per_kv;
+#if RANKED
         shared.notes.columns = own().columns = params.ranks[place.batch_head];
+#else
+        shared.notes.columns = HEAD_DIM;
+#endif
         const i32& columns = shared.notes.columns;
         int count = 0, exact = 0;
-        for (int pass = params.passes.begin(columns == HEAD_DIM); pass < params.passes.after(columns == HEAD_DIM); ++pass) {
+        for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const int tiles = PassTiles(params, place, pass).count;
             count += tiles;
             exact += params.passes.reduced(pass) ? 0 : tiles;
         }
-        own().count = max(count, 1);
+        // Consumers begin with a tile, of KEPT with an exact one: maybe keys beyond the last, zeros and invisible.
+        const bool none = (KEPT ? exact : count) == 0;
+        if (KEPT && none) ++exact;
+        own().count = KEPT ? count + none : max(count, 1);
         own().exact = exact;
-        if (count == 0) {  // keys beyond the last, which are zeros and invisible
+        if (none) {
             note(place, {0, 0, 0, 0});
-            copy_tile(place, params.seqlen_k, columns, true, true);
+            copy_tile(place, params.seqlen_k, columns, true, true, true);
         }
-        bool first = true;
-        for (int pass = params.passes.begin(columns == HEAD_DIM); pass < params.passes.after(columns == HEAD_DIM); ++pass) {
+        bool first = !(KEPT && none);
+        for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const PassTiles tiles(params, place, pass);
             note(place, params.passes.band(pass));
             const int width = params.passes.reduced(pass) ? columns : HEAD_DIM;
             int key = tiles.first_key + (tiles.count - 1) * TILE_K;
             for (int left = tiles.count; left > 0; --left, key -= TILE_K) {
-                copy_tile(place, key, width, first, first || exact == 0);
+                copy_tile(place, key, width, !params.passes.reduced(pass), first, first || (RANKED && exact == 0));
                 first = false;
                 --exact;
             }
@@ -552,11 +609,15 @@ struct Builder {
         u32 step = 0, place_number = 0, work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
+#if !KEPT
             Walk walk(params, place);
             if (!walk.inside()) continue;
+#endif
             const i64 block = static_cast<i64>(place.batch_head) * params.group_blocks +
                               place.first_row / BLOCK_M / params.tiles_per_block;
             const u8* permutation = params.permutation + block * HEAD_DIM;
+            // There are no registers to keep what follows from it for the next tile.
+            if constexpr (KEPT) thread = anew(thread);
             find_members(permutation);
             shared.q_barriers[0].wait_empty(place_number);
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
@@ -565,10 +626,13 @@ struct Builder {
 #endif
             mbarrier_arrive(shared_address(shared.q_barriers[0].full));
             ++place_number;
+#if KEPT
+            Walk walk(shared, keys.raw_barriers, step);
+#endif
             for (; walk.inside(); walk.advance(), ++step) {
                 keys.raw_barriers.wait(step);
                 shared.k_barriers.wait_empty(step);
-                sum_groups(step);
+                if (walk.reduced()) sum_groups(step);
                 fence_proxy_async();
                 __syncwarp();
                 if (lane == 0) {
@@ -605,8 +669,20 @@ template <>
 struct Operands<true> {
     u32 queries[kTerms / 16][4];
     u32 keys;
+#if KEPT
+    u32 exact_queries, exact_keys;  // in shared memory as they came
 
+    DEVICE Operands(SharedStorage& shared, int group)
+        : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))),
+          exact_queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
+          exact_keys(RawTile::lower(shared_address(shared.keys.raw[0].data))) {}
+    DEVICE void start_exact(float (&scores)[kKeyTiles][4], u32 step) const {
+        start_scores_down<T, QueryTile, RawTile>(scores, exact_queries,
+                                                 exact_keys + step % kStages * u32(sizeof(RawTile) / 16));
+    }
+#else
     DEVICE Operands(SharedStorage& shared, int) : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))) {}
+#endif
 
     DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int) const {
         start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * u32(sizeof(FusedTile) / 16));
@@ -648,7 +724,7 @@ struct Operands<true> {
 
 // What the scores of a row lack that are products of Qhat and Khat. row: within the sequence.
 DEVICE float lacking(const HopperParams& params, const Place& place, int row) {
-#if RANKED
+#if RANKED || KEPT
     if (params.shift && row < params.seqlen_q) {
         return params.shift[static_cast<i64>(place.batch_head) * params.seqlen_q + row];
     }
@@ -727,7 +803,7 @@ struct Consumer {
         if (lane == 0) ring.release(n);
     }
 
-#if !RANKED
+#if !RANKED && !KEPT
     // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
     struct Visible {
         KeySpan common, rows[2];
@@ -760,16 +836,37 @@ struct Consumer {
         shared.q_barriers[0].release(place_number);
     }
 
-    // The place of a tile of queries, which RANKED finds anew: there are no registers to keep it.
+    // Scores of a tile. exact: of a tile that is, of KEPT.
+    template <class Queries>
+    DEVICE void start(const Queries& queries, float (&scores)[kKeyTiles][4], u32 step, const Walk& walk, bool exact) {
+        if constexpr (KEPT) {
+            if (exact) return queries.start_exact(scores, step);
+        }
+        queries.start(scores, step, walk.width() / 16);
+    }
+
+    // KEPT, behind the loop over exact tiles: the reduced ones, if there are any, have other queries, and other maxima.
+    template <class Queries>
+    DEVICE void change(int loop, Queries& queries, const Walk& walk, WarpgroupSoftmax& softmax, u32 work, u32 place_number) {
+        if constexpr (KEPT) {
+            if (loop != 0) return;
+            if (!walk.inside()) return shared.q_barriers[0].release(place_number);
+            take_queries(queries, place_number);
+            const Place place(params, ::anew(work));
+            subtract_lacking(params, place, softmax, place.first_row + row);
+        }
+    }
+
+    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it.
     DEVICE Place anew(const Place& place, u32 work) const {
-        if constexpr (RANKED) return Place(params, ::anew(work));
+        if constexpr (RANKED || KEPT) return Place(params, ::anew(work));
         return place;
     }
 
     // Scores of a tile as the softmax wants them, and into its maxima.
     DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
                       const Visible& keys, const Walk& walk) {
-#if RANKED
+#if RANKED || KEPT
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         const Step& tile = walk.step();
         if (tile.cut >> group & 1) {
@@ -778,6 +875,9 @@ struct Consumer {
             for (int half = 0; half < 2; ++half) {
                 const int query = row + half * 8;
                 rows[half] = {query + tile.low, min(query + tile.high, tile.end - 1)};
+#if KEPT
+                rows[half].first = max(rows[half].first, tile.first);
+#endif
             }
             apply_mask_by_bits(scores[0], rows, lane % 4 * 2);
         }
@@ -799,8 +899,8 @@ struct Consumer {
         u32 work_number = 0;
         for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
-#if RANKED
-            Walk walk(shared, step);
+#if RANKED || KEPT
+            Walk walk(shared, shared.k_barriers, step);
 #else
             Walk walk(params, place);
 #endif
@@ -813,10 +913,10 @@ struct Consumer {
                 float shift[2], rescale[2];
                 u32 weights[TILE_K / 16][4];
                 own_queries.wait(place_number);
-                if constexpr (kGrouped) take_queries(operands, place_number);
+                if constexpr (kGrouped && !KEPT) take_queries(operands, place_number);
                 shared.k_barriers.wait(step);
                 if (walk.width() > 0) {
-                    operands.start(scores[0], step, walk.width() / 16);
+                    start(operands, scores[0], step, walk, true);
                     wgmma_wait<0>();
                 } else {
                     wgmma_clear(scores[0]);
@@ -832,18 +932,19 @@ struct Consumer {
                 if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
                 walk.advance();
                 int loop = 0;
-#if RANKED
+#if RANKED || KEPT
                 // The tiles of which a head multiplies no columns are the last ones. They have a loop of their own: if a
-                // branch led past a product, ptxas would let every product wait for the one before.
+                // branch led past a product, ptxas would let every product wait for the one before. So have those of
+                // KEPT that are reduced, whose operands lie elsewhere.
 #pragma unroll
-                for (; loop < 2; ++loop)
+                for (; loop < 2; change(loop++, operands, walk, softmax, work, place_number))
 #endif
-                for (; walk.inside() && (loop == 1 || walk.width() > 0); walk.advance()) {
+                for (; walk.inside() && (loop == 1 || walk.in_first_loop()); walk.advance()) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
                     wait_for_turn();
-                    if (loop == 0) operands.start(scores[0], step, walk.width() / 16);
+                    if (KEPT || loop == 0) start(operands, scores[0], step, walk, loop == 0);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -853,7 +954,7 @@ struct Consumer {
                         const Place found = anew(place, work);
                         subtract_lacking(params, found, softmax, found.first_row + row);
                     }
-                    if (loop == 1) wgmma_clear(scores[0]);
+                    if (!KEPT && loop == 1) wgmma_clear(scores[0]);
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);

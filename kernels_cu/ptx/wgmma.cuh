@@ -41,6 +41,7 @@ DEVICE void wgmma_clear(float (&d)[kTiles][4]) {
 // wgmma.mma_async.m64nNk16 for N = 16, 32, ... 256: the instruction names every accumulator, so there is one function
 // for each N, which the size of d chooses.
 //   wgmma_f16, wgmma_bf16            a (64, 16) and b (N, 16), both with the sum's axis contiguous, in shared memory
+//   wgmma_down_f16, _down_bf16       the same a; b (16, N) with N contiguous
 //   wgmma_values_f16, _values_bf16   a in registers, as mma.m16n8k16 has it; b (16, N) with N contiguous
 // kAccumulate false: d = a * b.
 #define WGMMA_P1 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -96,6 +97,13 @@ DEVICE void wgmma_clear(float (&d)[kTiles][4]) {
     DEVICE void wgmma_##NAME(float (&d)[2 * B][4], u64 a, u64 b) {                                                    \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, " X2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE  \
                      "." TYPE " {" WGMMA_P##B "}, " X0 ", " X1 ", p, 1, 1, 0, 0; }"                                   \
+                     : WGMMA_D##B                                                                                     \
+                     : "l"(a), "l"(b), "n"(int(kAccumulate)));                                                        \
+    }                                                                                                                 \
+    template <bool kAccumulate>                                                                                       \
+    DEVICE void wgmma_down_##NAME(float (&d)[2 * B][4], u64 a, u64 b) {                                               \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, " X2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE  \
+                     "." TYPE " {" WGMMA_P##B "}, " X0 ", " X1 ", p, 1, 1, 0, 1; }"                                   \
                      : WGMMA_D##B                                                                                     \
                      : "l"(a), "l"(b), "n"(int(kAccumulate)));                                                        \
     }                                                                                                                 \

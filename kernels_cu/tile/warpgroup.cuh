@@ -15,6 +15,10 @@ struct WarpgroupMultiply<f16> {
         wgmma_f16<kAccumulate>(d, a, b);
     }
     template <bool kAccumulate, int kTiles>
+    static DEVICE void run_down(float (&d)[kTiles][4], u64 a, u64 b) {
+        wgmma_down_f16<kAccumulate>(d, a, b);
+    }
+    template <bool kAccumulate, int kTiles>
     static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
         wgmma_values_f16<kAccumulate>(d, a, b);
     }
@@ -24,6 +28,10 @@ struct WarpgroupMultiply<bf16> {
     template <bool kAccumulate, int kTiles>
     static DEVICE void run(float (&d)[kTiles][4], u64 a, u64 b) {
         wgmma_bf16<kAccumulate>(d, a, b);
+    }
+    template <bool kAccumulate, int kTiles>
+    static DEVICE void run_down(float (&d)[kTiles][4], u64 a, u64 b) {
+        wgmma_down_bf16<kAccumulate>(d, a, b);
     }
     template <bool kAccumulate, int kTiles>
     static DEVICE void run_values(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
@@ -54,6 +62,20 @@ DEVICE void start_some_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 ke
         if (steps < kMost) return start_some_scores<T, QueryTile, KeyTile, kMost - 1>(scores, queries, keys, steps);
     }
     start_scores<T, QueryTile, KeyTile, kMost>(scores, queries, keys);
+}
+
+// The same with keys that have the terms down the rows.
+template <class T, class QueryTile, class KeyTile, int kKeyTiles>
+DEVICE void start_scores_down(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
+    static_assert(KeyTile::kColumns == kKeyTiles * 8 && KeyTile::kRows == QueryTile::kColumns, "start_scores_down: shapes");
+    wgmma_fence();
+    WarpgroupMultiply<T>::template run_down<false>(scores, QueryTile::along_columns(queries, 0), KeyTile::along_rows(keys, 0));
+#pragma unroll
+    for (int step = 1; step < KeyTile::kRows / 16; ++step) {
+        WarpgroupMultiply<T>::template run_down<true>(scores, QueryTile::along_columns(queries, step),
+                                                      KeyTile::along_rows(keys, step));
+    }
+    wgmma_commit();
 }
 
 // The same with queries in registers, as the left operand of 16 terms a step, and keys with the terms down the rows.

@@ -598,7 +598,7 @@ ON_HOPPER = {
         f"{RACE}|one arrival too many|no thread of block 0 can go on", GROUPED
     ),
     "raw keys given back before they are read": Fault(
-        HOPPER, "                sum_groups(step);\n",
+        HOPPER, "                if (walk.reduced()) sum_groups(step);\n",
         "                if (lane == 0) keys.raw_barriers.release(step);\n                __syncwarp();\n                sum_groups(step);\n",
         f"bulk copy {RACE}|one arrival too many|no thread", GROUPED
     ),
@@ -641,6 +641,28 @@ ON_HOPPER = {
         PANELS, "^ row / (128 / kWidth) % (kWidth / 16);", "^ row % 2;", WRONG, GROUPED
     ),
 }  # fmt: skip
+KEPT_GROUPS = {"reduction": cudistr.LSH(2, near=40, sinks=9), "causal": True}
+ON_HOPPER |= {
+    "exact keys overwritten while consumers read them": Fault(
+        HOPPER,
+        "if (exact_ones >> 1 & 1) shared.k_barriers.wait_empty(step);",
+        "",
+        RACE,
+        KEPT_GROUPS,
+        head_dim_v=128,
+    ),
+    "queries never given back where all keys are exact": Fault(
+        HOPPER,
+        "if (!walk.inside()) return shared.q_barriers[0].release(place_number);",
+        "if (!walk.inside()) return;",
+        "no thread of block .* can go on",
+        {"reduction": cudistr.LSH(2, near=130), "causal": True},
+        lengths=(262, 262),
+    ),
+    "keys before a pass that starts within a chunk": Fault(
+        HOPPER, "rows[half].first = max(rows[half].first, tile.first);", "", WRONG, KEPT_GROUPS
+    ),
+}
 ON_HOPPER |= {
     "queries of the band before": Fault(
         HOPPER, "own_queries.wait(++place_number);", "++place_number;", RACE, KEPT
@@ -670,7 +692,7 @@ ON_HOPPER |= {
     ),
     "one key too few of a pair": Fault("tile/mask.cuh", "min(key % 8, 2)", "min(key % 8, 1)", WRONG, KEPT),
     "what is told of a tile, overwritten while it is looked at": Fault(
-        HOPPER, "constexpr int kSteps = 4;", "constexpr int kSteps = 1;", f"{RACE}|{WRONG}", KEPT
+        HOPPER, "constexpr int kSteps = KEPT ? 8 : 4;", "constexpr int kSteps = 1;", f"{RACE}|{WRONG}", KEPT
     ),
     "the queries of another consumer": Fault(
         HOPPER,
@@ -684,14 +706,14 @@ ON_HOPPER |= {
     ),
     "scores of no columns that are those of the tile before": Fault(
         HOPPER,
-        "if (loop == 1) wgmma_clear(scores[0]);",
+        "if (!KEPT && loop == 1) wgmma_clear(scores[0]);",
         "",
         WRONG,
         {"ranks": (0, 64), "kept": (40, 10)},
     ),
     "a product of no columns": Fault(
         HOPPER,
-        "(loop == 1 || walk.width() > 0)",
+        "(loop == 1 || walk.in_first_loop())",
         "true",
         f"{RACE}|{WRONG}",
         {"ranks": (0, 64), "kept": (40, 10)},

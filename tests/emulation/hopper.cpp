@@ -233,10 +233,10 @@ struct Reader {
 
 float element(unsigned short bits, bool bfloat) { return bfloat ? bfloat_to_float(bits) : half_to_float(bits); }
 
-// b as [n][k]. With a from registers the second operand lies with n along the rows of memory, and k down.
+// b as [n][k]. It may lie with n along the rows of memory, and k down.
 void read_b(const Reader& reader, const WarpgroupProduct& p, float (*b)[16], int columns) {
     const Operand o = decode_operand(p.b, reader.caller);
-    if (!p.a_registers) {
+    if (!p.down) {
         for (int n = 0; n < columns; ++n) {
             for (int half = 0; half < 2; ++half) {
                 const unsigned short* chunk = reader.chunk(swizzled(row_of(o, n) + half * 16, o.swizzle));

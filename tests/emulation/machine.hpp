@@ -73,6 +73,7 @@ struct WarpgroupProduct {
     int tiles;
     const unsigned* a_registers;  // null: a lies in shared memory
     unsigned long long a, b;      // descriptors
+    bool down;                    // the sum's axis of b, instead of along the rows of memory
     bool accumulate;
     bool bfloat;
 };

@@ -182,6 +182,33 @@ def test_groups_of_equal_columns_are_exact(dtype):
     assert np.linalg.norm(grouped - exact) <= 4 * ROUNDOFF[np.dtype(dtype)] * np.linalg.norm(exact)
 
 
+# Exact keys beside groups: each number of members, one to three panels of keys.
+KEPT_GROUPS = [(128, 128, 2), (64, 64, 2), (64, 64, 4), (96, 96, 3), (128, 64, 8), (32, 128, 2)]
+
+
+@pytest.mark.parametrize("dims", KEPT_GROUPS, ids=str)
+@pytest.mark.parametrize(("near", "sinks"), [(40, 9), (0, 130), (130, 0)], ids=str)
+def test_exact_keys_beside_groups(dims, near, sinks):
+    head_dim, head_dim_v, group_size = dims
+    q, k, v = inputs(
+        63, np.float16, batch=1, heads_kv=2, lengths=(333, 415), head_dim=head_dim, head_dim_v=head_dim_v
+    )
+    reduction = cudistr.LSH(group_size, near=near, sinks=sinks)
+    check(q, k, v, reduction=reduction)
+    check(q, k, v, reduction=reduction, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("lengths", [(1, 300), (65, 63), (300, 517), (517, 300)], ids=str)
+def test_lengths_of_groups_with_exact_keys(dtype, lengths):
+    q, k, v = inputs(64, dtype, batch=1, heads=4, heads_kv=2, lengths=lengths)
+    reduction = cudistr.LSH(2, block_q=256, representative="mean", near=20, sinks=5)
+    check(q, k, v, reduction=reduction)
+    check(q, k, v, reduction=reduction, causal=True, softcap=20.0)
+    check(q, k, v, reduction=reduction, window=(100, 30))
+    check(q, k, v, reduction=cudistr.LSH(2, sinks=5), window=(30, 0))  # most queries see no sink
+
+
 @pytest.mark.hardware
 @each_dtype
 def test_many_tiles_of_groups(dtype):

@@ -20,24 +20,32 @@ DEVICE void wgmma_clear(float (&d)[kTiles][4]) {
 
 // The machine keeps the address of d until a wait, and that of a.
 template <bool kAccumulate, bool kBfloat, int kTiles>
-DEVICE void wgmma_with(const char* name, float (&d)[kTiles][4], const u32* registers, u64 a, u64 b) {
+DEVICE void wgmma_with(const char* name, float (&d)[kTiles][4], const u32* registers, u64 a, u64 b, bool down) {
     static_assert(kTiles % 2 == 0 && kTiles <= 32, "wgmma: 16 to 256 columns, in steps of 16");
-    const machine::WarpgroupProduct product = {&d[0][0], kTiles, registers, a, b, kAccumulate, kBfloat};
+    const machine::WarpgroupProduct product = {&d[0][0], kTiles, registers, a, b, down, kAccumulate, kBfloat};
     machine::together(name, machine::warpgroup_multiply, &product, nullptr);
 }
 template <bool kAccumulate, int kTiles>
 DEVICE void wgmma_f16(float (&d)[kTiles][4], u64 a, u64 b) {
-    wgmma_with<kAccumulate, false>("wgmma.f16", d, nullptr, a, b);
+    wgmma_with<kAccumulate, false>("wgmma.f16", d, nullptr, a, b, false);
 }
 template <bool kAccumulate, int kTiles>
 DEVICE void wgmma_bf16(float (&d)[kTiles][4], u64 a, u64 b) {
-    wgmma_with<kAccumulate, true>("wgmma.bf16", d, nullptr, a, b);
+    wgmma_with<kAccumulate, true>("wgmma.bf16", d, nullptr, a, b, false);
+}
+template <bool kAccumulate, int kTiles>
+DEVICE void wgmma_down_f16(float (&d)[kTiles][4], u64 a, u64 b) {
+    wgmma_with<kAccumulate, false>("wgmma.down.f16", d, nullptr, a, b, true);
+}
+template <bool kAccumulate, int kTiles>
+DEVICE void wgmma_down_bf16(float (&d)[kTiles][4], u64 a, u64 b) {
+    wgmma_with<kAccumulate, true>("wgmma.down.bf16", d, nullptr, a, b, true);
 }
 template <bool kAccumulate, int kTiles>
 DEVICE void wgmma_values_f16(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
-    wgmma_with<kAccumulate, false>("wgmma.values.f16", d, a, 0, b);
+    wgmma_with<kAccumulate, false>("wgmma.values.f16", d, a, 0, b, true);
 }
 template <bool kAccumulate, int kTiles>
 DEVICE void wgmma_values_bf16(float (&d)[kTiles][4], const u32 (&a)[4], u64 b) {
-    wgmma_with<kAccumulate, true>("wgmma.values.bf16", d, a, 0, b);
+    wgmma_with<kAccumulate, true>("wgmma.values.bf16", d, a, 0, b, true);
 }
