@@ -722,12 +722,12 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
 def _hopper_groups(problem: Problem) -> bool:
     """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms.
 
-    Columns kept by energy are the portable kernel's alone.
+    Columns kept by energy are the portable kernel's alone, and exact keys beside weights a call of their own.
     """
     reduction = problem.reduction
     if reduction is None:
         return True
-    if isinstance(reduction, Energy):
+    if isinstance(reduction, Energy) or (_weighted(problem) and keeps_keys(problem)):
         return False
     return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
