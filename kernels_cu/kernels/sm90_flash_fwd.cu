@@ -441,7 +441,7 @@ struct Producer {
         own().exact = exact;
         if (none) {
             note(place, {0, 0, 0, 0});
-            copy_tile(place, params.seqlen_k, columns, true, true, true);
+            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, columns, true, true, true);
         }
         bool first = !(KEPT && none);
         for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {

@@ -38,7 +38,8 @@ struct Column {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) smxx_energy_order(const EnergyOrderParams params) {
+// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(const EnergyOrderParams params) {
     __shared__ u32 energies[kUnits][HEAD_DIM];
     __shared__ Column columns[kUnits][HEAD_DIM];
     const int unit = threadIdx.x / kSpan;

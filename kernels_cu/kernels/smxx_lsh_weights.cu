@@ -148,7 +148,8 @@ DEVICE float find_shift(const Storage& shared, const WeightsParams& params, cons
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) smxx_lsh_weights(const WeightsParams params) {
+// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_lsh_weights(const WeightsParams params) {
     __shared__ Storage shared;
     const i64 batch_head = blockIdx.x / params.group_blocks;
     const i64 batch = batch_head / params.heads;

@@ -467,6 +467,8 @@ void copy_box(unsigned destination, const void* map, unsigned barrier, const int
         copy.bytes *= box.box[i];
     }
     if (destination % 128) fail(caller, "a bulk copy to an address that is not a multiple of 128");
+    // The copy engine of an H100 ends the kernel with an illegal instruction.
+    if (copy.x[0] * box.element_bytes % 16) fail(caller, "a bulk copy whose columns do not start at a multiple of 16 bytes");
     each_row(copy, [&](address_t from, size_t bytes, size_t) {
         if (bytes) check_global(m.running, from, bytes, false, caller, "a bulk copy");
     });
