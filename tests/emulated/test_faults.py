@@ -43,6 +43,7 @@ RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
 RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
 ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
+RESTORED_ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=40)}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
 BARRIER = "__syncthreads();"
@@ -154,7 +155,13 @@ FAULTS = {
         WEIGHTS, f"{BARRIER}\n    find_spread", "find_spread", RACE, RANK1
     ),
     "no barrier before energies are compared": Fault(
-        ENERGY_ORDER, f"    {BARRIER}\n    if (!active) return;", "    if (!active) return;", RACE, ENERGY
+        ENERGY_ORDER, f"    {BARRIER}\n    if (active) {{\n        const u32 own", "    if (active) {\n        const u32 own", RACE, ENERGY
+    ),
+    "no barrier before it is known what is kept": Fault(
+        ENERGY_ORDER, f"    {BARRIER}\n    if (!inside) return;", "    if (!inside) return;", RACE, RESTORED_ENERGY
+    ),
+    "a row of Q for what stands for it": Fault(
+        ENERGY_ORDER, "other.kept ? element : other.copied", "element", WRONG, RESTORED_ENERGY
     ),
     # Asynchronous copies
     "no wait for the keys": Fault(
@@ -253,7 +260,7 @@ FAULTS = {
     ),
     "shares that are weights": Fault(WEIGHTS, "shares[place] = share;", "shares[place] = weight;", WRONG, RANK1),
     "a mean of the keys that is not restored": Fault(
-        WEIGHTS, "params.scale * warp_sum(mean) + ", "", WRONG, RESTORED
+        "tile/spread.cuh", "scale * warp_sum(mean) + ", "", WRONG, RESTORED
     ),
     "a shift of the row before": Fault(
         WEIGHTS, "first_row + start + row] = shift", "max(first_row + start + row - 1, 0)] = shift",
@@ -270,7 +277,7 @@ FAULTS = {
         FLASH, "sums[nt * 8 + thread % 4 * 2 + i]", "sums[nt * 8 + thread % 4 + i]", WRONG, ENERGY
     ),
     "columns ordered by the energy of Q alone": Fault(
-        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), key_column<HEAD_DIM>(sums, params.spans, params.seqlen_k).energy)", "square", WRONG, ENERGY
+        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), of_keys.energy)", "square", WRONG, ENERGY
     ),
     "the energy of another KV head": Fault(
         ENERGY_ORDER, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, ENERGY

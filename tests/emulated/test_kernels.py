@@ -123,7 +123,7 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     if kernel.specific:  # whose tile depends on whether there is a mask
         masks = MASKS[2:] if problem.right is None else MASKS[:2]
     options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
-    if planner.keeps_keys(problem):
+    if dict(kernel.constants).get("KEPT"):
         options["reduction"] = dataclasses.replace(problem.reduction, near=problem.near, sinks=problem.sinks)
     if problem.ranked is not None:
         reduced = util.of_ranks(q, k, problem.ranked.columns, problem.head_dim)
