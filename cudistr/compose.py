@@ -9,7 +9,7 @@ from typing import Any
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
-from cudistr.plan import Device, Pass, hopper_kernel, passes
+from cudistr.plan import Device, Pass, hopper_kernel, keeps_keys, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 
@@ -54,7 +54,7 @@ def _part(problem: Problem, own: Pass) -> Part:
 @functools.lru_cache(maxsize=1024)
 def _in_one_kernel(problem: Problem, device: Device) -> bool:
     """Whether exact keys beside a grouping are passes of one kernel, as they are of the Hopper kernel alone."""
-    return hopper_kernel(problem, device) is not None
+    return keeps_keys(problem) and hopper_kernel(problem, device) is not None
 
 
 def attention(

@@ -320,8 +320,12 @@ def _weighted(problem: Problem) -> bool:
 
 
 def keeps_keys(problem: Problem) -> bool:
-    """Whether a problem with groups, or columns kept by energy, leaves some keys exact."""
-    return problem.reduction is not None and bool(problem.near or problem.sinks)
+    """Whether a problem with groups leaves some keys exact in passes of the Hopper kernel.
+
+    Beside weights, and columns kept by energy, exact keys are a call of their own.
+    """
+    reduction = problem.reduction
+    return reduction is not None and not reduction.by_keys and bool(problem.near or problem.sinks)
 
 
 def _depth(head_dim: int, group: int, keep: int) -> int:
@@ -722,12 +726,12 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
 def _hopper_groups(problem: Problem) -> bool:
     """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms.
 
-    Columns kept by energy are the portable kernel's alone, and exact keys beside weights a call of their own.
+    Columns kept by energy are the portable kernel's alone.
     """
     reduction = problem.reduction
     if reduction is None:
         return True
-    if isinstance(reduction, Energy) or (_weighted(problem) and keeps_keys(problem)):
+    if isinstance(reduction, Energy):
         return False
     return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
