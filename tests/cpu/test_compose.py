@@ -84,6 +84,21 @@ def test_reduced_keys_are_counted(seqlen_q, seqlen_k, mask, near, sinks):
     np.testing.assert_array_equal(reference.reduced_count(problem), seen.sum(axis=1))
 
 
+def missing_weight(q: np.ndarray, copied: np.ndarray, far: np.ndarray, scale: float) -> np.ndarray:
+    """What reduced scores of a head lack for their weight, row by row: (rows, 1)."""
+    rows = np.zeros((len(q), 1))
+    if len(far) == 0:
+        return rows
+    most = 2 * np.log(len(far))
+    mean, variance = far.mean(axis=0), ((far - far.mean(axis=0)) ** 2).mean(axis=0)
+    for row, one, other in zip(rows, q, copied, strict=True):
+        row[0] = scale * (one * mean).sum() - scale * (other * mean).sum()
+        for sign, x in ((1, one), (-1, other)):
+            spread = (variance * (scale * x) ** 2).sum()
+            row[0] += sign * (spread / 2 if spread < most else np.sqrt(most * spread) - most / 2)
+    return rows
+
+
 @given(cases(methods=with_exact_keys(), head_dims=(32, 64)))
 def test_reference_is_one_softmax_over_exact_and_reduced_scores(case):
     reduction = case.options["reduction"]
@@ -91,7 +106,14 @@ def test_reference_is_one_softmax_over_exact_and_reduced_scores(case):
     scaled.setdefault("scale", case.q.shape[3] ** -0.5)
     seqlens = case.q.shape[2], case.k.shape[2]
     exact = naive_scores(case.q, case.k, **scaled)
-    reduced = naive_scores(expanded(case.q, reduction), case.k, **scaled)
+    copied = expanded(case.q, reduction, case.k)
+    reduced = naive_scores(copied, case.k, **scaled)
+    if reduction.by_keys and "softcap" not in case.options:
+        shared = case.q.shape[1] // case.k.shape[1]
+        for b, h in np.ndindex(*case.q.shape[:2]):
+            far = case.k[b, h // shared, reduction.sinks :].astype(np.float64)
+            q = case.q[b, h].astype(np.float64)
+            reduced[b, h] += missing_weight(q, copied[b, h], far, scaled["scale"])
     scores = np.where(kept_pairs(*seqlens, reduction.near, reduction.sinks), exact, reduced)
     seen = seen_pairs(*seqlens, case.options.get("causal", False), case.options.get("window"))
     expected_out, expected_lse = naive_softmax(scores, case.v, seen)
