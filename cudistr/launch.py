@@ -105,49 +105,40 @@ _RANKED = _parameters(
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
-_EVERY_HOPPER = (
-    ("out_batch out_head out_row band_low band_high", "i8"),
+_HOPPER_END = (
     (
         "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
         "i4",
     ),
     ("scale softcap score_scale", "f4"),
 )
+_HOPPER_BAND = (("out_batch out_head out_row band_low band_high", "i8"), *_HOPPER_END)
+_HOPPER_PASSES = (
+    ("out_batch out_head out_row", "i8"),
+    _BANDS,
+    _ENDS,
+    ("exact_passes passes", "i4"),
+    *_HOPPER_END,
+)
 _HOPPER = _parameters(
-    ("q k v", f"V{MAP_BYTES}"), ("out lse permutation counter", "u8"), *_EVERY_HOPPER, multiple=64
+    ("q k v", f"V{MAP_BYTES}"), ("out lse permutation counter", "u8"), *_HOPPER_BAND, multiple=64
 )
 _HOPPER_WEIGHTED = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("out lse permutation counter weights shares", "u8"),
-    *_EVERY_HOPPER,
+    *_HOPPER_BAND,
     multiple=64,
 )
 _HOPPER_RANKED = _parameters(
     ("q k v qhat khat", f"V{MAP_BYTES}"),
     ("ranks shift out lse permutation counter", "u8"),
-    ("out_batch out_head out_row", "i8"),
-    _BANDS,
-    _ENDS,
-    ("exact_passes passes", "i4"),
-    (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
-        "i4",
-    ),
-    ("scale softcap score_scale", "f4"),
+    *_HOPPER_PASSES,
     multiple=64,
 )
 _HOPPER_KEPT = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("shift out lse permutation counter", "u8"),
-    ("out_batch out_head out_row", "i8"),
-    _BANDS,
-    _ENDS,
-    ("exact_passes passes", "i4"),
-    (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
-        "i4",
-    ),
-    ("scale softcap score_scale", "f4"),
+    *_HOPPER_PASSES,
     multiple=64,
 )
 _PROJECT = _parameters(

@@ -83,6 +83,11 @@ class Reduction(abc.ABC):
     def outline(self) -> LSH | Energy | LowRank:
         """All that checks and planning have to know: a value without arrays, equal for equal ones."""
 
+    @property
+    def by_keys(self) -> bool:
+        """Whether what a call does with columns depends on all of its keys."""
+        return False
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -206,7 +211,7 @@ class LSH(Reduction):
 
     @property
     def by_keys(self) -> bool:
-        """Whether what is done with columns depends on K."""
+        """Whether weights are found, which go by K too."""
         return self.representative == "rank1"
 
 
@@ -282,7 +287,7 @@ class Energy(Reduction):
 
     @property
     def by_keys(self) -> bool:
-        """Whether what is done with columns depends on K."""
+        """Always: the energy of a column is that of K too."""
         return True
 
 

@@ -194,7 +194,7 @@ class Group:
                     "tolerance needs all keys of a head on one rank, so it cannot be used with parallel='context'. "
                     "Pass parallel='heads', or leave it away."
                 )
-            if getattr(reduction, "by_keys", False) and parallel == "context":
+            if reduction is not None and reduction.by_keys and parallel == "context":
                 raise ValueError(
                     "a cudistr.Energy, and representative='rank1', go by all keys of a head, so they cannot be used "
                     "with parallel='context'. Pass parallel='heads', or a cudistr.LSH with another representative."
