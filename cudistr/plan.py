@@ -419,7 +419,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     N = 4k / 16k, 64 columns: 128 keys 1.11 / 1.07, 96 keys 1.10 / 1.06, 64 keys 1.00 / 0.98; 128 columns: 64 keys
     1.06 / 1.02, 48 keys 1.04 / 1.01.
     """
-    columns = problem.head_dim_v
+    columns, wide = problem.head_dim_v, problem.dtype == "bfloat16"  # bfloat16: see _crowded
     square = problem.head_dim == columns
     plain = problem.aligned and problem.softcap is None and problem.scale > 0 and problem.ranked is None
     # From sm_100 on ptxas keeps more beside them; grouped kernels suffer from it on sm_100 and its kin only.
@@ -428,13 +428,20 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if columns <= 32 and problem.aligned and (square or not group):
             return 128
         if columns == 64 and square and plain and not crowded:
-            return 96 if _keep(problem) and device.capability < 90 else 128  # sums of the rest take registers
+            capability = device.capability
+            if _keep(problem):  # sums of the rest take registers
+                fewer = capability < 90 or (wide and capability >= 120)
+            else:
+                fewer = wide and group == 2 and (capability == 90 or capability >= 120)
+            return 96 if fewer else 128
         return 64 if group or not plain else 96
     if columns <= 128:
         if not problem.aligned or (group and not (plain and square)):
             return 32
         if group:
             return 64 if columns <= 96 or not crowded else 32
+        if problem.ranked is not None and (device.capability >= 120 if wide else device.capability < 90):
+            return 32
         return 64 if square and plain and not crowded else 48
     # O takes up to 128 registers of a 16-row warp. On one H100 (N = 8k) 128 keys took 0.92 of the time of 64 at 192
     # columns, and 96 keys 0.97 at 256.
@@ -598,6 +605,31 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     return hopper_kernel(problem, device) or portable_kernel(problem, device)
 
 
+def _crowded(problem: Problem, device: Device) -> bool:
+    """Whether ptxas at its own level hoists so many loads that a kernel spills; at level 1 it does not.
+
+    On one H200 (bfloat16, 8k tokens) level 1 costs nothing with 128 exact columns and gains 4% with LSH(2) of 128; it
+    would cost 4% with 64 exact columns and 8% with LSH(4) of 128, which do not spill.
+    """
+    columns, capability, group = problem.head_dim_v, device.capability, _group(problem)
+    softcap, ranked = problem.softcap is not None, problem.ranked is not None
+    if problem.dtype == "float32":
+        return ranked or (columns > 32 and (capability >= 120 or (softcap and capability == 100)))
+    wide = problem.dtype == "bfloat16"  # whose kernels may do a tile of queries twice
+    if columns > 128:
+        return wide and capability == 90 and not problem.aligned
+    if ranked:  # the pass and the number of columns take registers too
+        return columns > 64 and (wide or capability < 100)
+    latest = capability >= 120
+    if group == 2:
+        return latest and not wide if columns <= 64 else wide and (latest or capability == 90)
+    if group:
+        return wide and columns <= 64 and capability not in (90, 100)
+    if not wide or columns <= 64 or _keep(problem):
+        return False
+    return softcap or capability == 90 or (capability in (86, 89) and columns < 128)
+
+
 def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) -> tuple[Kernel, Tile]:
     """The kernel that runs everywhere, and its tile; with ``share_keys`` one whose thread blocks may share keys."""
     tile = _choose_tile(problem, device, _group(problem), share_keys)
@@ -627,11 +659,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
     }
-    # For these, ptxas hoists so many loads at its own level that it spills; at level 1 it does not.
-    crowded = problem.dtype == "float32" and problem.head_dim_v > 32 and device.capability >= 120
-    if problem.ranked is not None:  # the pass and the number of columns take registers too
-        crowded |= problem.dtype == "float32" or (64 < problem.head_dim_v <= 128 and device.capability < 100)
-    options = ("-Xptxas=-O1",) if crowded else ()
+    options = ("-Xptxas=-O1",) if _crowded(problem, device) else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options)
 
@@ -639,9 +667,10 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
 HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere else
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
 HOPPER_GROUP_ROWS = 64  # queries of a consumer
-# Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile;
-# that number; and what is known of up to eight tiles of keys, and of what is under way.
-HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 6 * HOPPER_STAGES) + 4 * HOPPER_STAGES + 10 * 32
+# Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile, and
+# one barrier for what is done; that number, and what the rows of a tile of queries lost; and what is known of up to
+# eight tiles of keys, and of what is under way.
+HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 7 * HOPPER_STAGES) + (4 + 4 + 12 + 96) * HOPPER_STAGES + 10 * 32
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 # Keys per step, by columns of V: what to choose from. A consumer's thread holds, per row of 64, scores (keys / 2),

@@ -94,6 +94,7 @@ constexpr int kKeyTiles = TILE_K / 8;
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
+constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so that not all maxima need be found
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
@@ -396,9 +397,11 @@ DEVICE void add_to_scores(float (&scores)[ROW_TILES][kKeyTiles][4], const float 
     }
 }
 
-// One thread block's work. A template, so that the branch not taken need not make sense.
+// All keys of a thread block's tile of queries. A template, so that the branch not taken need not make sense. known: for
+// the softmax, see there.
 template <Fusion kHow>
-DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
+DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
+                        OnlineSoftmax<ROW_TILES>& softmax, u32 known) {
     constexpr bool kGrouped = kHow != kExact;
     LoopShared<kHow>& shared = storage.loop;
     const int thread = thread_index();
@@ -422,8 +425,14 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
     constexpr int columns = kDepth;
 #endif
     const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
-    float output[ROW_TILES][kOutTiles][4] = {};
-    OnlineSoftmax<ROW_TILES> softmax;
+#pragma unroll
+    for (int mt = 0; mt < ROW_TILES; ++mt) {
+#pragma unroll
+        for (int nt = 0; nt < kOutTiles; ++nt) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) output[mt][nt][i] = 0.f;
+        }
+    }
     softmax.clear();
 
     for (int pass = first_pass; pass < end_pass; ++pass) {
@@ -560,7 +569,8 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 
             if (idle) continue;
             if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-            if (key < first_common || key + TILE_K - 1 > last_common) {
+            const bool cut = key < first_common || key + TILE_K - 1 > last_common;
+            if (cut) {
                 const int column = thread_index() % 4 * 2;
                 if (kSmall && params.packed > 1) {
                     apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);
@@ -568,15 +578,27 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
                     apply_mask(scores, band, first_row, key, PlainRows{own_row()}, column);
                 }
             }
-            softmax.update(scores, output, params.score_scale);
+            float rescale[ROW_TILES][2], of_tile[ROW_TILES][2];
+            softmax.begin(rescale);
+            if constexpr (kWide) {
+                if (softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale)) softmax.apply(rescale, output);
+            } else {
+                softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
+            }
+            softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+            if constexpr (!kWide) softmax.apply(rescale, output);
             multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v[tile % kValueStages], lane);
+            if constexpr (kWide) {
+                softmax.begin(rescale);
+                if (softmax.follow<Traits<T>::kLarge>(softmax.sum, params.score_scale, rescale)) {
+                    softmax.rescale_sum(rescale);
+                    softmax.apply(rescale, output);
+                }
+            }
         }
     }
 
     cp_async_wait<0>();
-    softmax.reduce_sums();
-    __syncthreads();  // the tiles of the loop become the tile of the output
-    store_output(params, storage.out, output, softmax);
 }
 
 }  // namespace
@@ -584,5 +606,17 @@ DEVICE void attend(const AttentionParams& params, SharedStorage& storage) {
 // The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const AttentionParams params) {
     extern __shared__ __align__(16) unsigned char storage[];
-    attend<kFusion>(params, *reinterpret_cast<SharedStorage*>(storage));
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
+    float output[ROW_TILES][kOutTiles][4];
+    OnlineSoftmax<ROW_TILES> softmax;
+    // Once; and again if in some row of the block the maximum of the first tiles, which stayed, was too low for a weight.
+    u32 again = 0;
+    do {
+        attend_keys<kFusion>(params, shared, output, softmax, again | softmax.kUnsettled);
+        if constexpr (kWide) again = again ? 0 : softmax.lost(output);
+        // All threads are done with the tiles of the loop: they become those of another loop, or of the output.
+        again = __syncthreads_or(again) ? again | softmax.kAgain : 0;
+    } while (kWide && again);
+    softmax.reduce_sums();
+    store_output(params, shared.out, output, softmax);
 }

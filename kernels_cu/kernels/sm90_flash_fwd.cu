@@ -27,6 +27,8 @@
 #include "tile/warpgroup.cuh"
 
 typedef ElementOf<DTYPE>::type T;
+typedef OnlineSoftmax<1> Softmax;
+constexpr bool kWide = Traits<T>::kWide;
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {
@@ -90,12 +92,14 @@ constexpr bool kLongTiles = TILE_K > 128;
 constexpr int kProducerRegisters = kGrouped ? (kLongTiles ? 72 : 88) : kConsumers == 2 ? 24 : 32;
 constexpr int kConsumerRegisters = kGrouped ? (kLongTiles ? 216 : 208) : kConsumers == 2 ? 240 : 160;
 static_assert(!kGrouped || kConsumers == 2, "grouped: registers are shared out for two consumers");
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * (kConsumers == 2 ? 168 : 128),
+              "a warpgroup would wait for registers that nobody gives back");
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
 // packing of weights and the rescaling of the output, which fill each other's gaps. With three consumers, which compute
 // exponentials most of the time, before is 3% faster at (64, 64) and 5% at (32, 64); with two, after is 2 to 3% faster
 // (one H100, 16k tokens).
-constexpr bool kEarlyWeights = kConsumers == 3;
+constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
@@ -124,6 +128,12 @@ struct KeyStorage<true> {
 #endif
 };
 
+// Tiles of queries are work for a thread block, as numbers. With this bit a tile is done once more: in some row the maximum of
+// the first tiles of keys, which stayed, was too low for a weight.
+constexpr u32 kAgain = Softmax::kAgain;
+constexpr u32 kNoWork = kAgain - 1;  // no tile has this number
+DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAgain) < params.tiles; }
+
 // A tile of queries.
 struct Place {
     int batch_head, batch, head, first_row;
@@ -131,7 +141,7 @@ struct Place {
     // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last
     // rows first: under a causal mask they have the most keys, and short tiles fill the tail.
     DEVICE Place(const HopperParams& params, u32 tile) {
-        const int work = static_cast<int>(tile);
+        const int work = static_cast<int>(tile & ~kAgain);
         const int of_section = params.section * params.row_blocks;
         const int first_head = work / of_section * params.section;
         const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
@@ -140,6 +150,49 @@ struct Place {
         batch = batch_head / params.heads;
         head = batch_head % params.heads;
         first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
+    }
+};
+
+// The tile of queries that this thread block takes after work, if all goes well. Asked for early and told at the end:
+// nothing waits for the answer of global memory.
+DEVICE u32 following(const HopperParams& params, u32 work) {
+    const u32 next = gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
+    return next < params.tiles ? next : kNoWork;
+}
+
+// What the thread block does, in order, as the thread that starts copies decides it.
+struct Agenda {
+    u32 next;    // tile that was not taken yet
+    u32 judged;  // so many pieces of work are known to be well, or come again
+
+    // Begins with the number-th piece of work.
+    DEVICE void begin(const HopperParams& params, u32 work) {
+        if (!(work & kAgain)) next = following(params, work);
+    }
+
+    // What comes after the number-th, of which all copies are started: the work before that, again, if weights were lost; else
+    // the next tile. Consumers have long been done with the work before; the last one is waited for.
+    template <class Shared>
+    DEVICE u32 after(Shared& shared, u32 number) {
+        u32 chosen = next;
+        while (judged < number + (next == kNoWork)) {
+            const u32 slot = judged % kStages;
+            wait_barrier(shared_address(&shared.done[slot]), judged / kStages % 2);
+            const u32 work = judged == 0 ? block_index() : shared.work[(judged - 1) % kStages];
+            u32 lost = 0;
+#pragma unroll
+            for (int warp = 0; warp < kConsumerThreads / kWarpSize; ++warp) lost |= shared.lost[slot][warp];
+            ++judged;
+            if (lost) {
+                chosen = work | kAgain;
+                shared.again[number % kStages] = slot;
+                break;
+            }
+        }
+        shared.work_barriers.wait_empty(number);
+        shared.work[number % kStages] = chosen;
+        mbarrier_arrive(shared_address(&shared.work_barriers.full[number % kStages]));
+        return chosen;
     }
 };
 
@@ -166,8 +219,8 @@ struct Notes {
 #if KEPT
     i32 first;  // the same
 #endif
-    u32 next;            // tile of queries
-    u32 number;          // of such tiles so far
+    Agenda agenda;
+    u32 number;          // of pieces of work so far
 };
 
 // Kept: consumers look at one after they have given its tile of keys back, and of KEPT run behind the builders.
@@ -184,7 +237,12 @@ struct SharedStorage {
     KeyStorage<kGrouped> keys;
     RingBarriers<1> q_barriers[kQueryParts];
     RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
-    i32 work[kStages];  // the tile of queries after the current one
+    u64 done[kStages];  // barriers: with a piece of work
+    u32 work[kStages];  // the tile of queries after the current one
+    u32 again[kStages];  // beside work that is done again: where it stands in what follows
+    // Of a piece of work: whether a warp lost weights, and of which of the two rows that four lanes have.
+    u8 lost[kStages][kConsumerThreads / kWarpSize];
+    u8 lost_rows[kStages][kConsumerThreads / 4];
 #if RANKED || KEPT
     Step steps[kSteps];
     Notes notes;
@@ -197,25 +255,23 @@ static_assert(sizeof(HopperParams) % 64 == 0, "tensor maps start on 64 bytes");
 #if RANKED || KEPT
 // As consumers and builders know them: the producer finds them, and tells how many there are with the first one, at least one.
 struct Walk {
-    SharedStorage& shared;
-    u32 first;  // tile of keys of this thread block
     int index, count, exact;
     int columns;  // of the head
 
-    // ring: by which this warp learns that the first tile is there.
-    DEVICE Walk(SharedStorage& shared_, RingBarriers<kStages>& ring, u32 first_) : shared(shared_), first(first_), index(0) {
+    // ring: by which this warp learns that the first tile, of all that this thread block does, is there.
+    DEVICE Walk(const SharedStorage& shared, RingBarriers<kStages>& ring, u32 first) : index(0) {
         __syncwarp();  // all lanes are done with the steps of the tile before
         ring.wait(first);
+        const Step& step = shared.steps[first % kSteps];
         // Broadcast, so that the compiler knows them to be the same for all.
-        count = __shfl_sync(kFullWarp, step().count, 0);
-        exact = __shfl_sync(kFullWarp, step().exact, 0);
+        count = __shfl_sync(kFullWarp, step.count, 0);
+        exact = __shfl_sync(kFullWarp, step.exact, 0);
 #if KEPT
         columns = HEAD_DIM;
 #else
-        columns = __shfl_sync(kFullWarp, step().columns, 0);
+        columns = __shfl_sync(kFullWarp, step.columns, 0);
 #endif
     }
-    DEVICE const Step& step() const { return shared.steps[(first + index) % kSteps]; }
     DEVICE bool inside() const { return index < count; }
     DEVICE bool ends_reduced() const { return exact < count; }
     DEVICE bool reduced() const { return index >= exact; }
@@ -330,17 +386,6 @@ DEVICE void load_values(const HopperParams& params, SharedStorage& shared, u32 s
     const u32 barrier = shared.v_barriers.open(step, ValueTile::kBytes);
     shared.v[step % kStages].load(&params.v, barrier, tile * kTileUnit, head_of_keys(params, shared, place), place.batch,
                                   policy);
-}
-
-// The tile of queries that this thread block takes after work. Asked for early and told at the end: nothing waits for the
-// answer of global memory. Unsigned: it may be past the last tile, of which there can be 2**31 - 1.
-DEVICE u32 following(const HopperParams& params, u32 work) {
-    return gridDim.x + (params.counter ? static_cast<u32>(atomic_add(params.counter, 1)) : work);
-}
-DEVICE void tell(SharedStorage& shared, u32 work_number, u32 next) {
-    shared.work_barriers.wait_empty(work_number);
-    shared.work[work_number % kStages] = next;
-    mbarrier_arrive(shared_address(&shared.work_barriers.full[work_number % kStages]));
 }
 
 // One thread: starts all copies of this thread block. A consumer multiplies with V one step later than with K, so V of
@@ -459,14 +504,15 @@ struct Producer {
     }
 
     DEVICE void run() {
-        u32& next = shared.notes.next;
-        u32& work_number = shared.notes.number;
-        work_number = 0;
-        for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
-            next = following(params, work);
+        Agenda& agenda = shared.notes.agenda;
+        u32& number = shared.notes.number;
+        number = 0;
+        agenda.judged = 0;
+        for (u32 work = block_index(); is_work(params, work); ++number) {
+            agenda.begin(params, work);
             shared.notes.place = Place(params, work);
             copy(shared.notes.place);
-            tell(shared, work_number, next);
+            work = agenda.after(shared, number);
         }
     }
 };
@@ -479,10 +525,10 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 again = policy_evict_last();
     u32 step = 0;  // tiles of keys so far
     u32 place_number = 0;
-    u32 next;
+    Agenda agenda = {kNoWork, 0};
     u32 work_number = 0;
-    for (u32 work = block_index(); work < params.tiles; work = next, ++work_number) {
-        next = following(params, work);
+    for (u32 work = block_index(); is_work(params, work); work = agenda.after(shared, work_number++)) {
+        agenda.begin(params, work);
         const Place place(params, work);
         Walk walk(params, place);
         if (walk.inside()) {
@@ -498,7 +544,6 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
                 load_values(params, shared, step, place, walk.tile, again);
             }
         }
-        tell(shared, work_number, next);
     }
 }
 #endif
@@ -607,7 +652,7 @@ struct Builder {
 
     DEVICE void run() {
         u32 step = 0, place_number = 0, work_number = 0;
-        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
+        for (u32 work = block_index(); is_work(params, work); work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
 #if !KEPT
             Walk walk(params, place);
@@ -734,24 +779,24 @@ DEVICE float lacking(const HopperParams& params, const Place& place, int row) {
 
 // Turns maxima of scores of Q and K into those of scores of Qhat and Khat, which only a constant of each row sets apart.
 // row: this lane's first row within the sequence.
-DEVICE void subtract_lacking(const HopperParams& params, const Place& place, WarpgroupSoftmax& softmax, int row) {
+DEVICE void subtract_lacking(const HopperParams& params, const Place& place, Softmax& softmax, int row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        softmax.maximum[half] -= lacking(params, place, row + half * 8) * (1.4426950409f / params.score_scale);
+        softmax.maximum[0][half] -= lacking(params, place, row + half * 8) * (1.4426950409f / params.score_scale);
     }
 }
 
 // Normalises the output, and stores it and the lse. row: this lane's first row within the sequence. lacks: whether maxima
 // are of scores of Qhat and Khat.
 DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
-                         WarpgroupSoftmax& softmax, int row, int lane, bool lacks) {
+                         Softmax& softmax, int row, int lane, bool lacks) {
     softmax.reduce_sums();
     constexpr int kChunks = HEAD_DIM_V / 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int own = row + half * 8;
         const bool inside = own < params.seqlen_q;
-        const float sum = softmax.sum[half];
+        const float sum = softmax.sum[0][half];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
         T* out = params.out + place.batch * params.out_batch + place.head * params.out_head + own * params.out_row;
         // Each lane of a quad has two columns of every chunk; after the transpose it has a chunk out of four.
@@ -778,7 +823,8 @@ DEVICE void store_output(const HopperParams& params, const Place& place, float (
             }
         }
         if (params.lse && lane % 4 == 0 && inside) {
-            float log_sum = fmaf(softmax.maximum[half], params.score_scale * 0.6931471806f, logf(sum));
+            const float top = __fmul_rn(softmax.maximum[0][half], params.score_scale);  // as for the weights
+            float log_sum = fmaf(top, 0.6931471806f, logf(sum));
             if (lacks) log_sum += lacking(params, place, own);
             params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
         }
@@ -790,8 +836,16 @@ struct Consumer {
     const HopperParams& params;
     SharedStorage& shared;
     int group;  // 0 to kConsumers - 1
-    int lane;
-    int row;  // of this lane, the first of two in the tile
+    int held_lane;
+
+    // RANKED has no register to hold it.
+    DEVICE int lane() const { return RANKED ? thread_index() % kWarpSize : held_lane; }
+
+    // Of this lane, the first of two in the tile. Made where it is used.
+    DEVICE int row() const {
+        const int own = thread_index() - kGroupThreads;
+        return own / kWarpSize * 16 + own % kWarpSize / 4;
+    }
 
     // Turns: barrier 1 + g is the turn of consumer g.
     DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
@@ -800,7 +854,7 @@ struct Consumer {
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
     template <int kRingStages>
     DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
-        if (lane == 0) ring.release(n);
+        if (lane() == 0) ring.release(n);
     }
 
 #if !RANKED && !KEPT
@@ -819,7 +873,7 @@ struct Consumer {
         keys.common = {band.first_key(last_row), band.last_key(group_row)};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int query = first_row + row + half * 8;
+            const int query = first_row + row() + half * 8;
             keys.rows[half] = {band.first_key(query), band.last_key(query)};
         }
         return keys;
@@ -832,7 +886,7 @@ struct Consumer {
     // Grouped: the queries come into registers, and their place is free for the next tile.
     template <class Queries>
     DEVICE void take_queries(Queries& queries, u32 place_number) {
-        queries.gather(shared.q, shared.keys, row, lane);
+        queries.gather(shared.q, shared.keys, row(), lane());
         shared.q_barriers[0].release(place_number);
     }
 
@@ -845,48 +899,62 @@ struct Consumer {
         queries.start(scores, step, walk.width() / 16);
     }
 
-    // KEPT, behind the loop over exact tiles: the reduced ones, if there are any, have other queries, and other maxima.
-    template <class Queries>
-    DEVICE void change(int loop, Queries& queries, const Walk& walk, WarpgroupSoftmax& softmax, u32 work, u32 place_number) {
-        if constexpr (KEPT) {
-            if (loop != 0) return;
-            if (!walk.inside()) return shared.q_barriers[0].release(place_number);
-            take_queries(queries, place_number);
-            const Place place(params, ::anew(work));
-            subtract_lacking(params, place, softmax, place.first_row + row);
+    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it. What the work is still
+    // stands where it was told.
+    DEVICE Place anew(const Place& place, u32 work_number) const {
+        if constexpr (RANKED || KEPT) {
+            return Place(params, work_number == 0 ? block_index() : shared.work[(work_number - 1) % kStages]);
         }
-    }
-
-    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it.
-    DEVICE Place anew(const Place& place, u32 work) const {
-        if constexpr (RANKED || KEPT) return Place(params, ::anew(work));
         return place;
     }
 
+    // KEPT, behind the loop over exact tiles: the reduced ones, if there are any, have other queries, and other maxima.
+    template <class Queries>
+    DEVICE void change(int loop, Queries& queries, const Walk& walk, Softmax& softmax, const Place& before, u32 number) {
+        if constexpr (KEPT) {
+            if (loop != 0) return;
+            if (!walk.inside()) return shared.q_barriers[0].release(number);
+            take_queries(queries, number);
+            const Place place = anew(before, number);
+            subtract_lacking(params, place, softmax, place.first_row + row());
+        }
+    }
+
     // Scores of a tile as the softmax wants them, and into its maxima.
-    DEVICE void raise(float (&scores)[1][kKeyTiles][4], WarpgroupSoftmax& softmax, float (&shift)[2], float (&rescale)[2],
-                      const Visible& keys, const Walk& walk) {
+    DEVICE void raise(float (&scores)[1][kKeyTiles][4], Softmax& softmax, float (&rescale)[1][2],
+                      u32& known, const Visible& keys, const Walk& walk, u32 step) {
 #if RANKED || KEPT
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        const Step& tile = walk.step();
-        if (tile.cut >> group & 1) {
+        const Step& tile = shared.steps[step % kSteps];
+        const bool cut = tile.cut >> group & 1;
+        if (cut) {
             KeySpan rows[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int query = row + half * 8;
+                const int query = row() + half * 8;
                 rows[half] = {query + tile.low, min(query + tile.high, tile.end - 1)};
 #if KEPT
                 rows[half].first = max(rows[half].first, tile.first);
 #endif
             }
-            apply_mask_by_bits(scores[0], rows, lane % 4 * 2);
+            apply_mask_by_bits(scores[0], rows, lane() % 4 * 2);
         }
 #else
         const int key = walk.tile * TILE_K;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!keys.all(key)) apply_mask(scores[0], keys.rows, key + lane % 4 * 2);
+        const bool cut = !keys.all(key);
+        if (cut) apply_mask(scores[0], keys.rows, key + lane() % 4 * 2);
 #endif
-        softmax.raise(scores[0], params.score_scale, shift, rescale);
+        softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale);
+    }
+
+    // This lane's rows that lost weights, in a piece of work before.
+    DEVICE u8& lost_rows(u32 slot) { return shared.lost_rows[slot][row() % 8 + row() / 16 * 8]; }
+    DEVICE void tell_lost(u32 rows, u32 slot) {
+        if (lane() % 4 == 0) lost_rows(slot) = static_cast<u8>(rows);
+        const bool any = __any_sync(kFullWarp, rows);
+        if (lane() == 0) shared.lost[slot][row() / 16] = any;
+        __syncwarp();
     }
 
     DEVICE void run() {
@@ -897,7 +965,7 @@ struct Consumer {
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
-        for (u32 work = block_index(); work < params.tiles; work = next_work(shared, work_number++, lane)) {
+        for (u32 work = block_index(); is_work(params, work); work = next_work(shared, work_number++, lane())) {
             const Place place(params, work);
 #if RANKED || KEPT
             Walk walk(shared, shared.k_barriers, step);
@@ -906,11 +974,13 @@ struct Consumer {
 #endif
             const Visible visible_keys = visible(place.first_row);
             float output[1][kOutTiles][4] = {};
-            WarpgroupSoftmax softmax;
+            Softmax softmax;
             softmax.clear();
+            u32 known = Softmax::kUnsettled;
+            if (work & kAgain) known |= kAgain | lost_rows(shared.again[(work_number - 1) % kStages]);
             if (walk.inside()) {
                 float scores[1][kKeyTiles][4];
-                float shift[2], rescale[2];
+                float rescale[1][2] = {{1.f, 1.f}}, of_tile[1][2];
                 u32 weights[TILE_K / 16][4];
                 own_queries.wait(place_number);
                 if constexpr (kGrouped && !KEPT) take_queries(operands, place_number);
@@ -925,8 +995,8 @@ struct Consumer {
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
                 if (other_queries) release(own_queries, place_number);
-                raise(scores, softmax, shift, rescale, visible_keys, walk);
-                softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                raise(scores, softmax, rescale, known, visible_keys, walk, step);
+                softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
                 pack_weights<T>(weights, scores[0]);
 
                 if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
@@ -937,7 +1007,7 @@ struct Consumer {
                 // branch led past a product, ptxas would let every product wait for the one before. So have those of
                 // KEPT that are reduced, whose operands lie elsewhere.
 #pragma unroll
-                for (; loop < 2; change(loop++, operands, walk, softmax, work, place_number))
+                for (; loop < 2; change(loop++, operands, walk, softmax, place, work_number))
 #endif
                 for (; walk.inside() && (loop == 1 || walk.in_first_loop()); walk.advance()) {
                     ++step;
@@ -950,9 +1020,11 @@ struct Consumer {
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
                     pass_turn();
+                    softmax.begin(rescale);
+                    if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, params.score_scale, rescale);
                     if (RANKED && other_queries) {
-                        const Place found = anew(place, work);
-                        subtract_lacking(params, found, softmax, found.first_row + row);
+                        const Place found = anew(place, work_number);
+                        subtract_lacking(params, found, softmax, found.first_row + row());
                     }
                     if (!KEPT && loop == 1) wgmma_clear(scores[0]);
                     wgmma_wait<1>();
@@ -960,20 +1032,29 @@ struct Consumer {
                     release(shared.k_barriers, step);
                     other_queries = !kGrouped && walk.last_of_queries();
                     if (other_queries) release(own_queries, place_number);
-                    raise(scores, softmax, shift, rescale, visible_keys, walk);
-                    if constexpr (kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                    raise(scores, softmax, rescale, known, visible_keys, walk, step);
+                    if constexpr (kEarlyWeights) softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.
-                    const float (&last)[2] = kEarlyWeights ? softmax.sum : rescale;
+                    const float (&last)[2] = kEarlyWeights ? of_tile[0] : rescale[0];
                     const bool early = !kGrouped && walk.more();
                     if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);
                     wgmma_wait<0>();
                     wgmma_pin(output[0]);
                     wgmma_pin(scores[0]);  // nothing is packed while the last product reads the old weights
                     release(shared.v_barriers, step - 1);
-                    WarpgroupSoftmax::rescale_output(output[0], rescale);
-                    if constexpr (!kEarlyWeights) softmax.exponentiate(scores[0], params.score_scale, shift, rescale);
+                    softmax.apply(rescale, output);
+                    if constexpr (!kEarlyWeights) softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
                     pack_weights<T>(weights, scores[0]);
+                    if constexpr (!kWide) {
+                        softmax.begin(rescale);
+                        if (softmax.follow<Traits<T>::kLarge>(of_tile, params.score_scale, rescale)) {
+                            softmax.rescale_sum(rescale);
+                            softmax.apply(rescale, scores);
+                            softmax.apply(rescale, output);
+                            pack_weights<T>(weights, scores[0]);
+                        }
+                    }
                 }
                 shared.v_barriers.wait(step);
                 wgmma_fence();
@@ -985,8 +1066,10 @@ struct Consumer {
                 ++step;
                 ++place_number;
             }
-            const Place found = anew(place, work);
-            store_output(params, found, output, softmax, found.first_row + row, lane, walk.ends_reduced());
+            const Place found = anew(place, work_number);
+            tell_lost(known & kAgain ? 0 : softmax.lost(output), work_number % kStages);
+            store_output(params, found, output, softmax, found.first_row + row(), lane(), walk.ends_reduced());
+            if (lane() == 0) mbarrier_arrive(shared_address(&shared.done[work_number % kStages]));
         }
     }
 };
@@ -1026,6 +1109,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         shared.k_barriers.init(kReaders, kGrouped ? kBuilders : 1);
         shared.v_barriers.init(kReaders, 1);
         shared.work_barriers.init(kReaders + kBuilders, 1);
+#pragma unroll
+        for (int stage = 0; stage < kStages; ++stage) {
+            mbarrier_init(shared_address(&shared.done[stage]), kReaders);
+        }
         if constexpr (kGrouped) init_raw(shared.keys);
         fence_mbarrier_init();
     }
@@ -1040,8 +1127,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         }
     } else {
         take_registers<kConsumerRegisters>();
-        const int own = thread - kGroupThreads;
-        const int lane = own % kWarpSize;
-        Consumer{params, shared, warpgroup - 1, lane, own / kWarpSize * 16 + lane / 4}.run();
+        Consumer{params, shared, warpgroup - 1, thread % kWarpSize}.run();
     }
 }

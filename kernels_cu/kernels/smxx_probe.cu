@@ -227,7 +227,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
 #if KEPT
             if (some_kept) keep_part(scores[0], kept, own, variant == kNear, key + lane % 4 * 2);
 #endif
-            softmax.update(scores, output, kLog2E);
+            float rescale[1][2] = {{1.f, 1.f}}, of_tile[1][2];
+            softmax.raise(scores, softmax.kAllRows, kLog2E, rescale);
+            softmax.apply(rescale, output);
+            softmax.exponentiate(scores, kLog2E, rescale, of_tile);
             multiply_weights_values<T, kSplit, false>(output, scores, shared.v[stage], lane);
         }
         stage = stage == kStages - 1 ? 0 : stage + 1;

@@ -16,6 +16,8 @@ struct Traits;
 template <>
 struct Traits<f16> {
     static constexpr int kMmaDepth = 16;  // terms of the sum that one matrix instruction takes
+    static constexpr bool kWide = false;  // whether it has the range of float32
+    static constexpr int kLarge = 1 << 8;  // a weight that should not be larger
     static DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
     static DEVICE f16 from_float(float x) { return {float_to_f16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_f16x2(low, high); }
@@ -27,6 +29,8 @@ struct Traits<f16> {
 template <>
 struct Traits<bf16> {
     static constexpr int kMmaDepth = 16;
+    static constexpr bool kWide = true;
+    static constexpr int kLarge = 1 << 30;
     static DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
     static DEVICE bf16 from_float(float x) { return {float_to_bf16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_bf16x2(low, high); }
@@ -38,6 +42,8 @@ struct Traits<bf16> {
 template <>
 struct Traits<float> {
     static constexpr int kMmaDepth = 8;
+    static constexpr bool kWide = true;
+    static constexpr int kLarge = 1 << 30;
     static DEVICE float to_float(float x) { return x; }
     static DEVICE float from_float(float x) { return x; }
 };

@@ -2,17 +2,30 @@
 #pragma once
 #include "ptx/math.cuh"
 
-// What a row's scores are measured from may lag behind their maximum by this many powers of two: weights are then at
-// most 256, which no format minds, and after the first tiles the output is hardly ever rescaled. Without the lag some row
-// of a warp moves in most steps.
-static constexpr float kLag = 8.f;
+// What a row's scores are measured from, its maximum here, may lag behind their maximum: after the first tiles the output is
+// hardly ever rescaled. Without the lag some row of a warp moves in most steps.
+static constexpr float kLag = 8.f;  // powers of two
 
-// The scores of one tile become weights 2**(score_scale * (score - maximum)); output is rescaled when a maximum moves.
-// The sum is kept per lane: its four lanes of a row are added once, at the end.
+static constexpr float kMost = 1.2676506e30f;  // 2**100: weights beyond are given up, for a factor must not be subnormal
+
+// The scores of one tile become weights 2**(score_scale * (score - maximum)); output is rescaled when a maximum moves. The sum
+// is kept per lane: its four lanes of a row are added once, at the end.
+//
+// Once a row has a maximum, nothing need look for the next one: weights are computed from it, and where their sum turns out
+// large, the maximum goes up afterwards. What is lost so is only a weight of 2**100 and more, from a score that far above
+// those before: sums tell, and a kernel then does the tile of queries again, with the maximum of every tile for the rows
+// that lost something, and the same bits for the others. Finding maxima takes a fifth of the instructions that a score
+// costs.
+//
+// In parts, so that products can run between them. All rows of a lane go side by side, and sums and maxima are made of
+// several: few warps share a scheduler, so what counts is how many instructions do not depend on each other. Factors for
+// the output gather in rescale, which is 1 at first.
 template <int kRowTiles>
 struct OnlineSoftmax {
+    static constexpr int kParts = kRowTiles == 1 ? 2 : 1;
+
     float maximum[kRowTiles][2];
-    float sum[kRowTiles][2];
+    float sum[kRowTiles][2];  // of this lane's columns
 
     DEVICE void clear() {
 #pragma unroll
@@ -25,23 +38,34 @@ struct OnlineSoftmax {
         }
     }
 
-    // All rows of a lane side by side, without a branch between them: few warps share a scheduler, so what counts is how
-    // many instructions do not depend on each other.
-    template <int kKeyTiles, int kOutTiles>
-    DEVICE void update(float (&scores)[kRowTiles][kKeyTiles][4], float (&output)[kRowTiles][kOutTiles][4],
-                       float score_scale) {
+    static DEVICE void begin(float (&rescale)[kRowTiles][2]) {
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) rescale[mt][0] = rescale[mt][1] = 1.f;
+    }
+
+    // A set of this lane's rows.
+    static constexpr u32 kAllRows = (1 << 2 * kRowTiles) - 1;
+    static DEVICE bool has(u32 rows, int mt, int half) { return rows >> (2 * mt + half) & 1; }
+
+    // Takes the scores into the maxima, of some rows.
+    template <int kKeyTiles>
+    DEVICE void raise(const float (&scores)[kRowTiles][kKeyTiles][4], u32 rows, float score_scale,
+                      float (&rescale)[kRowTiles][2]) {
         float top[kRowTiles][2];
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
+            float part[2][kParts];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                top[mt][half] = maximum[mt][half];
+            for (int nt = 0; nt < kKeyTiles; ++nt) {
 #pragma unroll
-                for (int nt = 0; nt < kKeyTiles; ++nt) {
-                    const float pair = fmaxf(scores[mt][nt][half * 2], scores[mt][nt][half * 2 + 1]);
-                    top[mt][half] = fmaxf(top[mt][half], pair);
+                for (int half = 0; half < 2; ++half) {
+                    float& of = part[half][nt % kParts];
+                    of = nt < kParts ? scores[mt][nt][half * 2] : fmaxf(of, scores[mt][nt][half * 2]);
+                    of = fmaxf(of, scores[mt][nt][half * 2 + 1]);
                 }
             }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) top[mt][half] = fmaxf(part[half][0], part[half][kParts - 1]);
         }
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2) {
@@ -53,8 +77,6 @@ struct OnlineSoftmax {
                 }
             }
         }
-        float shift[kRowTiles][2], rescale[kRowTiles][2];
-        bool moved = false;
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
@@ -62,41 +84,132 @@ struct OnlineSoftmax {
                 // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
                 const float before = __fmul_rn(maximum[mt][half], score_scale);
                 const float after = __fmul_rn(top[mt][half], score_scale);
-                const bool stays = after - before <= kLag;
-                // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
-                shift[mt][half] = stays ? before : after == -infinity() ? 0.f : after;
-                rescale[mt][half] = exp2_approx(before - shift[mt][half]);
+                const bool stays = !(after - before > kLag) || !has(rows, mt, half);
                 if (!stays) maximum[mt][half] = top[mt][half];
-                moved |= rescale[mt][half] != 1.f;
+                const float factor = stays ? 1.f : exp2_approx(before - after);
+                rescale[mt][half] *= factor;
             }
         }
+    }
+
+    // What is known of a tile of queries, beside a set of rows of which every maximum is found.
+    static constexpr u32 kUnsettled = 1u << 30;  // some row of the warp has no maximum
+    static constexpr u32 kAgain = 1u << 31;      // it is done for a second time
+
+    // The same if need be. cut: some of the tile's keys are not seen. Returns whether it looked at the scores.
+    template <int kKeyTiles>
+    DEVICE bool raise_if_needed(const float (&scores)[kRowTiles][kKeyTiles][4], bool cut, u32& known, float score_scale,
+                                float (&rescale)[kRowTiles][2]) {
+        if (!cut && known == 0) return false;
+        raise(scores, cut || known & kUnsettled ? kAllRows : known, score_scale, rescale);
+        float least = infinity();
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) least = fminf(least, fminf(maximum[mt][0], maximum[mt][1]));
+        known = __any_sync(kFullWarp, least == -infinity()) ? known | kUnsettled : known & ~kUnsettled;
+        return true;
+    }
+
+    // Scores to weights, in place, and their sums: short sums of short sums round less than one long sum.
+    template <int kKeyTiles>
+    DEVICE void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4], float score_scale, const float (&rescale)[kRowTiles][2], float (&of_tile)[kRowTiles][2]) {
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+            float total[2][kParts] = {};
+            float shift[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
+                const float top = maximum[mt][half];
+                shift[half] = __fmul_rn(top == -infinity() ? 0.f : top, score_scale);
+            }
+#pragma unroll
+            for (int nt = 0; nt < kKeyTiles; ++nt) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float& low = scores[mt][nt][half * 2];
+                    float& high = scores[mt][nt][half * 2 + 1];
+                    low = exp2_approx(fmaf(low, score_scale, -shift[half]));
+                    high = exp2_approx(fmaf(high, score_scale, -shift[half]));
+                    total[half][nt % kParts] += low + high;
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                of_tile[mt][half] = kParts == 2 ? total[half][0] + total[half][1] : total[half][0];
+                sum[mt][half] = fmaf(sum[mt][half], rescale[mt][half], of_tile[mt][half]);
+            }
+        }
+    }
+
+    // Where sums are large, the maximum goes up by the largest of a row. Returns whether any were. sums: of all weights, of
+    // types that have the range of float32; float16 wants those of a tile, of which none may be.
+    template <int kLarge>
+    DEVICE bool follow(const float (&sums)[kRowTiles][2], float score_scale, float (&rescale)[kRowTiles][2]) {
+        float most = 0.f;
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) most = fmaxf(most, fmaxf(sums[mt][0], sums[mt][1]));
+        if (!__any_sync(kFullWarp, most > kLarge)) return false;
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float total = 0.f;  // of this tile: short sums of short sums round less than one long sum
-#pragma unroll
-                for (int nt = 0; nt < kKeyTiles; ++nt) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float& score = scores[mt][nt][half * 2 + i];
-                        score = exp2_approx(fmaf(score, score_scale, -shift[mt][half]));
-                        total += score;
-                    }
-                }
-                sum[mt][half] = fmaf(sum[mt][half], rescale[mt][half], total);
+                float top = sums[mt][half];
+                top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+                const int powers = top > kLarge ? (__float_as_int(top) >> 23) - 127 : 0;
+                const float before = __fmul_rn(maximum[mt][half], score_scale);
+                maximum[mt][half] += static_cast<float>(powers) / score_scale;
+                const float factor = exp2_approx(before - __fmul_rn(maximum[mt][half], score_scale));
+                rescale[mt][half] *= powers == 0 ? 1.f : top > kMost ? infinity() : factor;
             }
         }
-        if (__any_sync(kFullWarp, moved)) {
+        return true;
+    }
+
+    DEVICE void rescale_sum(const float (&rescale)[kRowTiles][2]) {
 #pragma unroll
-            for (int mt = 0; mt < kRowTiles; ++mt) {
+        for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
-                for (int nt = 0; nt < kOutTiles; ++nt) {
+            for (int half = 0; half < 2; ++half) sum[mt][half] *= rescale[mt][half];
+        }
+    }
+
+    // A vote costs less than multiplying everything by 1.
+    template <int kTiles>
+    static DEVICE void apply(const float (&rescale)[kRowTiles][2], float (&output)[kRowTiles][kTiles][4]) {
+        bool moved = false;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) output[mt][nt][i] *= rescale[mt][i / 2];
-                }
+        for (int mt = 0; mt < kRowTiles; ++mt) moved |= rescale[mt][0] != 1.f || rescale[mt][1] != 1.f;
+        if (!__any_sync(kFullWarp, moved)) return;
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+            for (int nt = 0; nt < kTiles; ++nt) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output[mt][nt][i] *= rescale[mt][i / 2];
             }
         }
+    }
+
+    // The rows of which a weight or an output was beyond all numbers, or is none.
+    template <int kTiles>
+    DEVICE u32 lost(const float (&output)[kRowTiles][kTiles][4]) const {
+        u32 rows = 0;
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float zero = sum[mt][half] * 0.f;
+#pragma unroll
+                for (int nt = 0; nt < kTiles; ++nt) {
+                    zero = fmaf(output[mt][nt][half * 2], 0.f, zero);
+                    zero = fmaf(output[mt][nt][half * 2 + 1], 0.f, zero);
+                }
+                if (zero != 0.f) rows |= 1 << (2 * mt + half);
+            }
+        }
+        rows |= __shfl_xor_sync(kFullWarp, rows, 1);
+        return rows | __shfl_xor_sync(kFullWarp, rows, 2);
     }
 
     DEVICE void reduce_sums() {

@@ -4,7 +4,6 @@
 #include "ptx/wgmma.cuh"
 #include "tile/dtype.cuh"
 #include "tile/panels.cuh"
-#include "tile/softmax.cuh"
 
 template <class T>
 struct WarpgroupMultiply;
@@ -114,95 +113,6 @@ DEVICE void pack_weights(u32 (&weights)[kSteps][4], const float (&scores)[kKeyTi
         }
     }
 }
-
-// Online softmax of a warpgroup's scores, as tile/softmax.cuh has it for warps, in parts: between them the product that
-// still reads the old weights can finish. A lane has two rows. A single warp of a scheduler is at work here while
-// others have the tensor cores, so what counts is how many instructions do not depend on each other: both rows go side
-// by side, and sums and maxima are made of several.
-struct WarpgroupSoftmax {
-    float maximum[2];
-    float sum[2];  // of this lane's columns
-
-    DEVICE void clear() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            maximum[half] = -infinity();
-            sum[half] = 0.f;
-        }
-    }
-
-    // Takes the scores into the maxima. Returns what the scaled scores are to be shifted by, and the factor for sum and
-    // output of the tiles before.
-    template <int kKeyTiles>
-    DEVICE void raise(const float (&scores)[kKeyTiles][4], float score_scale, float (&shift)[2], float (&rescale)[2]) {
-        float top[2][2] = {{maximum[0], maximum[0]}, {maximum[1], maximum[1]}};
-#pragma unroll
-        for (int nt = 0; nt < kKeyTiles; ++nt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& of_tile = top[half][nt % 2];
-                of_tile = fmaxf(of_tile, fmaxf(scores[nt][half * 2], scores[nt][half * 2 + 1]));
-            }
-        }
-        float whole[2] = {fmaxf(top[0][0], top[0][1]), fmaxf(top[1][0], top[1][1])};
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                whole[half] = fmaxf(whole[half], __shfl_xor_sync(kFullWarp, whole[half], distance));
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if ((whole[half] - maximum[half]) * score_scale <= kLag) whole[half] = maximum[half];
-            // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
-            shift[half] = __fmul_rn(whole[half] == -infinity() ? 0.f : whole[half], score_scale);
-            // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
-            rescale[half] = exp2_approx(__fmul_rn(maximum[half], score_scale) - shift[half]);
-            maximum[half] = whole[half];
-        }
-    }
-
-    // Scores to weights, in place, and into the sums.
-    template <int kKeyTiles>
-    DEVICE void exponentiate(float (&scores)[kKeyTiles][4], float score_scale, const float (&shift)[2],
-                             const float (&rescale)[2]) {
-        float total[2][2] = {};
-#pragma unroll
-        for (int nt = 0; nt < kKeyTiles; ++nt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& low = scores[nt][half * 2];
-                float& high = scores[nt][half * 2 + 1];
-                low = exp2_approx(fmaf(low, score_scale, -shift[half]));
-                high = exp2_approx(fmaf(high, score_scale, -shift[half]));
-                total[half][nt % 2] += low + high;
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) sum[half] = fmaf(sum[half], rescale[half], total[half][0] + total[half][1]);
-    }
-
-    // The factor of each row for the output. A vote costs less than multiplying everything by 1.
-    template <int kOutTiles>
-    static DEVICE void rescale_output(float (&output)[kOutTiles][4], const float (&rescale)[2]) {
-        if (__any_sync(kFullWarp, rescale[0] != 1.f || rescale[1] != 1.f)) {
-#pragma unroll
-            for (int nt = 0; nt < kOutTiles; ++nt) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) output[nt][i] *= rescale[i / 2];
-            }
-        }
-    }
-
-    DEVICE void reduce_sums() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 1);
-            sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 2);
-        }
-    }
-};
 
 // Four words of each lane of a quad, transposed: lane q gets word q of the four lanes, in their order.
 DEVICE void transpose_quad(u32 (&word)[4], int lane) {

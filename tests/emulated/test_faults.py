@@ -21,7 +21,7 @@ import cudistr
 from cudistr import compiler, compose, launch, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
-from tests.strategies import near_ties, random
+from tests.strategies import BFLOAT16, near_ties, random
 
 FLASH = "kernels/sm80_flash_fwd.cu"
 HOPPER = "kernels/sm90_flash_fwd.cu"
@@ -97,7 +97,7 @@ FAULTS = {
         GROUPED,
     ),
     "no barrier before the tiles become the output": Fault(
-        FLASH, f"{BARRIER}  // the tiles of the loop become", "// the tiles of the loop become", f"write {RACE}", head_dim_v=128
+        FLASH, "__syncthreads_or(again) ?", "again ?", f"write {RACE}", head_dim_v=128
     ),
     "no barrier before the output is copied": Fault(
         FLASH, f"    {BARRIER}\n\n    constexpr int kOutChunks", "    constexpr int kOutChunks", RACE
@@ -125,8 +125,8 @@ FAULTS = {
     ),
     "a barrier that one warp does not reach": Fault(
         FLASH,
-        "softmax.reduce_sums();\n    __syncthreads();",
-        "softmax.reduce_sums();\n    if (thread_index() >= 32) __syncthreads();",
+        "again = __syncthreads_or(again)",
+        "if (thread_index() >= 32) again = __syncthreads_or(again)",
         "wait at different barriers",
     ),
     "a thread that returns before a barrier": Fault(
@@ -179,8 +179,8 @@ FAULTS = {
     ),
     "copies in flight when the block ends": Fault(
         FLASH,
-        "    cp_async_wait<0>();\n    softmax.reduce_sums();",
-        "    cp_async_chunk(shared_address(&storage), q, false);\n    cp_async_commit();\n    softmax.reduce_sums();",
+        "    cp_async_wait<0>();\n}",
+        "    cp_async_chunk(shared_address(&storage), params.q, false);\n    cp_async_commit();\n}",
         f"{RACE}|before its copies landed",
     ),
     # Indices
@@ -307,9 +307,16 @@ FAULTS = {
     ),
     # Numbers
     "minus infinity taken from itself": Fault(
-        "tile/softmax.cuh", "after == -infinity() ? 0.f : after", "after", WRONG, {"window": (0, None), "causal": True}
+        "tile/softmax.cuh", "top == -infinity() ? 0.f : top", "top", WRONG, {"window": (0, None), "causal": True}
     ),
     "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][i] *= rescale[mt][i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}),
+    "weights beyond all numbers, and no second time": Fault(
+        FLASH, "while (kWide && again);", "while (false);", WRONG, {"scale": 60.0}, dtype=BFLOAT16
+    ),
+    "a second time that finds no maxima": Fault(
+        "tile/softmax.cuh", "known & kUnsettled ? kAllRows : known,", "known & kUnsettled ? kAllRows : 0,",
+        WRONG, {"scale": 60.0}, dtype=BFLOAT16
+    ),
     "a hash with products and sums rounded together": Fault(
         PREPARE, "sizeof(T) == 2 ? fmaf", "true ? fmaf",
         "Mismatched", {"near_ties": True}, dtype=np.float32
@@ -345,7 +352,7 @@ SHARED = {
         FLASH, "kShareKeys ? tile / params.splits : tile", "tile", "outside|wrote too", splits=2
     ),
     "a thread block that leaves nothing": Fault(
-        FLASH, "if (RANKED && tile < first_tile) continue;", "if (tile < first_tile) return;",
+        FLASH, "    store_output(params,", "    if (__syncthreads_or(softmax.sum[0][0] > 0.f)) store_output(params,",
         "nothing wrote|before its copies landed", splits=5
     ),
     "a warp without queries that copies nothing": Fault(
@@ -508,10 +515,6 @@ ON_HOPPER = {
         HOPPER, "named_barrier_sync(1 + group, 2 * kGroupThreads)", "named_barrier_sync(1 + group, 3 * kGroupThreads)",
         "which others come to as one of"
     ),
-    "a number that every lane reads, and one gives back": Fault(
-        HOPPER, "lane == 0 ? shared.work[work_number % kStages] : 0", "shared.work[work_number % kStages]",
-        f"write {RACE}", lengths=(800, 100)
-    ),
     # Products
     "no fence before a product": Fault(
         "tile/warpgroup.cuh", "shapes\");\n    wgmma_fence();", "shapes\");", "wgmma without a wgmma.fence"
@@ -533,7 +536,7 @@ ON_HOPPER = {
     "shared memory written by a thread, and no fence for the product": Fault(
         HOPPER,
         "                own_queries.wait(place_number);\n",
-        "                own_queries.wait(place_number);\n                if (group == 0 && row == 0 && lane == 0) {\n"
+        "                own_queries.wait(place_number);\n                if (group == 0 && row() == 0 && lane() == 0) {\n"
         "                    volatile u16& x = *reinterpret_cast<volatile u16*>(shared.q.data);\n"
         "                    x = x;\n                }\n                __syncwarp();\n",
         "wrote without a fence.proxy.async|that no barrier puts before it",
@@ -563,7 +566,7 @@ ON_HOPPER = {
         "no thread of block .* can go on"
     ),
     "one warp that does not give back": Fault(
-        HOPPER, "if (lane == 0) ring.release(n);", "if (lane == 0 && thread_index() >= 160) ring.release(n);",
+        HOPPER, "if (lane() == 0) ring.release(n);", "if (lane() == 0 && thread_index() >= 160) ring.release(n);",
         "no thread of block .* can go on"
     ),
     "a descriptor of the wrong stage": Fault(
@@ -580,7 +583,14 @@ ON_HOPPER = {
     ),
     "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0 * group", WRONG),
     "an output that is not rescaled": Fault(
-        "tile/warpgroup.cuh", "output[nt][i] *= rescale[i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}
+        HOPPER, "softmax.apply(rescale, output);\n                            pack", "pack", WRONG, {"scale": 3.0}
+    ),
+    "weights beyond all numbers, and no second time": Fault(
+        HOPPER, "if (lost) {\n                chosen", "if (false) {\n                chosen", WRONG, {"scale": 60.0}, dtype=BFLOAT16
+    ),
+    "a second time for the rows of another piece of work": Fault(
+        HOPPER, "shared.again[number % kStages] = slot;", "shared.again[number % kStages] = slot ^ 1;",
+        f"{WRONG}|{RACE}", {"scale": 60.0}, dtype=BFLOAT16
     ),
     "too many bytes announced for a rank": Fault(
         PANELS, "if (x[0] < columns) tma", "if (x[0] + kPanelColumns < columns) tma", "no thread of block .* can go on",
@@ -614,8 +624,8 @@ ON_HOPPER = {
         {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
     "queries given back by a thread that still reads them": Fault(
-        HOPPER, "        queries.gather(shared.q, shared.keys, row, lane);\n        shared.q_barriers[0].release(place_number);",
-        "        shared.q_barriers[0].release(place_number);\n        queries.gather(shared.q, shared.keys, row, lane);",
+        HOPPER, "        queries.gather(shared.q, shared.keys, row(), lane());\n        shared.q_barriers[0].release(place_number);",
+        "        shared.q_barriers[0].release(place_number);\n        queries.gather(shared.q, shared.keys, row(), lane());",
         RACE, {**GROUPED, "causal": True}, lengths=(2100, 100)
     ),
     "an order of another head": Fault(
@@ -660,7 +670,7 @@ ON_HOPPER |= {
     ),
     "queries never given back where all keys are exact": Fault(
         HOPPER,
-        "if (!walk.inside()) return shared.q_barriers[0].release(place_number);",
+        "if (!walk.inside()) return shared.q_barriers[0].release(number);",
         "if (!walk.inside()) return;",
         "no thread of block .* can go on",
         {"reduction": cudistr.LSH(2, near=130), "causal": True},
@@ -675,15 +685,15 @@ ON_HOPPER |= {
         HOPPER, "own_queries.wait(++place_number);", "++place_number;", RACE, KEPT
     ),
     "maxima of other scores": Fault(
-        HOPPER, "softmax.maximum[half] -=", "softmax.maximum[half] -= 0.f *", WRONG, KEPT
+        HOPPER, "softmax.maximum[0][half] -=", "softmax.maximum[0][half] -= 0.f *", WRONG, KEPT
     ),
     "keys of a pass that go without its mask": Fault(
         HOPPER, "first_key > 0 || last_key < TILE_K - 1", "last_key < TILE_K - 1", WRONG, KEPT
     ),
     "a mask for the rows of another consumer": Fault(
         HOPPER,
-        "const int query = row + half * 8;\n                rows",
-        "const int query = row % 64 + half * 8;\n                rows",
+        "const int query = row() + half * 8;\n                rows",
+        "const int query = row() % 64 + half * 8;\n                rows",
         WRONG,
         KEPT,
     ),

@@ -66,6 +66,7 @@ struct Fiber {
     const void* caller = nullptr;
     u32 barrier = 0;  // number, or address, of what it waits at
     u32 parity = 0;
+    u32 votes = 0;  // of the block, taken part in
 
     std::deque<std::vector<Copy>> groups;  // committed cp.async copies, oldest first
     std::vector<Copy> open;
@@ -109,6 +110,7 @@ struct Machine {
     size_t reads_bytes = 0;
     // A short cut: what threads read before the last barrier of the whole block is behind everybody.
     std::vector<u32> read_epochs;  // per byte: epoch of the last read by any thread
+    bool votes[3] = {};            // of the whole block, one after another
     u32 epoch = 1;                 // barriers of the whole block, and blocks, so far
 
     u32 next() {

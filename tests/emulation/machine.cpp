@@ -399,10 +399,12 @@ void run_block() {
     std::fill(m.writes.begin(), m.writes.end(), Write{0, 0});
     std::fill(m.in_flight.begin(), m.in_flight.end(), 0);
     std::fill(m.read_epochs.begin(), m.read_epochs.end(), 0);
+    std::fill(std::begin(m.votes), std::end(m.votes), false);
     hopper_begin_block();
     for (unsigned t = 0; t < m.threads; ++t) {
         Fiber& fiber = *m.fibers[t];
         fiber.state = kReady;
+        fiber.votes = 0;
         fiber.groups.clear();
         fiber.open.clear();
     }
@@ -474,6 +476,17 @@ void block_barrier(const char* file, int line) {
     fiber.caller = __builtin_return_address(0);
     fiber.state = kAtBlockBarrier;
     yield();
+}
+
+// A vote is read before any thread can be two votes further.
+int block_vote(bool mine, const char* file, int line) {
+    Fiber& fiber = *m.fibers[m.running];
+    const u32 vote = fiber.votes++ % 3;
+    m.votes[vote] |= mine;
+    block_barrier(file, line);
+    const bool any = m.votes[vote];
+    m.votes[(vote + 2) % 3] = false;
+    return any;
 }
 
 void warp_barrier() {

@@ -36,6 +36,7 @@ typedef void (*WarpInstruction)(Operands (&lanes)[kWarpLanes]);
 void together(const char* name, WarpInstruction execute, const void* in, void* out);
 // Waits for all threads of the block; they must come from one line of one file.
 void block_barrier(const char* file, int line);
+int block_vote(bool mine, const char* file, int line);
 void warp_barrier();
 
 unsigned shared_address(const void* pointer);
@@ -93,6 +94,7 @@ unsigned short float_to_bfloat(float x);
 #define blockDim (::machine::place.block_size)
 #define gridDim (::machine::place.grid_size)
 #define __syncthreads() ::machine::block_barrier(__FILE__, __LINE__)
+#define __syncthreads_or(x) ::machine::block_vote(x, __FILE__, __LINE__)
 #define __syncwarp() ::machine::warp_barrier()
 
 extern "C" {

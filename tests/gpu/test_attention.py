@@ -7,7 +7,7 @@ import pytest
 
 import cudistr
 from cudistr import reference
-from tests.gpu.util import ROUNDOFF, check_kernel, check_tf32, cp, inputs, on_device, same_bits
+from tests.gpu.util import ROUNDOFF, check_kernel, check_tf32, cp, inputs, on_device, rising, same_bits
 from tests.strategies import DTYPES, LAYOUTS, expanded
 
 pytestmark = pytest.mark.gpu
@@ -185,6 +185,32 @@ def test_scores_far_from_zero(dtype, reduction, scale):
     q, k, v = inputs(9, dtype, lengths=(150, 150))
     q, k = np.abs(q), np.abs(k)
     check_kernel(q, k, v, reduction=reduction, scale=scale)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "reduction", [None, cudistr.LSH(2), RANK1, ENERGY], ids=["exact", "G2", "rank1", "energy"]
+)
+@pytest.mark.parametrize("rise", [30, 250, 2000])
+def test_scores_that_rise(dtype, reduction, rise):
+    # The maxima of the first tiles stay as long as they may: weights grow by 2**43, and beyond all numbers in some rows.
+    q, k, v = inputs(31, dtype, batch=1, heads=2, lengths=(150, 700))
+    rising(q, k, rise)
+    check_kernel(q, k, v, reduction=reduction)
+    check_kernel(q, k, v, reduction=reduction, causal=True, softcap=200.0)
+
+
+@each_dtype
+def test_rows_whose_scores_rise_leave_the_others_as_they_are(dtype):
+    q, k, v = inputs(32, dtype, batch=1, heads=2, lengths=(150, 700))
+    rising(q, k, 250)
+    wild = np.arange(150) % 7 == 3
+    q[:, :, ~wild, 0] = 0.5
+    out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
+    q[:, :, wild, 0] = 0.5
+    calm = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
+    same_bits(out[:, :, ~wild], calm[:, :, ~wild])
+    assert (out[:, :, wild][:, :, 2:] != calm[:, :, wild][:, :, 2:]).any(axis=-1).all()
 
 
 @each_dtype
@@ -495,3 +521,13 @@ def test_small_weights_and_energy(dtype, reduction):
 @pytest.mark.small
 def test_small_softcap_and_mean():
     small(np.float16, cudistr.LSH(2, representative="mean"), softcap=5.0, scale=-0.2)
+
+
+@pytest.mark.small
+@each_dtype
+@each_method
+def test_small_scores_that_rise(dtype, reduction):
+    # Some rows are done twice.
+    q, k, v = inputs(34, dtype, batch=1, heads=2, lengths=(75, 290))
+    rising(q[:, 1:], k[:, 1:], 300)
+    check_kernel(q, k, v, reduction=reduction)

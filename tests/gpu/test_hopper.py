@@ -8,7 +8,7 @@ import pytest
 import cudistr
 from cudistr import launch, normalize
 from cudistr.plan import plan
-from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, of_ranks, on_device, same_bits
+from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, of_ranks, on_device, rising, same_bits
 from tests.strategies import BFLOAT16, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -293,6 +293,53 @@ def test_maxima_that_rise_with_every_tile(dtype):
 
 @each_dtype
 @each_usual
+@pytest.mark.parametrize("rise", [30, 250, 2000])
+def test_scores_that_rise(dtype, head_dims, rise):
+    # The maxima of the first tiles stay as long as they may: weights grow by 2**43, and beyond all numbers in some rows.
+    q, k, v = inputs(
+        31, dtype, batch=1, heads=3, lengths=(300, 900), head_dim=head_dims[0], head_dim_v=head_dims[1]
+    )
+    rising(q[:, 1:], k[:, 1:], rise)
+    check(q, k, v)
+    check(q, k, v, causal=True, softcap=200.0)
+
+
+RISING_GROUPS = [
+    cudistr.LSH(2),
+    cudistr.LSH(4, representative="mean"),
+    cudistr.LSH(2, representative="rank1"),
+    cudistr.LSH(2, near=40, sinks=9),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("reduction", RISING_GROUPS, ids=["G2", "G4-mean", "G2-rank1", "G2-near"])
+@pytest.mark.parametrize("rise", [30, 250, 2000])
+def test_scores_of_groups_that_rise(dtype, reduction, rise):
+    q, k, v = inputs(33, dtype, batch=1, heads=3, lengths=(300, 900))
+    rising(q[:, 1:], k[:, 1:], rise)
+    check(q, k, v, reduction=reduction)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_rows_whose_scores_rise_leave_the_others_as_they_are(dtype, head_dim, causal):
+    q, k, v = inputs(32, dtype, batch=2, heads=4, lengths=(300, 900), head_dim=head_dim)
+    rising(q, k, 250)
+    wild = np.arange(300) % 97 == 90
+    q[:, :, ~wild, 0] = 0.5
+    q[:, 0, :, 0] = 0.5  # tiles of queries that are done once, between others that are done twice
+    out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), causal=causal))
+    q[:, :, wild, 0] = 0.5
+    calm = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), causal=causal))
+    same_bits(out[:, :, ~wild], calm[:, :, ~wild])
+    same_bits(out[:, 0], calm[:, 0])
+    assert (out[:, 1:, wild] != calm[:, 1:, wild]).any(axis=-1).all()
+
+
+@each_dtype
+@each_usual
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1), (6, 3)], ids=str)
 def test_grouped_query_attention(dtype, head_dims, heads):
     q, k, v = inputs(
@@ -484,6 +531,16 @@ def test_small(dtype, head_dims, options):
         head_dim_v=head_dims[1],
     )
     check(q, k, v, on_host=True, **options)
+
+
+@pytest.mark.small
+@each_dtype
+@pytest.mark.parametrize("reduction", [None, cudistr.LSH(2)], ids=["exact", "G2"])
+def test_small_scores_that_rise(dtype, reduction):
+    # Some tiles of queries are done twice.
+    q, k, v = inputs(34, dtype, batch=1, heads=2, lengths=(201, 400))
+    rising(q[:, 1:], k[:, 1:], 300)
+    check(q, k, v, reduction=reduction)
 
 
 def test_an_exact_head_beside_reduced_ones_has_the_bits_of_an_exact_call():

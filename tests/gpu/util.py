@@ -77,6 +77,16 @@ def kept_mask(
     return (np.abs(ahead) < reduction.near) | (np.arange(seqlen_k) < reduction.sinks)
 
 
+def rising(q: np.ndarray, k: np.ndarray, rise: float) -> None:
+    """Make the scores of each head rise from the last keys, which kernels see first, to the first ones, in two steps.
+
+    The rise goes from 0 for the first query to ``rise`` for the last.
+    """
+    size = np.sqrt(q.shape[-1])
+    q[..., 0] = np.linspace(0, size, q.shape[2]).astype(q.dtype)
+    k[..., 0] = np.repeat([rise / 2, 0, -rise / 2], -(-k.shape[2] // 3))[: k.shape[2]].astype(k.dtype)
+
+
 def rounded(x: Any, dtype: np.dtype, xp: Any) -> Any:
     """float32 values rounded to ``dtype``, still float32."""
     if dtype == np.float32:
