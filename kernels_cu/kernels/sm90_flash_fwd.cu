@@ -97,8 +97,8 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kCons
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
 // packing of weights and the rescaling of the output, which fill each other's gaps. With three consumers, which compute
-// exponentials most of the time, before is 3% faster at (64, 64) and 5% at (32, 64); with two, after is 2 to 3% faster
-// (one H100, 16k tokens).
+// exponentials most of the time, before is 3% faster at (64, 64) and 5% at (32, 64); with two, after is 1 to 3% faster
+// (one H100, 16k tokens), but for groups in short tiles, where before is 1 to 2% faster (one H200).
 constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
@@ -128,8 +128,8 @@ struct KeyStorage<true> {
 #endif
 };
 
-// Tiles of queries are work for a thread block, as numbers. With this bit a tile is done once more: in some row the maximum of
-// the first tiles of keys, which stayed, was too low for a weight.
+// Tiles of queries are work for a thread block, as numbers. With this bit a tile is done once more: in some row the
+// maximum of the first tiles of keys, which stayed, was too low for a weight.
 constexpr u32 kAgain = Softmax::kAgain;
 constexpr u32 kNoWork = kAgain - 1;  // no tile has this number
 DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAgain) < params.tiles; }
@@ -165,13 +165,13 @@ struct Agenda {
     u32 next;    // tile that was not taken yet
     u32 judged;  // so many pieces of work are known to be well, or come again
 
-    // Begins with the number-th piece of work.
+    // Begins with a piece of work.
     DEVICE void begin(const HopperParams& params, u32 work) {
         if (!(work & kAgain)) next = following(params, work);
     }
 
-    // What comes after the number-th, of which all copies are started: the work before that, again, if weights were lost; else
-    // the next tile. Consumers have long been done with the work before; the last one is waited for.
+    // What comes after the number-th, of which all copies are started: the work before that, again, if weights were lost;
+    // else the next tile. Consumers have long been done with the work before; the last one is waited for.
     template <class Shared>
     DEVICE u32 after(Shared& shared, u32 number) {
         u32 chosen = next;
@@ -899,8 +899,8 @@ struct Consumer {
         queries.start(scores, step, walk.width() / 16);
     }
 
-    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it. What the work is still
-    // stands where it was told.
+    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it. What the work is
+    // still stands where it was told.
     DEVICE Place anew(const Place& place, u32 work_number) const {
         if constexpr (RANKED || KEPT) {
             return Place(params, work_number == 0 ? block_index() : shared.work[(work_number - 1) % kStages]);
@@ -921,8 +921,8 @@ struct Consumer {
     }
 
     // Scores of a tile as the softmax wants them, and into its maxima.
-    DEVICE void raise(float (&scores)[1][kKeyTiles][4], Softmax& softmax, float (&rescale)[1][2],
-                      u32& known, const Visible& keys, const Walk& walk, u32 step) {
+    DEVICE void raise(float (&scores)[1][kKeyTiles][4], Softmax& softmax, float (&rescale)[1][2], u32& known,
+                      const Visible& keys, const Walk& walk, u32 step) {
 #if RANKED || KEPT
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         const Step& tile = shared.steps[step % kSteps];

@@ -2,20 +2,20 @@
 #pragma once
 #include "ptx/math.cuh"
 
-// What a row's scores are measured from, its maximum here, may lag behind their maximum: after the first tiles the output is
-// hardly ever rescaled. Without the lag some row of a warp moves in most steps.
+// What a row's scores are measured from, its maximum here, may lag behind their maximum: after the first tiles the output
+// is hardly ever rescaled. Without the lag some row of a warp moves in most steps.
 static constexpr float kLag = 8.f;  // powers of two
 
 static constexpr float kMost = 1.2676506e30f;  // 2**100: weights beyond are given up, for a factor must not be subnormal
 
-// The scores of one tile become weights 2**(score_scale * (score - maximum)); output is rescaled when a maximum moves. The sum
-// is kept per lane: its four lanes of a row are added once, at the end.
+// The scores of one tile become weights 2**(score_scale * (score - maximum)); output is rescaled when a maximum moves. The
+// sum is kept per lane: its four lanes of a row are added once, at the end.
 //
-// Once a row has a maximum, nothing need look for the next one: weights are computed from it, and where their sum turns out
-// large, the maximum goes up afterwards. What is lost so is only a weight of 2**100 and more, from a score that far above
-// those before: sums tell, and a kernel then does the tile of queries again, with the maximum of every tile for the rows
-// that lost something, and the same bits for the others. Finding maxima takes a fifth of the instructions that a score
-// costs.
+// Once a row has a maximum, nothing need look for the next one: weights are computed from it, and where their sum turns
+// out large, the maximum goes up afterwards. What is lost so is only a weight of 2**100 and more, from a score that far
+// above those before: sums tell, and a kernel then does the tile of queries again, with the maximum of every tile for the
+// rows that lost something, and the same bits for the others. Finding maxima takes a fifth of the instructions that a
+// score costs.
 //
 // In parts, so that products can run between them. All rows of a lane go side by side, and sums and maxima are made of
 // several: few warps share a scheduler, so what counts is how many instructions do not depend on each other. Factors for
@@ -111,7 +111,8 @@ struct OnlineSoftmax {
 
     // Scores to weights, in place, and their sums: short sums of short sums round less than one long sum.
     template <int kKeyTiles>
-    DEVICE void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4], float score_scale, const float (&rescale)[kRowTiles][2], float (&of_tile)[kRowTiles][2]) {
+    DEVICE void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4], float score_scale,
+                             const float (&rescale)[kRowTiles][2], float (&of_tile)[kRowTiles][2]) {
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
             float total[2][kParts] = {};

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, same_bits, splits
+from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, rising, same_bits, splits
 from tests.strategies import DTYPES, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +121,23 @@ def test_ranks_of_heads(dtype, family, head_dim, ranks, near, options, monkeypat
         )
     )
     check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near, sinks=near // 4), **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "family"),
+    [(x, "portable") for x in DTYPES] + [("float16", "hopper"), ("bfloat16", "hopper")],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [(16, 0), (32, 64)], ids=str)
+@pytest.mark.parametrize("near", [(0, 0), (40, 30)], ids=str)
+def test_scores_that_rise(dtype, family, ranks, near, monkeypatch):
+    # Some tiles of queries are done twice, and come from exact keys to reduced ones both times.
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    q, k, v = inputs(35, DTYPES[dtype], batch=1, heads=4, heads_kv=2, lengths=(300, 500))
+    projection = of_ranks(q, k, *ranks).with_near(near[0], sinks=near[1])
+    rising(q, k, 300)
+    for options in ({}, {"causal": True}):
+        check_kernel(q, k, v, reduction=projection, **options)
 
 
 def test_factors_weighted_by_the_output_found_on_the_device():
