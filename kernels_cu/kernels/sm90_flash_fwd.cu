@@ -951,6 +951,7 @@ struct Consumer {
     // This lane's rows that lost weights, in a piece of work before.
     DEVICE u8& lost_rows(u32 slot) { return shared.lost_rows[slot][row() % 8 + row() / 16 * 8]; }
     DEVICE void tell_lost(u32 rows, u32 slot) {
+        __syncwarp();  // all lanes have read what they lost before
         if (lane() % 4 == 0) lost_rows(slot) = static_cast<u8>(rows);
         const bool any = __any_sync(kFullWarp, rows);
         if (lane() == 0) shared.lost[slot][row() / 16] = any;
