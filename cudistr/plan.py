@@ -441,7 +441,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         if group:
             return 64 if columns <= 96 or not crowded else 32
         if problem.ranked is not None and (device.capability >= 120 if wide else device.capability < 90):
-            return 32
+            return 32  # 48 spill
         return 64 if square and plain and not crowded else 48
     # O takes up to 128 registers of a 16-row warp. On one H100 (N = 8k) 128 keys took 0.92 of the time of 64 at 192
     # columns, and 96 keys 0.97 at 256.

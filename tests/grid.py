@@ -108,10 +108,10 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
         for d, sizes in GROUPS:
             for g in _group_sizes(dtype, sizes):
                 yield f"{dtype} {d} lsh{g}", _problem(dtype, d, d, reduction=LSH(g))
-        for d in RANK1 if dtype == "bfloat16" else _few(dtype, RANK1):
+        for d in _few(dtype, RANK1) if dtype == "float32" else RANK1:
             rank1 = LSH(RANK1[d], representative="rank1")
             yield f"{dtype} {d} lsh{RANK1[d]} rank1", _problem(dtype, d, d, reduction=rank1)
-        for d in KEPT if dtype == "bfloat16" else _few(dtype, KEPT):
+        for d in _few(dtype, KEPT) if dtype == "float32" else KEPT:
             yield f"{dtype} {d} keep{KEPT[d]}", _problem(dtype, d, d, reduction=Energy(KEPT[d]))
         if dtype == "float32":  # for which 64 rows are too many where shared memory is small
             yield f"{dtype} 256 keep224", _problem(dtype, 256, 256, reduction=Energy(224))

@@ -397,8 +397,8 @@ DEVICE void add_to_scores(float (&scores)[ROW_TILES][kKeyTiles][4], const float 
     }
 }
 
-// All keys of a thread block's tile of queries. A template, so that the branch not taken need not make sense. known: for
-// the softmax, see there.
+// All keys of a thread block's tile of queries. A template, so that the branch not taken need not make sense. known:
+// what the softmax knows of the tile before it begins.
 template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
                         OnlineSoftmax<ROW_TILES>& softmax, u32 known) {

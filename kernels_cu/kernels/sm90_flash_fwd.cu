@@ -28,7 +28,7 @@
 
 typedef ElementOf<DTYPE>::type T;
 typedef OnlineSoftmax<1> Softmax;
-constexpr bool kWide = Traits<T>::kWide;
+constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step; else they are brought down before they are packed
 
 // Strides are in elements. Queries see keys from query + band_low to query + band_high.
 struct HopperParams {

@@ -17,7 +17,7 @@ template <>
 struct Traits<f16> {
     static constexpr int kMmaDepth = 16;  // terms of the sum that one matrix instruction takes
     static constexpr bool kWide = false;  // whether it has the range of float32
-    static constexpr int kLarge = 1 << 8;  // a weight that should not be larger
+    static constexpr int kLarge = 1 << 8;  // sums of weights beyond which a maximum follows
     static DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
     static DEVICE f16 from_float(float x) { return {float_to_f16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_f16x2(low, high); }

@@ -205,12 +205,13 @@ def test_rows_whose_scores_rise_leave_the_others_as_they_are(dtype):
     q, k, v = inputs(32, dtype, batch=1, heads=2, lengths=(150, 700))
     rising(q, k, 250)
     wild = np.arange(150) % 7 == 3
+    wild[:15] = False  # whose scores hardly rise
     q[:, :, ~wild, 0] = 0.5
     out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
     q[:, :, wild, 0] = 0.5
     calm = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v))))
     same_bits(out[:, :, ~wild], calm[:, :, ~wild])
-    assert (out[:, :, wild][:, :, 2:] != calm[:, :, wild][:, :, 2:]).any(axis=-1).all()
+    assert (out[:, :, wild] != calm[:, :, wild]).any(axis=-1).all()
 
 
 @each_dtype
