@@ -315,7 +315,7 @@ DEVICE void subtract_lacking(const AttentionParams& params, const Place& place, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float natural = lacking(params, place, own_row() + mt * 16 + half * 8);
-            softmax.maximum[mt][half] -= natural * (1.4426950409f / params.score_scale);
+            softmax.maximum[mt][half] -= natural * 1.4426950409f;
         }
     }
 }
@@ -354,7 +354,7 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
                 }
             }
             if (params.lse && lane % 4 == 0 && row < place.rows) {
-                float log_sum = fmaf(softmax.maximum[mt][half], params.score_scale * 0.6931471806f, logf(sum));
+                float log_sum = fmaf(softmax.maximum[mt][half], 0.6931471806f, logf(sum));
 #if RANKED
                 const bool whole = params.ranks[place.batch_head] == HEAD_DIM;
                 if (params.passes.ends_reduced(whole)) log_sum += lacking(params, place, row);
@@ -590,7 +590,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v[tile % kValueStages], lane);
             if constexpr (kWide) {
                 softmax.begin(rescale);
-                if (softmax.follow<Traits<T>::kLarge>(softmax.sum, params.score_scale, rescale)) {
+                if (softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale)) {
                     softmax.rescale_sum(rescale);
                     softmax.apply(rescale, output);
                 }

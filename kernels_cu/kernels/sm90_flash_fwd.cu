@@ -5,8 +5,8 @@
 // Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
 // is empty. Grouped, all of it sums the columns of each group of the transposed K, a tile ahead of its use. The others
 // consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
-// started together with P V of the tile before, and while that product runs, the scores become weights. Consumers take
-// turns at starting products, so that one computes exponentials while another has the tensor cores.
+// started together with P V of the tile before, and while that product runs, the scores become weights. Another consumer
+// may have the tensor cores meanwhile; nothing but the tiles they read orders one consumer and another.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16
@@ -97,8 +97,9 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kCons
 
 // Whether exponentials are computed before the wait for the last product, while it runs, or after it, together with the
 // packing of weights and the rescaling of the output, which fill each other's gaps. With three consumers, which compute
-// exponentials most of the time, before is 3% faster at (64, 64) and 5% at (32, 64); with two, after is 1 to 3% faster
-// (one H100, 16k tokens), but for groups in short tiles, where before is 1 to 2% faster (one H200).
+// exponentials most of the time, before is no slower at (64, 64); with two, after is 3 to 5% faster at 128 columns of V,
+// and 18% with LSH(2) of 64 columns, whose tiles are long (one H100, 16k tokens). With groups in short tiles before is 1 to
+// 2% faster (one H200).
 constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
@@ -646,7 +647,7 @@ struct Builder {
             }
         }
         weights = to + row(0) * kMembers;
-        named_barrier_sync(1 + kConsumers, kBuilderThreads);  // behind the turns of the consumers
+        named_barrier_sync(1, kBuilderThreads);
     }
 #endif
 
@@ -782,7 +783,7 @@ DEVICE float lacking(const HopperParams& params, const Place& place, int row) {
 DEVICE void subtract_lacking(const HopperParams& params, const Place& place, Softmax& softmax, int row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        softmax.maximum[0][half] -= lacking(params, place, row + half * 8) * (1.4426950409f / params.score_scale);
+        softmax.maximum[0][half] -= lacking(params, place, row + half * 8) * 1.4426950409f;
     }
 }
 
@@ -823,8 +824,7 @@ DEVICE void store_output(const HopperParams& params, const Place& place, float (
             }
         }
         if (params.lse && lane % 4 == 0 && inside) {
-            const float top = __fmul_rn(softmax.maximum[0][half], params.score_scale);  // as for the weights
-            float log_sum = fmaf(top, 0.6931471806f, logf(sum));
+            float log_sum = fmaf(softmax.maximum[0][half], 0.6931471806f, logf(sum));
             if (lacks) log_sum += lacking(params, place, own);
             params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
         }
@@ -847,10 +847,6 @@ struct Consumer {
         return own / kWarpSize * 16 + own % kWarpSize / 4;
     }
 
-    // Turns: barrier 1 + g is the turn of consumer g.
-    DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
-    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
-
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
     template <int kRingStages>
     DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
@@ -860,17 +856,19 @@ struct Consumer {
 #if !RANKED && !KEPT
     // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
     struct Visible {
-        KeySpan common, rows[2];
+        int first_tile, tiles;  // of keys that every row sees
+        KeySpan rows[2];
 
         // Whether a tile of keys needs no mask.
-        DEVICE bool all(int key) const { return key >= common.first && key + TILE_K - 1 <= common.last; }
+        DEVICE bool all(int tile) const { return static_cast<u32>(tile - first_tile) < static_cast<u32>(tiles); }
     };
     DEVICE Visible visible(int first_row) const {
         const Band band = {params.band_low, params.band_high, params.seqlen_k};
         const int group_row = first_row + group * kGroupRows;
         const int last_row = max(group_row, min(group_row + kGroupRows, params.seqlen_q) - 1);
         Visible keys;
-        keys.common = {band.first_key(last_row), band.last_key(group_row)};
+        keys.first_tile = (band.first_key(last_row) + TILE_K - 1) / TILE_K;
+        keys.tiles = max((band.last_key(group_row) + 1) / TILE_K - keys.first_tile, 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = first_row + row() + half * 8;
@@ -927,6 +925,7 @@ struct Consumer {
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
         const Step& tile = shared.steps[step % kSteps];
         const bool cut = tile.cut >> group & 1;
+        if (!softmax.need_look(cut, known)) return;
         if (cut) {
             KeySpan rows[2];
 #pragma unroll
@@ -942,10 +941,11 @@ struct Consumer {
 #else
         const int key = walk.tile * TILE_K;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        const bool cut = !keys.all(key);
+        const bool cut = !keys.all(walk.tile);
+        if (!softmax.need_look(cut, known)) return;
         if (cut) apply_mask(scores[0], keys.rows, key + lane() % 4 * 2);
 #endif
-        softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale);
+        softmax.raise_known(scores, cut, known, params.score_scale, rescale);
     }
 
     // This lane's rows that lost weights, in a piece of work before.
@@ -962,7 +962,6 @@ struct Consumer {
         Operands<kGrouped> operands(shared, group);
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         RingBarriers<1>& own_queries = shared.q_barriers[RANKED ? group : 0];
-        if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
@@ -1014,15 +1013,13 @@ struct Consumer {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
-                    wait_for_turn();
                     if (KEPT || loop == 0) start(operands, scores[0], step, walk, loop == 0);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
-                    pass_turn();
                     softmax.begin(rescale);
-                    if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, params.score_scale, rescale);
+                    if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale);
                     if (RANKED && other_queries) {
                         const Place found = anew(place, work_number);
                         subtract_lacking(params, found, softmax, found.first_row + row());
@@ -1030,6 +1027,9 @@ struct Consumer {
                     if (!KEPT && loop == 1) wgmma_clear(scores[0]);
                     wgmma_wait<1>();
                     wgmma_pin(scores[0]);
+#if RANKED || KEPT
+                    __syncwarp();  // all lanes have read the steps before this one, whose places may be written next
+#endif
                     release(shared.k_barriers, step);
                     other_queries = !kGrouped && walk.last_of_queries();
                     if (other_queries) release(own_queries, place_number);
@@ -1049,7 +1049,7 @@ struct Consumer {
                     pack_weights<T>(weights, scores[0]);
                     if constexpr (!kWide) {
                         softmax.begin(rescale);
-                        if (softmax.follow<Traits<T>::kLarge>(of_tile, params.score_scale, rescale)) {
+                        if (softmax.follow<Traits<T>::kLarge>(of_tile, rescale)) {
                             softmax.rescale_sum(rescale);
                             softmax.apply(rescale, scores);
                             softmax.apply(rescale, output);

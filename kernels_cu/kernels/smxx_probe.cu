@@ -255,9 +255,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
             float* sums = params.sums + (part + row) * 2;
             float top = softmax.maximum[0][half];
 #if KEPT
-            if (reduced) top += params.shift[first_row + own];
+            if (reduced) top += params.shift[first_row + own] * kLog2E;
 #endif
-            sums[0] = top * kLog2E;
+            sums[0] = top;
             sums[1] = softmax.sum[0][half];
         }
     }

@@ -6,6 +6,9 @@
 // is hardly ever rescaled. Without the lag some row of a warp moves in most steps.
 static constexpr float kLag = 8.f;  // powers of two
 
+// The maximum of a row that saw no score yet, to be subtracted as any other: scores of minus infinity become weights of 0.
+static constexpr float kNone = -3.4028235e38f;
+
 static constexpr float kMost = 1.2676506e30f;  // 2**100: weights beyond are given up, for a factor must not be subnormal
 
 // The scores of one tile become weights 2**(score_scale * (score - maximum)); output is rescaled when a maximum moves. The
@@ -23,8 +26,9 @@ static constexpr float kMost = 1.2676506e30f;  // 2**100: weights beyond are giv
 template <int kRowTiles>
 struct OnlineSoftmax {
     static constexpr int kParts = kRowTiles == 1 ? 2 : 1;
+    static constexpr int kAtOnce = 2;  // tiles of eight keys of which differences are computed together
 
-    float maximum[kRowTiles][2];
+    float maximum[kRowTiles][2];  // times score_scale: powers of two
     float sum[kRowTiles][2];  // of this lane's columns
 
     DEVICE void clear() {
@@ -32,7 +36,7 @@ struct OnlineSoftmax {
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                maximum[mt][half] = -infinity();
+                maximum[mt][half] = kNone;
                 sum[mt][half] = 0.f;
             }
         }
@@ -81,13 +85,11 @@ struct OnlineSoftmax {
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                // Rounded product against rounded product, not fused: a maximum that stays gives exactly 1.
-                const float before = __fmul_rn(maximum[mt][half], score_scale);
-                const float after = __fmul_rn(top[mt][half], score_scale);
+                const float before = maximum[mt][half];
+                const float after = top[mt][half] * score_scale;
                 const bool stays = !(after - before > kLag) || !has(rows, mt, half);
-                if (!stays) maximum[mt][half] = top[mt][half];
-                const float factor = stays ? 1.f : exp2_approx(before - after);
-                rescale[mt][half] *= factor;
+                if (!stays) maximum[mt][half] = after;
+                rescale[mt][half] *= stays ? 1.f : exp2_approx(before - after);
             }
         }
     }
@@ -100,37 +102,44 @@ struct OnlineSoftmax {
     template <int kKeyTiles>
     DEVICE bool raise_if_needed(const float (&scores)[kRowTiles][kKeyTiles][4], bool cut, u32& known, float score_scale,
                                 float (&rescale)[kRowTiles][2]) {
-        if (!cut && known == 0) return false;
+        if (!need_look(cut, known)) return false;
+        raise_known(scores, cut, known, score_scale, rescale);
+        return true;
+    }
+    static DEVICE bool need_look(bool cut, u32 known) { return cut | (known != 0); }  // one branch
+    template <int kKeyTiles>
+    DEVICE void raise_known(const float (&scores)[kRowTiles][kKeyTiles][4], bool cut, u32& known, float score_scale,
+                            float (&rescale)[kRowTiles][2]) {
         raise(scores, cut || known & kUnsettled ? kAllRows : known, score_scale, rescale);
         float least = infinity();
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) least = fminf(least, fminf(maximum[mt][0], maximum[mt][1]));
-        known = __any_sync(kFullWarp, least == -infinity()) ? known | kUnsettled : known & ~kUnsettled;
-        return true;
+        known = __any_sync(kFullWarp, least == kNone) ? known | kUnsettled : known & ~kUnsettled;
     }
 
     // Scores to weights, in place, and their sums: short sums of short sums round less than one long sum.
+    // ptxas would compute all differences before the first exponential, while the units for exponentials have nothing to do.
+    // Adding 0 times a weight that came two parts before makes differences wait for their turn, in gaps between exponentials.
+    // A weight for which 0 times it is not 0 is lost anyway.
     template <int kKeyTiles>
     DEVICE void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4], float score_scale,
                              const float (&rescale)[kRowTiles][2], float (&of_tile)[kRowTiles][2]) {
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
             float total[2][kParts] = {};
-            float shift[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                // A row that saw no key yet has maximum -inf; subtracting it from itself would make NaN.
-                const float top = maximum[mt][half];
-                shift[half] = __fmul_rn(top == -infinity() ? 0.f : top, score_scale);
-            }
+            float from[2];
 #pragma unroll
             for (int nt = 0; nt < kKeyTiles; ++nt) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
+                    if (nt % kAtOnce == 0) {
+                        const float top = maximum[mt][half];
+                        from[half] = nt < 2 * kAtOnce ? top : fmaf(scores[mt][nt - 2 * kAtOnce][half * 2], 0.f, top);
+                    }
                     float& low = scores[mt][nt][half * 2];
                     float& high = scores[mt][nt][half * 2 + 1];
-                    low = exp2_approx(fmaf(low, score_scale, -shift[half]));
-                    high = exp2_approx(fmaf(high, score_scale, -shift[half]));
+                    low = exp2_approx(fmaf(low, score_scale, -from[half]));
+                    high = exp2_approx(fmaf(high, score_scale, -from[half]));
                     total[half][nt % kParts] += low + high;
                 }
             }
@@ -145,7 +154,7 @@ struct OnlineSoftmax {
     // Where sums are large, the maximum goes up by the largest of a row. Returns whether any were. sums: of all weights, of
     // types that have the range of float32; float16 wants those of a tile, of which none may be.
     template <int kLarge>
-    DEVICE bool follow(const float (&sums)[kRowTiles][2], float score_scale, float (&rescale)[kRowTiles][2]) {
+    DEVICE bool follow(const float (&sums)[kRowTiles][2], float (&rescale)[kRowTiles][2]) {
         float most = 0.f;
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) most = fmaxf(most, fmaxf(sums[mt][0], sums[mt][1]));
@@ -158,9 +167,9 @@ struct OnlineSoftmax {
                 top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
                 const int powers = top > kLarge ? (__float_as_int(top) >> 23) - 127 : 0;
-                const float before = __fmul_rn(maximum[mt][half], score_scale);
-                maximum[mt][half] += static_cast<float>(powers) / score_scale;
-                const float factor = exp2_approx(before - __fmul_rn(maximum[mt][half], score_scale));
+                const float before = maximum[mt][half];
+                maximum[mt][half] += static_cast<float>(powers);
+                const float factor = exp2_approx(before - maximum[mt][half]);
                 rescale[mt][half] *= powers == 0 ? 1.f : top > kMost ? infinity() : factor;
             }
         }

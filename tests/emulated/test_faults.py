@@ -307,7 +307,7 @@ FAULTS = {
     ),
     # Numbers
     "minus infinity taken from itself": Fault(
-        "tile/softmax.cuh", "top == -infinity() ? 0.f : top", "top", WRONG, {"window": (0, None), "causal": True}
+        "tile/softmax.cuh", "maximum[mt][half] = kNone;", "maximum[mt][half] = -infinity();", WRONG, {"window": (0, None), "causal": True}
     ),
     "an output that is not rescaled": Fault("tile/softmax.cuh", "output[mt][nt][i] *= rescale[mt][i / 2];", "(void)rescale;", WRONG, {"scale": 3.0}),
     "weights beyond all numbers, and no second time": Fault(
@@ -328,7 +328,7 @@ FAULTS = {
         FLASH, "place.out_row(params, row) + column", "place.out_row(params, row) + column * 0x7fffffff", "a product that overflows at .*sm80_flash_fwd.cu"
     ),
     "an index outside its array": Fault(
-        "tile/softmax.cuh", "maximum[mt][half] = -infinity();", "maximum[mt][half + 1] = -infinity();", "an index outside its array at .*softmax"
+        "tile/softmax.cuh", "maximum[mt][half] = kNone;", "maximum[mt][half + 1] = kNone;", "an index outside its array at .*softmax"
     ),
 }  # fmt: skip
 
@@ -508,13 +508,6 @@ ON_HOPPER = {
         HOPPER, "shared.k_barriers.init(kReaders,", "shared.k_barriers.init(kReaders - 1,",
         f"{RACE}|one arrival too many"
     ),
-    "a turn that nobody passes on": Fault(
-        HOPPER, "if (group == kConsumers - 1) pass_turn();", "", "no thread of block .* can go on"
-    ),
-    "a turn that is awaited by too many": Fault(
-        HOPPER, "named_barrier_sync(1 + group, 2 * kGroupThreads)", "named_barrier_sync(1 + group, 3 * kGroupThreads)",
-        "which others come to as one of"
-    ),
     # Products
     "no fence before a product": Fault(
         "tile/warpgroup.cuh", "shapes\");\n    wgmma_fence();", "shapes\");", "wgmma without a wgmma.fence"
@@ -579,7 +572,7 @@ ON_HOPPER = {
         "tile/mask.cuh", "offset > last) scores[nt]", "offset > last + 1) scores[nt]", WRONG, {"causal": True}
     ),
     "a tile that goes without its mask": Fault(
-        HOPPER, "key + TILE_K - 1 <= common.last", "key <= common.last", WRONG, {"causal": True}
+        HOPPER, "(band.last_key(group_row) + 1) / TILE_K", "(band.last_key(group_row) + TILE_K) / TILE_K", WRONG, {"causal": True}
     ),
     "the rows of another consumer": Fault(HOPPER, "group * kGroupRows * QueryTile::kWidth", "0 * group", WRONG),
     "an output that is not rescaled": Fault(
@@ -636,7 +629,15 @@ ON_HOPPER = {
     "the wrong swizzle of raw keys": Fault(HOPPER, "(thread % kAcross ^ column % 8)", "(thread % kAcross)", WRONG, GROUPED),
     # Weighted
     "weights read before all are written": Fault(
-        HOPPER, "        named_barrier_sync(1 + kConsumers, kBuilderThreads);", "        //", RACE, RANK1
+        HOPPER, "        named_barrier_sync(1, kBuilderThreads);", "        //", RACE, RANK1
+    ),
+    "builders that wait for others": Fault(
+        HOPPER, "named_barrier_sync(1, kBuilderThreads);", "named_barrier_sync(1, kBuilderThreads + 32);",
+        "no thread of block .* can go on", RANK1
+    ),
+    "builders that disagree how many wait": Fault(
+        HOPPER, "named_barrier_sync(1, kBuilderThreads);", "named_barrier_sync(1, kBuilderThreads + thread / 32 * 32);",
+        "which others come to as one of", RANK1
     ),
     "weights overwritten while another still sums": Fault(
         HOPPER, "T* to = keys.weights[place_number % 2];", "T* to = keys.weights[0];", RACE,

@@ -29,7 +29,6 @@ struct Mbarrier {
 struct NamedBarrier {
     int threads = 0;
     std::vector<unsigned> came;     // in this phase
-    std::vector<unsigned> waiting;  // of those
 };
 
 constexpr int kMaxRank = 5;
@@ -408,7 +407,7 @@ bool mbarrier_wait(unsigned barrier, unsigned parity) {
     return true;
 }
 
-void named_barrier(int number, int threads, bool wait) {
+void named_barrier(int number, int threads) {
     const void* caller = __builtin_return_address(0);
     if (number < 0 || number >= static_cast<int>(kNamedBarriers) || threads <= 0 || threads % kWarpLanes) {
         fail(caller, "barrier %d of %d threads: numbers go from 0 to 15, and whole warps meet", number, threads);
@@ -426,19 +425,18 @@ void named_barrier(int number, int threads, bool wait) {
     Fiber& fiber = running();
     fiber.caller = caller;
     barrier.came.push_back(m.running);
-    if (wait) barrier.waiting.push_back(m.running);
     if (static_cast<int>(barrier.came.size()) == threads) {
         Clock known(m.columns(), 0);
         for (const unsigned t : barrier.came) {
             learn(known, m.clocks[t]);
             ++m.clocks[t][t];
         }
-        for (const unsigned t : barrier.waiting) {
+        for (const unsigned t : barrier.came) {
             learn(m.clocks[t], known);
             m.fibers[t]->state = kReady;
         }
         barrier = {};
-    } else if (wait) {
+    } else {
         fiber.barrier = static_cast<u32>(number);
         fiber.state = kAtNamedBarrier;
         yield();
