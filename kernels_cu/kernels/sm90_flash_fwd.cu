@@ -5,8 +5,8 @@
 // Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
 // is empty. Grouped, all of it sums the columns of each group of the transposed K, a tile ahead of its use. The others
 // consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
-// started together with P V of the tile before, and while that product runs, the scores become weights. Another consumer
-// may have the tensor cores meanwhile; nothing but the tiles they read orders one consumer and another.
+// started together with P V of the tile before, and while that product runs, the scores become weights. Where products
+// take longest, consumers take turns at starting them, so that one computes exponentials while another has the tensor cores.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16
@@ -101,6 +101,11 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kCons
 // and 18% with LSH(2) of 64 columns, whose tiles are long (one H100, 16k tokens). With groups in short tiles before is 1 to
 // 2% faster (one H200).
 constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
+
+// Whether consumers take turns. Without them two consumers may begin in step, and one tile after another find the tensor
+// cores taken and then idle: 4 to 12% of the time for few tiles of 128 columns, and 5% with exact keys beside a projection.
+// With less to multiply turns are in the way: 1 to 4% at fewer columns of Q and K than of V, 5% at LSH(2) of 64 (one H100).
+constexpr bool kTurns = !kGrouped && (RANKED || HEAD_DIM >= HEAD_DIM_V);
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
@@ -647,7 +652,7 @@ struct Builder {
             }
         }
         weights = to + row(0) * kMembers;
-        named_barrier_sync(1, kBuilderThreads);
+        named_barrier_sync(1, kBuilderThreads);  // consumers of groups take no turns
     }
 #endif
 
@@ -847,6 +852,14 @@ struct Consumer {
         return own / kWarpSize * 16 + own % kWarpSize / 4;
     }
 
+    // Turns: barrier 1 + g is the turn of consumer g.
+    DEVICE void wait_for_turn() {
+        if constexpr (kTurns) named_barrier_sync(1 + group, 2 * kGroupThreads);
+    }
+    DEVICE void pass_turn() {
+        if constexpr (kTurns) named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads);
+    }
+
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
     template <int kRingStages>
     DEVICE void release(RingBarriers<kRingStages>& ring, u32 n) {
@@ -962,6 +975,7 @@ struct Consumer {
         Operands<kGrouped> operands(shared, group);
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         RingBarriers<1>& own_queries = shared.q_barriers[RANKED ? group : 0];
+        if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
@@ -1013,11 +1027,13 @@ struct Consumer {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
+                    wait_for_turn();
                     if (KEPT || loop == 0) start(operands, scores[0], step, walk, loop == 0);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
+                    pass_turn();
                     softmax.begin(rescale);
                     if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale);
                     if (RANKED && other_queries) {
@@ -1025,11 +1041,11 @@ struct Consumer {
                         subtract_lacking(params, found, softmax, found.first_row + row());
                     }
                     if (!KEPT && loop == 1) wgmma_clear(scores[0]);
-                    wgmma_wait<1>();
-                    wgmma_pin(scores[0]);
-#if RANKED || KEPT
+#if KEPT
                     __syncwarp();  // all lanes have read the steps before this one, whose places may be written next
 #endif
+                    wgmma_wait<1>();
+                    wgmma_pin(scores[0]);
                     release(shared.k_barriers, step);
                     other_queries = !kGrouped && walk.last_of_queries();
                     if (other_queries) release(own_queries, place_number);

@@ -46,6 +46,11 @@ DEVICE void named_barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// bar.arrive: comes to the barrier without waiting.
+DEVICE void named_barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // setmaxnreg.dec: gives registers back; all warps of a group of four warps call it.
 template <int kRegisters>
 DEVICE void give_registers() {

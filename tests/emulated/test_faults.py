@@ -508,6 +508,13 @@ ON_HOPPER = {
         HOPPER, "shared.k_barriers.init(kReaders,", "shared.k_barriers.init(kReaders - 1,",
         f"{RACE}|one arrival too many"
     ),
+    "a turn that nobody passes on": Fault(
+        HOPPER, "if (group == kConsumers - 1) pass_turn();", "", "no thread of block .* can go on"
+    ),
+    "a turn that is awaited by too many": Fault(
+        HOPPER, "named_barrier_sync(1 + group, 2 * kGroupThreads)", "named_barrier_sync(1 + group, 3 * kGroupThreads)",
+        "which others come to as one of"
+    ),
     # Products
     "no fence before a product": Fault(
         "tile/warpgroup.cuh", "shapes\");\n    wgmma_fence();", "shapes\");", "wgmma without a wgmma.fence"
@@ -634,10 +641,6 @@ ON_HOPPER = {
     "builders that wait for others": Fault(
         HOPPER, "named_barrier_sync(1, kBuilderThreads);", "named_barrier_sync(1, kBuilderThreads + 32);",
         "no thread of block .* can go on", RANK1
-    ),
-    "builders that disagree how many wait": Fault(
-        HOPPER, "named_barrier_sync(1, kBuilderThreads);", "named_barrier_sync(1, kBuilderThreads + thread / 32 * 32);",
-        "which others come to as one of", RANK1
     ),
     "weights overwritten while another still sums": Fault(
         HOPPER, "T* to = keys.weights[place_number % 2];", "T* to = keys.weights[0];", RACE,

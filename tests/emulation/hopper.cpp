@@ -29,6 +29,7 @@ struct Mbarrier {
 struct NamedBarrier {
     int threads = 0;
     std::vector<unsigned> came;     // in this phase
+    std::vector<unsigned> waiting;  // of those
 };
 
 constexpr int kMaxRank = 5;
@@ -407,7 +408,7 @@ bool mbarrier_wait(unsigned barrier, unsigned parity) {
     return true;
 }
 
-void named_barrier(int number, int threads) {
+void named_barrier(int number, int threads, bool wait) {
     const void* caller = __builtin_return_address(0);
     if (number < 0 || number >= static_cast<int>(kNamedBarriers) || threads <= 0 || threads % kWarpLanes) {
         fail(caller, "barrier %d of %d threads: numbers go from 0 to 15, and whole warps meet", number, threads);
@@ -425,18 +426,19 @@ void named_barrier(int number, int threads) {
     Fiber& fiber = running();
     fiber.caller = caller;
     barrier.came.push_back(m.running);
+    if (wait) barrier.waiting.push_back(m.running);
     if (static_cast<int>(barrier.came.size()) == threads) {
         Clock known(m.columns(), 0);
         for (const unsigned t : barrier.came) {
             learn(known, m.clocks[t]);
             ++m.clocks[t][t];
         }
-        for (const unsigned t : barrier.came) {
+        for (const unsigned t : barrier.waiting) {
             learn(m.clocks[t], known);
             m.fibers[t]->state = kReady;
         }
         barrier = {};
-    } else {
+    } else if (wait) {
         fiber.barrier = static_cast<u32>(number);
         fiber.state = kAtNamedBarrier;
         yield();

@@ -65,7 +65,7 @@ void mbarrier_init_fence();
 void mbarrier_arrive(unsigned barrier);
 void mbarrier_expect(unsigned barrier, unsigned bytes);
 bool mbarrier_wait(unsigned barrier, unsigned parity);
-void named_barrier(int barrier, int threads);
+void named_barrier(int barrier, int threads, bool wait);
 void async_proxy_fence();
 void copy_box(unsigned destination, const void* map, unsigned barrier, const int* x, int rank);
 int atomic_add(int* counter, int value);
