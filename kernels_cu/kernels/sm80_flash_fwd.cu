@@ -95,6 +95,7 @@ constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
 constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so that not all maxima need be found
+typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
@@ -309,7 +310,7 @@ DEVICE float lacking(const AttentionParams& params, const Place& place, int row)
 }
 
 // Turns maxima of scores of Q and K into those of scores of Qhat and Khat, which only a constant of each row sets apart.
-DEVICE void subtract_lacking(const AttentionParams& params, const Place& place, OnlineSoftmax<ROW_TILES>& softmax) {
+DEVICE void subtract_lacking(const AttentionParams& params, const Place& place, Softmax& softmax) {
 #pragma unroll
     for (int mt = 0; mt < ROW_TILES; ++mt) {
 #pragma unroll
@@ -324,7 +325,7 @@ DEVICE void subtract_lacking(const AttentionParams& params, const Place& place, 
 // Normalises the output, and stores it and the lse. What a split found is stored as it stands in registers: four lanes
 // fill a sector of 32 bytes. Everything is derived anew here, see thread_index.
 DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
-                         const float (&output)[ROW_TILES][kOutTiles][4], const OnlineSoftmax<ROW_TILES>& softmax) {
+                         const float (&output)[ROW_TILES][kOutTiles][4], const Softmax& softmax) {
     const Place place(params);
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
@@ -401,7 +402,7 @@ DEVICE void add_to_scores(float (&scores)[ROW_TILES][kKeyTiles][4], const float 
 // what the softmax knows of the tile before it begins.
 template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
-                        OnlineSoftmax<ROW_TILES>& softmax, u32 known) {
+                        Softmax& softmax, u32 known) {
     constexpr bool kGrouped = kHow != kExact;
     LoopShared<kHow>& shared = storage.loop;
     const int thread = thread_index();
@@ -608,7 +609,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const A
     extern __shared__ __align__(16) unsigned char storage[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
     float output[ROW_TILES][kOutTiles][4];
-    OnlineSoftmax<ROW_TILES> softmax;
+    Softmax softmax;
     // Once; and again if in some row of the block the maximum of the first tiles, which stayed, was too low for a weight.
     u32 again = 0;
     do {

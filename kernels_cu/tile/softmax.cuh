@@ -23,7 +23,9 @@ static constexpr float kMost = 1.2676506e30f;  // 2**100: weights beyond are giv
 // In parts, so that products can run between them. All rows of a lane go side by side, and sums and maxima are made of
 // several: few warps share a scheduler, so what counts is how many instructions do not depend on each other. Factors for
 // the output gather in rescale, which is 1 at first.
-template <int kRowTiles>
+//
+// kFillGaps: see exponentiate; kernels that are short of registers go without.
+template <int kRowTiles, bool kFillGaps = true>
 struct OnlineSoftmax {
     static constexpr int kParts = kRowTiles == 1 ? 2 : 1;
     static constexpr int kAtOnce = 2;  // tiles of eight keys of which differences are computed together
@@ -134,7 +136,9 @@ struct OnlineSoftmax {
                 for (int half = 0; half < 2; ++half) {
                     if (nt % kAtOnce == 0) {
                         const float top = maximum[mt][half];
-                        from[half] = nt < 2 * kAtOnce ? top : fmaf(scores[mt][nt - 2 * kAtOnce][half * 2], 0.f, top);
+                        from[half] = !kFillGaps || nt < 2 * kAtOnce
+                                         ? top
+                                         : fmaf(scores[mt][nt - 2 * kAtOnce][half * 2], 0.f, top);
                     }
                     float& low = scores[mt][nt][half * 2];
                     float& high = scores[mt][nt][half * 2 + 1];
