@@ -41,6 +41,7 @@ from cudistr.plan import (
     decide_kernel,
     draw_kernel,
     energy_order,
+    half_limit,
     keeps_keys,
     key_energy,
     key_spans,
@@ -89,6 +90,7 @@ _EVERY_ATTENTION = (
 )
 _ATTENTION = _parameters(("q k v out lse partial permutation", "u8"), *_EVERY_ATTENTION)
 _WEIGHTED = _parameters(("q k v out lse partial permutation weights shares", "u8"), *_EVERY_ATTENTION)
+_HALF = _parameters(("q k v out lse partial permutation wide", "u8"), *_EVERY_ATTENTION)
 _KEPT = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
 _PASSES = range(MAX_PASSES + 1)
 _BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
@@ -123,6 +125,9 @@ _HOPPER_PASSES = (
 _HOPPER = _parameters(
     ("q k v", f"V{MAP_BYTES}"), ("out lse permutation counter", "u8"), *_HOPPER_BAND, multiple=64
 )
+_HOPPER_HALF = _parameters(
+    ("q k v", f"V{MAP_BYTES}"), ("out lse permutation counter wide", "u8"), *_HOPPER_BAND, multiple=64
+)
 _HOPPER_WEIGHTED = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("out lse permutation counter weights shares", "u8"),
@@ -138,6 +143,12 @@ _HOPPER_RANKED = _parameters(
 _HOPPER_KEPT = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("shift out lse permutation counter", "u8"),
+    *_HOPPER_PASSES,
+    multiple=64,
+)
+_HOPPER_KEPT_HALF = _parameters(
+    ("q k v", f"V{MAP_BYTES}"),
+    ("shift out lse permutation counter wide", "u8"),
     *_HOPPER_PASSES,
     multiple=64,
 )
@@ -167,16 +178,18 @@ _DECIDE = _parameters(
     ("splits parts", "i4"),
     ("limit spread", "f4"),
 )
-_PREPARE = _parameters(
-    ("q projections permutation k transposed", "u8"),
+_PREPARE_END = (
     ("q_batch q_head q_row k_batch k_head k_row order_units", "i8"),
     (
         "order_blocks spacing heads seqlen_q block_q group_blocks heads_kv seqlen_k key_columns key_blocks",
         "i4",
     ),
     ("code_bits", "u4"),
-    multiple=8,
+    ("tiles", "i4"),
+    ("limit", "f4"),
 )
+_PREPARE = _parameters(("q projections permutation k transposed", "u8"), *_PREPARE_END, multiple=8)
+_PREPARE_HALF = _parameters(("q projections permutation k transposed wide", "u8"), *_PREPARE_END, multiple=8)
 _WEIGHTS = _parameters(
     ("q k sums permutation weights shares shift", "u8"),
     ("q_batch q_head q_row k_batch k_head", "i8"),
@@ -268,6 +281,7 @@ class _Columns(NamedTuple):
 
     # By hash; for attention it transposes K too, and where columns go by energy nothing else.
     order: _Launch | None
+    again: _Launch | None  # transposes K as it is, if it was not good enough in float16
     vectors: Any  # of the hash
     key_energy: _Launch | None
     weights: _Launch | None  # or the order by energy, and means
@@ -284,14 +298,22 @@ class _Columns(NamedTuple):
         """Addresses of weights and shares, or of means, that begin at ``more``."""
         return [more + sum(self.number_bytes[:i]) for i in range(len(self.number_bytes))]
 
-    def __call__(self, q: int, k: int, transposed: int, permutation: int, more: int, shift: int = 0) -> None:
+    def __call__(
+        self, q: int, k: int, transposed: int, permutation: int, more: int, shift: int = 0, wide: int = 0
+    ) -> None:
         """Run on addresses; ``more`` is where numbers, and sums over K behind them, have their place.
 
-        ``shift``, if not 0, is where goes what the reduction leaves out of the lse.
+        ``shift``, if not 0, is where goes what the reduction leaves out of the lse; ``wide``, where K comes in float16,
+        is where it is told that it cannot.
         """
         if self.order is not None:
             vectors = 0 if self.vectors is None else self.vectors.data.ptr
-            self.order(q, vectors, permutation, k, transposed)
+            given = (q, vectors, permutation, k, transposed)
+            if self.again is None:
+                self.order(*given)
+            else:
+                self.order(*given, wide)
+                self.again(*given, wide)
         if self.weights is None or self.key_energy is None:
             return
         sums = more + sum(self.number_bytes)
@@ -306,7 +328,9 @@ class _Recipe(NamedTuple):
     transposed_bytes: int
     permutation_bytes: int  # of the column orders; their weights follow
     more_bytes: int  # of what goes with them, and of the sums that it comes from
-    counter_bytes: int  # what the Hopper kernel counts tiles with; behind all of these
+    counter_bytes: int  # of the numbers below, which are zero at first; behind all of these
+    counts: bool  # whether the Hopper kernel counts tiles, in the first of them
+    tells: bool  # whether it is told, in the second, that K is not float16
     maps: tuple[Layout, ...] | None  # of q, k and v, and of Qhat and Khat, for the Hopper kernel
     merge: _Launch | None  # of what splits find
     partial_bytes: int  # of the outputs of all splits; their lses follow
@@ -497,17 +521,19 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             "key_columns": key_columns,
         }
         own = {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k}
-        order, vectors = _prepare_launch(
+        own_limit = {"limit": half_limit(problem)} if chosen.again else {}
+        order, again, vectors = _prepare_launch(
             chosen.prepare_kernel,
             chosen.prepare,
             (problem.heads, problem.seqlen_q),
             problem.q_strides,
             reduction,
             problem.device,
-            own,
+            own | own_limit,
+            chosen.again,
         )
         columns = _columns(
-            order,
+            (order, again),
             vectors,
             (chosen.key_energy, chosen.columns),
             (problem.batch, problem.heads, problem.seqlen_q, problem.head_dim),
@@ -526,9 +552,13 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
     if reduction is not None and reduction.by_keys:
         parameters = _KEPT if isinstance(reduction, Energy) else _WEIGHTED
+    if chosen.again is not None:
+        parameters = _HALF
     if chosen.attention.specific:
         maps = _maps(problem, chosen)
         parameters = _HOPPER_WEIGHTED if parameters is _WEIGHTED else _HOPPER_KEPT if kept else _HOPPER
+        if chosen.again is not None:
+            parameters = _HOPPER_KEPT_HALF if kept else _HOPPER_HALF
         if ranked is not None:
             parameters = _HOPPER_RANKED
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
@@ -539,7 +569,9 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         transposed_bytes,
         permutation_bytes,
         more_bytes,
-        4 if chosen.dynamic else 0,
+        8 if chosen.dynamic or chosen.again else 0,
+        chosen.dynamic,
+        chosen.again is not None,
         maps,
         merge,
         partial_bytes,
@@ -548,7 +580,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
 
 
 def _columns(
-    order: _Launch | None,
+    order: tuple[_Launch | None, _Launch | None],
     vectors: Any,
     steps: tuple[Step | None, Step | None],
     shape: tuple[int, ...],
@@ -572,7 +604,7 @@ def _columns(
     }
     sums, last = steps
     if sums is None or last is None:
-        return _Columns(order, vectors, None, None, size, (), 0)
+        return _Columns(*order, vectors, None, None, size, (), 0)
     spans = key_spans(more["seqlen_k"])
     all_spans = batch * more["heads_kv"] * spans
     keys = {name: x for name, x in more.items() if name in (_KEY_ENERGY.names or ())}
@@ -581,7 +613,7 @@ def _columns(
     queries |= {"units": units, "spans": spans, "keep": getattr(reduction, "keep", 0)} | more
     queries = {name: x for name, x in queries.items() if name in (layout.names or ())}
     return _Columns(
-        order,
+        *order,
         vectors,
         _launch(sums.kernel, sums.blocks, device, index, _KEY_ENERGY, keys),
         _launch(last.kernel, last.blocks, device, index, layout, queries),
@@ -652,8 +684,12 @@ def _prepare_launch(
     reduction: LSH | Energy,
     index: int,
     more: dict[str, Any],
-) -> tuple[_Launch, Any]:
-    """The kernel that orders columns by hash, and the projections that it reads; ``more`` is what transposing needs."""
+    again: Step | None = None,
+) -> tuple[_Launch, _Launch | None, Any]:
+    """The kernel that orders columns by hash, what may transpose once more, and the projections that they read.
+
+    ``more`` is what transposing needs.
+    """
     values = {
         **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
         "order_units": chosen.order_units,
@@ -665,14 +701,18 @@ def _prepare_launch(
         "group_blocks": chosen.group_blocks,
         "key_columns": chosen.key_columns,
         "key_blocks": chosen.key_blocks,
+        "tiles": chosen.tiles,
         **more,
     }
+    device = device_properties(index)
     if isinstance(reduction, Energy):
-        return _launch(kernel, chosen.blocks, device_properties(index), index, _PREPARE, values), None
+        return _launch(kernel, chosen.blocks, device, index, _PREPARE, values), None, None
     values["code_bits"] = 2**reduction.n_proj - 1
-    launch = _launch(kernel, chosen.blocks, device_properties(index), index, _PREPARE, values)
+    layout = _PREPARE if again is None else _PREPARE_HALF
+    launch = _launch(kernel, chosen.blocks, device, index, layout, values)
+    second = None if again is None else _launch(again.kernel, again.blocks, device, index, layout, values)
     vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
-    return launch, vectors
+    return launch, second, vectors
 
 
 @functools.lru_cache(maxsize=256)
@@ -705,12 +745,14 @@ def _group_recipe(
             "heads_per_kv": heads // heads_kv,
             "seqlen_k": seqlen_k,
         }
-    order = vectors = None
+    order = again = vectors = None
     if isinstance(reduction, LSH):
         chosen = prepare(batch, heads, seqlen_q, head_dim, reduction.rows_per_block, None)
         kernel = prepare_kernel(dtype, head_dim, aligned, reduction.by_keys)
-        order, vectors = _prepare_launch(kernel, chosen, (heads, seqlen_q), strides, reduction, index, {})
-    return _columns(order, vectors, steps, shape, strides, reduction, index, more)
+        order, again, vectors = _prepare_launch(
+            kernel, chosen, (heads, seqlen_q), strides, reduction, index, {}
+        )
+    return _columns((order, again), vectors, steps, shape, strides, reduction, index, more)
 
 
 @functools.lru_cache(maxsize=64)
@@ -799,7 +841,7 @@ def _attention(
 
     recipe = _recipe(problem, strides, aligned)
     lse_address = 0 if lse is None else lse.data.ptr
-    keys, permutation, counter = k.data.ptr, 0, 0
+    keys, permutation, counter, wide = k.data.ptr, 0, 0, 0
     numbers: list[int] = []  # addresses of weights and shares, or of means
     # Addresses behind that of the permutation.
     more = [] if reduced is None else [0 if x is None else x.data.ptr for x in reduced]
@@ -809,16 +851,18 @@ def _attention(
     if scratch_bytes:
         scratch = cupy.cuda.alloc(scratch_bytes)
         hold(scratch)
+        if recipe.counter_bytes:
+            place = scratch + (scratch_bytes - recipe.counter_bytes)
+            place.memset_async(0, recipe.counter_bytes)
+            counter, wide = place.ptr if recipe.counts else 0, place.ptr + 4
         if recipe.columns is not None:
             keys, permutation = scratch.ptr, scratch.ptr + recipe.transposed_bytes
             behind = permutation + recipe.permutation_bytes
             shift_address = 0 if shift is None else shift.data.ptr
-            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, behind, shift_address)
+            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, behind, shift_address, wide)
             numbers = recipe.columns.numbers(behind)
-        if recipe.counter_bytes:
-            place = scratch + (scratch_bytes - recipe.counter_bytes)
-            place.memset_async(0, recipe.counter_bytes)
-            counter = place.ptr
+            if recipe.tells:
+                numbers = [wide]
     addresses = (q.data.ptr, keys, v.data.ptr)
     if recipe.maps is not None:
         pointers, others = list(addresses), [0] if keeps_keys(problem) else []  # no shift

@@ -206,6 +206,10 @@ def kernels(capability: int) -> dict[str, Kernel]:
             for aligned in (True, False) if d in UNALIGNED else (True,):
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
+        if dtype == "bfloat16":
+            for d in (64, 192):
+                found[f"smxx_lsh_prepare {dtype} {d} half"] = planner.prepare_kernel(dtype, d, True, half=1)
+                found[f"smxx_lsh_prepare {dtype} {d} again"] = planner.prepare_kernel(dtype, d, True, half=2)
         for d in _few(dtype, RANK1):
             found[f"smxx_lsh_weights {dtype} {d} lsh{RANK1[d]}"] = planner.weights(
                 dtype, d, RANK1[d], 1

@@ -12,6 +12,8 @@
 //               to the product, by every warp
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   WEIGHTED    1: by their weighted mean, and columns of K are summed with weights too
+//   HALF        1: with FUSE_IN_SHARED, of bfloat16: K comes in float16, unless params.wide says otherwise; see
+//               smxx_lsh_prepare.cu
 //   KEEP        0, or with GROUP 1: the first KEEP columns of the permutation are multiplied, and for the others the
 //               means of Q's columns stand in the place of Q
 //   BLOCK_M     queries per thread block; TILE_K keys per step; ROW_TILES 16-row tiles per warp
@@ -39,6 +41,9 @@ struct AttentionParams {
     float* lse;             // (splits, batch, heads, seqlen_q), contiguous; null if not wanted
     float* partial;         // (splits, batch, heads, seqlen_q, HEAD_DIM_V), contiguous: takes the place of out
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous
+#if HALF
+    const i32* wide;  // not zero: Q or K has numbers that float16 has not, and K is as it was
+#endif
 #if WEIGHTED || KEEP
     const float* weights;   // the same shape: of the columns in this order, weights for K, or the means of Q
 #endif
@@ -104,6 +109,7 @@ constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be pa
 enum Fusion { kExact, kOnTheWay, kInShared, kKept };
 constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : FUSE_IN_SHARED ? kInShared : kOnTheWay;
 static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are fused in shared memory");
+static_assert(!HALF || (kFusion == kInShared && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns");
 static_assert(!KEEP || (kGroup == 1 && KEEP % 16 == 0 && KEEP < HEAD_DIM), "whole matrix instructions, and a rest");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
@@ -190,10 +196,19 @@ DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* 
     }
 }
 
-// Qhat: one column per group, sampled or averaged. Padding becomes zero.
+// Whether Qhat and Khat have to be T; else they are float16.
+DEVICE bool is_wide(const AttentionParams& params) {
+#if HALF
+    return *params.wide != 0;
+#else
+    return true;
+#endif
+}
+
+// Qhat: one column per group, sampled or averaged. Padding becomes zero. wide: whether it has to be T.
 template <class Shared>
 DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation,
-                           const float* weights, const float* shares, int thread) {
+                           const float* weights, const float* shares, bool wide, int thread) {
     for (int i = thread; i < BLOCK_M * kDepth; i += kThreads) {
         const int row = i / kDepth;
         const int group = i % kDepth;
@@ -221,6 +236,9 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
                 value = source[columns[0]];
             }
         }
+#if HALF
+        if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
+#endif
         shared.q.at(row, group) = value;
     }
 }
@@ -411,6 +429,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     const Place place(params);
     const int first_row = place.first_row;
     const int rows = place.rows;
+    const bool wide = is_wide(params);
 #if RANKED
     const int head_kv = place.head / params.heads_per_kv;
     const int rank = params.ranks[place.batch_head];
@@ -493,7 +512,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         ValueCopy value_copy;
         if constexpr (kGrouped) {
             if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
-            gather_queries(shared, q, q_row, rows, permutation, weights, shares, thread);
+            gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
         } else {
             key_copy.open(k + tile * (TILE_K * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
@@ -524,7 +543,11 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
 
             float scores[ROW_TILES][kKeyTiles][4] = {};
             if constexpr (kHow == kInShared) {
-                fuse_keys<T, kMembers, kThreads, kWeighted>(shared.khat, shared.k, shared.weight, thread_index());
+                if (HALF && !wide) {
+                    fuse_keys<T, kMembers, kThreads, kWeighted, true>(shared.khat, shared.k, shared.weight, thread_index());
+                } else {
+                    fuse_keys<T, kMembers, kThreads, kWeighted>(shared.khat, shared.k, shared.weight, thread_index());
+                }
                 __syncthreads();  // Khat is complete, and the raw keys may be overwritten
                 if (tile > first_tile) {
                     copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
@@ -534,7 +557,9 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                     }
                 }
                 cp_async_commit();
-                if (!idle) {
+                if (HALF && !wide && !idle) {
+                    multiply_queries_keys<f16, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+                } else if (!idle) {
                     multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
                 }
                 if constexpr (kValueStages == 1) {

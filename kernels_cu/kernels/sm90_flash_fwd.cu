@@ -5,8 +5,8 @@
 // Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
 // is empty. Grouped, all of it sums the columns of each group of the transposed K, a tile ahead of its use. The others
 // consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
-// started together with P V of the tile before, and while that product runs, the scores become weights. Where products
-// take longest, consumers take turns at starting them, so that one computes exponentials while another has the tensor cores.
+// started together with P V of the tile before, and while that product runs, the scores become weights. Consumers take turns
+// such that one computes exponentials while another has the tensor cores.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16
@@ -19,6 +19,7 @@
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
 //   KEPT        1: with GROUP, some keys are exact, see HopperParams
+//   HALF        1: with GROUP, of bfloat16: K comes in float16, unless params.wide says otherwise; see smxx_lsh_prepare.cu
 //   SHARED_BYTES  what the plan reserves
 #include "ptx/atomic.cuh"
 #include "tile/fuse.cuh"
@@ -46,6 +47,9 @@ struct HopperParams {
     float* lse;             // (batch, heads, seqlen_q), contiguous; null if not wanted
     const u8* permutation;  // (batch, heads, group_blocks, HEAD_DIM), contiguous; null if exact
     i32* counter;  // zero at first: tiles taken beyond the first of each block; null: every gridDim.x-th is taken
+#if HALF
+    const i32* wide;  // not zero: Q or K has numbers that float16 has not, and K is as it was
+#endif
 #if WEIGHTED
     const float* weights;  // as permutation, of the columns in this order: for K, T has them exactly, the first of a group is 1
     const float* shares;   // for Q
@@ -83,6 +87,7 @@ constexpr bool kGrouped = GROUP != 0;
 constexpr int kMembers = kGrouped ? GROUP : 1;
 constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
+static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
 
@@ -102,10 +107,17 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kCons
 // 2% faster (one H200).
 constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
 
-// Whether consumers take turns. Without them two consumers may begin in step, and one tile after another find the tensor
-// cores taken and then idle: 4 to 12% of the time for few tiles of 128 columns, and 5% with exact keys beside a projection.
-// With less to multiply turns are in the way: 1 to 4% at fewer columns of Q and K than of V, 5% at LSH(2) of 64 (one H100).
-constexpr bool kTurns = !kGrouped && (RANKED || HEAD_DIM >= HEAD_DIM_V);
+// Whether consumers have no registers to keep what they can find anew.
+constexpr bool kCrowded = RANKED || HEAD_DIM_V > 192;
+
+// Whether consumers begin a tile of queries one after another: each with its first scores when those of the one before are
+// there. Consumers that begin in step stay in step, and find the tensor cores taken and then idle, one tile of keys after
+// another: 16% of the time for few tiles of 128 columns. Turns at every tile of keys cost 1 to 3% where there are many.
+// Grouped, beginning in turn costs up to 10% (one H100, as below).
+constexpr bool kBeginInTurn = !kGrouped;
+// Whether they compute exponentials one after another. Grouped, in long tiles, two that do so at the same time take longer:
+// 4 to 6% of the time at 64 columns. In short ones waiting costs 4%.
+constexpr bool kExponentsInTurn = kGrouped && kLongTiles;
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
@@ -133,6 +145,16 @@ struct KeyStorage<true> {
     T weights[2][FusedTile::kPanels * HEAD_DIM];
 #endif
 };
+
+// Whether Qhat and Khat have to be T; else they are float16.
+DEVICE bool is_wide(const HopperParams& params) {
+#if HALF
+    // Broadcast, so that the compiler knows it to be the same for all.
+    return __shfl_sync(kFullWarp, *params.wide, 0) != 0;
+#else
+    return true;
+#endif
+}
 
 // Tiles of queries are work for a thread block, as numbers. With this bit a tile is done once more: in some row the
 // maximum of the first tiles of keys, which stayed, was too low for a weight.
@@ -601,6 +623,7 @@ struct Builder {
         }
     }
 
+    template <bool kHalf>
     DEVICE void sum_groups(u32 step) {
         const u8* raw = reinterpret_cast<const u8*>(keys.raw[step % kStages].data);
         u8* khat = reinterpret_cast<u8*>(keys.k[step % kStages].data);
@@ -619,7 +642,9 @@ struct Builder {
             for (int i = 0; i < kAtOnce; ++i) {
                 const int of = row(first + i);
                 const int to = of * FusedTile::kWidth + (thread % kAcross ^ of % 8) * kChunkBytes;
-                if (first + i < kOwn && of < kRows) *reinterpret_cast<Chunk*>(khat + to) = sum(chunks[i], first + i);
+                if (first + i < kOwn && of < kRows) {
+                    *reinterpret_cast<Chunk*>(khat + to) = kHalf ? sum_halves(chunks[i]) : sum(chunks[i], first + i);
+                }
             }
         }
     }
@@ -652,11 +677,12 @@ struct Builder {
             }
         }
         weights = to + row(0) * kMembers;
-        named_barrier_sync(1, kBuilderThreads);  // consumers of groups take no turns
+        named_barrier_sync(1 + kConsumers, kBuilderThreads);  // behind the turns of consumers
     }
 #endif
 
     DEVICE void run() {
+        const bool wide = is_wide(params);
         u32 step = 0, place_number = 0, work_number = 0;
         for (u32 work = block_index(); is_work(params, work); work = next_work(shared, work_number++, lane)) {
             const Place place(params, work);
@@ -683,7 +709,11 @@ struct Builder {
             for (; walk.inside(); walk.advance(), ++step) {
                 keys.raw_barriers.wait(step);
                 shared.k_barriers.wait_empty(step);
-                if (walk.reduced()) sum_groups(step);
+                if (HALF && !wide && walk.reduced()) {
+                    sum_groups<true>(step);
+                } else if (walk.reduced()) {
+                    sum_groups<false>(step);
+                }
                 fence_proxy_async();
                 __syncwarp();
                 if (lane == 0) {
@@ -720,6 +750,7 @@ template <>
 struct Operands<true> {
     u32 queries[kTerms / 16][4];
     u32 keys;
+    bool wide = true;
 #if KEPT
     u32 exact_queries, exact_keys;  // in shared memory as they came
 
@@ -728,19 +759,29 @@ struct Operands<true> {
           exact_queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
           exact_keys(RawTile::lower(shared_address(shared.keys.raw[0].data))) {}
     DEVICE void start_exact(float (&scores)[kKeyTiles][4], u32 step) const {
-        start_scores_down<T, QueryTile, RawTile>(scores, exact_queries,
-                                                 exact_keys + step % kStages * u32(sizeof(RawTile) / 16));
+        const u32 stage = exact_keys + step % kStages * u32(sizeof(RawTile) / 16);
+        if (HALF && !wide) {
+            start_scores_down<f16, QueryTile, RawTile>(scores, exact_queries, stage);
+        } else {
+            start_scores_down<T, QueryTile, RawTile>(scores, exact_queries, stage);
+        }
     }
 #else
     DEVICE Operands(SharedStorage& shared, int) : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))) {}
 #endif
 
     DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int) const {
-        start_scores_of_values<T, FusedTile>(scores, queries, keys + step % kStages * u32(sizeof(FusedTile) / 16));
+        const u32 stage = keys + step % kStages * u32(sizeof(FusedTile) / 16);
+        if (HALF && !wide) {
+            start_scores_of_values<f16, FusedTile>(scores, queries, stage);
+        } else {
+            start_scores_of_values<T, FusedTile>(scores, queries, stage);
+        }
     }
 
+    // As a lane of a product has it: T, and of KEPT and HALF, whose queries are float16 by now, that.
     template <class Keys>
-    static DEVICE T value(const QueryTile& q, int row, const Keys& storage, int group) {
+    DEVICE T value(const QueryTile& q, int row, const Keys& storage, int group) const {
         const u8* columns = storage.order + group * kMembers;
         float total = 0.f;
         if constexpr (kWeighted) {
@@ -752,8 +793,12 @@ struct Operands<true> {
             return Traits<T>::from_float(total);
         } else if constexpr (MEAN) {
 #pragma unroll
-            for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(q.at(row, columns[member]));
-            return Traits<T>::from_float(total * (1.f / kMembers));
+            for (int member = 0; member < kMembers; ++member) {
+                const T one = q.at(row, columns[member]);
+                total += HALF && KEPT && !wide ? f16_to_float(one.bits) : Traits<T>::to_float(one);
+            }
+            total *= 1.f / kMembers;
+            return HALF && KEPT && !wide ? T{float_to_f16(total)} : Traits<T>::from_float(total);
         } else {
             return q.at(row, columns[0]);
         }
@@ -768,7 +813,8 @@ struct Operands<true> {
             const int own = row + i % 2 * 8;
             const T low = value(q, own, storage, group);
             const T high = value(q, own, storage, group + 1);
-            queries[i / 4][i % 4] = low.bits | static_cast<u32>(high.bits) << 16;
+            const u32 pair = low.bits | static_cast<u32>(high.bits) << 16;
+            queries[i / 4][i % 4] = HALF && !KEPT && !wide ? halve(pair) : pair;
         }
     }
 };
@@ -843,8 +889,7 @@ struct Consumer {
     int group;  // 0 to kConsumers - 1
     int held_lane;
 
-    // RANKED has no register to hold it.
-    DEVICE int lane() const { return RANKED ? thread_index() % kWarpSize : held_lane; }
+    DEVICE int lane() const { return kCrowded ? thread_index() % kWarpSize : held_lane; }
 
     // Of this lane, the first of two in the tile. Made where it is used.
     DEVICE int row() const {
@@ -852,12 +897,22 @@ struct Consumer {
         return own / kWarpSize * 16 + own % kWarpSize / 4;
     }
 
-    // Turns: barrier 1 + g is the turn of consumer g.
-    DEVICE void wait_for_turn() {
-        if constexpr (kTurns) named_barrier_sync(1 + group, 2 * kGroupThreads);
-    }
-    DEVICE void pass_turn() {
-        if constexpr (kTurns) named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads);
+    // Barrier 1 + g is the turn of consumer g.
+    DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
+    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
+
+    // Scores to weights, in turn if they have to be.
+    DEVICE void exponentiate(float (&scores)[1][kKeyTiles][4], Softmax& softmax, const float (&rescale)[1][2],
+                             float (&of_tile)[1][2]) {
+        if constexpr (kExponentsInTurn) {
+            wait_for_turn();
+            wgmma_pin(scores[0]);
+        }
+        softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+        if constexpr (kExponentsInTurn) {
+            wgmma_pin(scores[0]);
+            pass_turn();
+        }
     }
 
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
@@ -894,6 +949,18 @@ struct Consumer {
     DEVICE Visible visible(int) const { return {}; }
 #endif
 
+    // KEPT: K comes in float16, and so the queries have to, those of this consumer.
+    DEVICE void halve_queries() {
+        constexpr int kChunks = kGroupRows * QueryTile::kWidth / kChunkBytes;  // of a panel
+        u8* queries = reinterpret_cast<u8*>(shared.q.data) + group * kGroupRows * QueryTile::kWidth;
+#pragma unroll 1
+        for (int i = thread_index() % kGroupThreads; i < QueryTile::kPanels * kChunks; i += kGroupThreads) {
+            halve(*reinterpret_cast<Chunk*>(queries + i / kChunks * QueryTile::kPanelBytes + i % kChunks * kChunkBytes));
+        }
+        fence_proxy_async();
+        named_barrier_sync(1 + kConsumers + group, kGroupThreads);
+    }
+
     // Grouped: the queries come into registers, and their place is free for the next tile.
     template <class Queries>
     DEVICE void take_queries(Queries& queries, u32 place_number) {
@@ -910,10 +977,10 @@ struct Consumer {
         queries.start(scores, step, walk.width() / 16);
     }
 
-    // The place of a tile of queries, which RANKED and KEPT find anew: there are no registers to keep it. What the work is
-    // still stands where it was told.
+    // The place of a tile of queries, which is found anew where there are no registers to keep it. What the work is still
+    // stands where it was told.
     DEVICE Place anew(const Place& place, u32 work_number) const {
-        if constexpr (RANKED || KEPT) {
+        if constexpr (kCrowded || KEPT) {
             return Place(params, work_number == 0 ? block_index() : shared.work[(work_number - 1) % kStages]);
         }
         return place;
@@ -973,9 +1040,14 @@ struct Consumer {
 
     DEVICE void run() {
         Operands<kGrouped> operands(shared, group);
+#if HALF
+        operands.wide = is_wide(params);
+#endif
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         RingBarriers<1>& own_queries = shared.q_barriers[RANKED ? group : 0];
-        if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
+        if constexpr (kBeginInTurn || kExponentsInTurn) {
+            if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
+        }
         u32 step = 0;
         u32 place_number = 0;
         u32 work_number = 0;
@@ -998,7 +1070,11 @@ struct Consumer {
                 u32 weights[TILE_K / 16][4];
                 own_queries.wait(place_number);
                 if constexpr (kGrouped && !KEPT) take_queries(operands, place_number);
+#if HALF && KEPT
+                if (!operands.wide) halve_queries();
+#endif
                 shared.k_barriers.wait(step);
+                if constexpr (kBeginInTurn) wait_for_turn();
                 if (walk.width() > 0) {
                     start(operands, scores[0], step, walk, true);
                     wgmma_wait<0>();
@@ -1006,11 +1082,12 @@ struct Consumer {
                     wgmma_clear(scores[0]);
                 }
                 wgmma_pin(scores[0]);
+                if constexpr (kBeginInTurn) pass_turn();
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
                 if (other_queries) release(own_queries, place_number);
                 raise(scores, softmax, rescale, known, visible_keys, walk, step);
-                softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+                exponentiate(scores, softmax, rescale, of_tile);
                 pack_weights<T>(weights, scores[0]);
 
                 if (!kGrouped && walk.more()) shared.k_barriers.wait(step + 1);
@@ -1027,13 +1104,11 @@ struct Consumer {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
-                    wait_for_turn();
                     if (KEPT || loop == 0) start(operands, scores[0], step, walk, loop == 0);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
                     wgmma_commit();
-                    pass_turn();
                     softmax.begin(rescale);
                     if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale);
                     if (RANKED && other_queries) {
@@ -1041,7 +1116,7 @@ struct Consumer {
                         subtract_lacking(params, found, softmax, found.first_row + row());
                     }
                     if (!KEPT && loop == 1) wgmma_clear(scores[0]);
-#if KEPT
+#if RANKED || KEPT
                     __syncwarp();  // all lanes have read the steps before this one, whose places may be written next
 #endif
                     wgmma_wait<1>();
@@ -1050,7 +1125,7 @@ struct Consumer {
                     other_queries = !kGrouped && walk.last_of_queries();
                     if (other_queries) release(own_queries, place_number);
                     raise(scores, softmax, rescale, known, visible_keys, walk, step);
-                    if constexpr (kEarlyWeights) softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+                    if constexpr (kEarlyWeights) exponentiate(scores, softmax, rescale, of_tile);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.
                     const float (&last)[2] = kEarlyWeights ? of_tile[0] : rescale[0];
@@ -1061,7 +1136,7 @@ struct Consumer {
                     wgmma_pin(scores[0]);  // nothing is packed while the last product reads the old weights
                     release(shared.v_barriers, step - 1);
                     softmax.apply(rescale, output);
-                    if constexpr (!kEarlyWeights) softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+                    if constexpr (!kEarlyWeights) exponentiate(scores, softmax, rescale, of_tile);
                     pack_weights<T>(weights, scores[0]);
                     if constexpr (!kWide) {
                         softmax.begin(rescale);

@@ -9,9 +9,16 @@
 // Transpose: K (batch, heads_kv, seqlen_k, HEAD_DIM) to (batch, heads_kv, HEAD_DIM, key_columns), rows padded with
 // zeros to key_columns, a multiple of 8, so that the attention kernel copies whole chunks.
 //
+// float16 has three bits more than bfloat16, so that columns of K that are bfloat16 can be summed in it as they are, two
+// numbers an instruction, and the sums are more precise than sums in float32 that are rounded to bfloat16. What it lacks
+// is range: where a number of Q or K is beyond a limit, that is told, and K is transposed again, as it is.
+//
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM (at most 256), ALIGNED (1: every row of q and k starts
 // on 16 bytes), SIGNED.
-#include "tile/dtype.cuh"
+//   HALF  0: K as it is. 1, of bfloat16: K in float16, and tells whether a number is beyond the limit. 2: K as it is, if
+//         that was told; no order; each thread block transposes several tiles
+#include "ptx/atomic.cuh"
+#include "tile/fuse.cuh"
 #include "tile/shared.cuh"
 
 typedef ElementOf<DTYPE>::type T;
@@ -23,6 +30,9 @@ struct PrepareParams {
     u8* permutation;           // (batch, heads, group_blocks, HEAD_DIM), contiguous
     const T* k;
     T* transposed;
+#if HALF
+    i32* wide;  // zero at first: how many threads found a larger number than the limit
+#endif
     i64 q_batch, q_head, q_row;
     i64 k_batch, k_head, k_row;
     i64 order_units;   // blocks of queries of all heads and batch entries
@@ -31,6 +41,8 @@ struct PrepareParams {
     i32 heads, seqlen_q, block_q, group_blocks;
     i32 heads_kv, seqlen_k, key_columns, key_blocks;
     u32 code_bits;  // SIGNED: the bits that a code has
+    i32 tiles;      // to transpose
+    float limit;    // HALF: numbers that are no larger may be float16
 };
 
 namespace {
@@ -54,6 +66,13 @@ union Storage {
     OrderStorage order;
     TransposeTile tile;
 };
+
+// Adds one where a thread found a number beyond the limit.
+DEVICE void tell(const PrepareParams& params, float largest) {
+#if HALF == 1
+    if (largest > params.limit) atomic_add(params.wide, 1);
+#endif
+}
 
 struct alignas(2 * sizeof(T)) Pair {
     T element[2];
@@ -97,6 +116,7 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
     }
 
     float sums[2][kProjections] = {};
+    float largest = 0.f;
     const int longest = min(params.block_q, params.seqlen_q);
     for (int start = 0; start < longest; start += kStageRows) {
         const int staged = min(kStageRows, longest - start);
@@ -113,6 +133,7 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float x = Traits<T>::to_float(pair.element[i]);
+                if constexpr (HALF == 1) largest = fmaxf(largest, fabsf(x));
 #pragma unroll
                 for (int b = 0; b < kProjections; ++b) {
                     const float r = shared.stage[row][b];
@@ -122,6 +143,7 @@ DEVICE void order_columns(const PrepareParams& params, OrderStorage& shared, int
         }
     }
 
+    tell(params, largest);
     if (active && column < HEAD_DIM) {
         shared.keys[unit][column] = sort_key(sums[0], params.code_bits, column);
         shared.keys[unit][column + 1] = sort_key(sums[1], params.code_bits, column + 1);
@@ -153,7 +175,18 @@ DEVICE void store_pairs(const TransposeTile& tile, T* out, i64 key_columns, int 
     if (key < stored) *reinterpret_cast<Chunk*>(out + (chunk * 8 + lane / 4) * key_columns + key) = value;
 }
 
-// Thread block `index` transposes kTile keys x kTile columns.
+// The largest of pairs of bfloat16, and of a number before.
+DEVICE float largest_of(const Chunk& chunk, float largest) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float low = __uint_as_float(chunk.word[i] << 16);
+        const float high = __uint_as_float(chunk.word[i] & 0xffff0000u);
+        largest = fmaxf(largest, fmaxf(fabsf(low), fabsf(high)));
+    }
+    return largest;
+}
+
+// Tile `index` of kTile keys x kTile columns is transposed.
 DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int index) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
     constexpr int kChunks = kTile / kElements;
@@ -167,6 +200,7 @@ DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int
     const T* k = params.k + batch_head / params.heads_kv * params.k_batch +
                  batch_head % params.heads_kv * params.k_head + key * params.k_row + column;
 
+    float largest = 0.f;
     for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
         const int row = i / kChunks;
         const int offset = i % kChunks * kElements;
@@ -178,8 +212,13 @@ DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int
         } else {
             chunk = gather_chunk(source, valid);
         }
+        if constexpr (HALF == 1) {
+            largest = largest_of(chunk, largest);
+            halve(chunk);
+        }
         *reinterpret_cast<Chunk*>(&tile.at(row, place_of_chunk(row, i % kChunks) * kElements)) = chunk;
     }
+    tell(params, largest);
     __syncthreads();
 
     T* out = params.transposed + (static_cast<i64>(batch_head) * HEAD_DIM + column) * params.key_columns + key;
@@ -215,6 +254,13 @@ DEVICE void transpose_keys(const PrepareParams& params, TransposeTile& tile, int
 extern "C" __global__ void __launch_bounds__(kThreads, 4) smxx_lsh_prepare(const PrepareParams params) {
     __shared__ __align__(16) unsigned char storage[sizeof(Storage)];
     Storage& shared = *reinterpret_cast<Storage*>(storage);
+#if HALF == 2
+    if (*params.wide == 0) return;
+    for (int tile = blockIdx.x; tile < params.tiles; tile += gridDim.x) {
+        transpose_keys(params, shared.tile, tile);
+        __syncthreads();  // before the next one takes its place
+    }
+#else
     // Ordering takes longest, so its blocks come early, but spaced, so that transposing fills the memory system.
     const u32 block = blockIdx.x;
     const u32 orders = params.order_blocks;
@@ -224,4 +270,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) smxx_lsh_prepare(const
     } else {
         transpose_keys(params, shared.tile, block - min(orders, block / spacing + 1));
     }
+#endif
 }

@@ -34,7 +34,29 @@ DEVICE Chunk sum_chunks(const Chunk (&chunks)[kMembers]) {
     return sum;
 }
 
-// The same with a weight for each, weight(member); the first is 1. Rounded once.
+// Pairs of bfloat16 as pairs of float16.
+DEVICE u32 halve(u32 pair) {
+    return floats_to_f16x2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+DEVICE void halve(Chunk& chunk) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) chunk.word[i] = halve(chunk.word[i]);
+}
+
+// The sum of chunks of float16 that are bfloat16 by origin, two numbers an instruction: float16 has three bits more than
+// it takes to keep that sum to one rounding to bfloat16.
+template <int kMembers>
+DEVICE Chunk sum_halves(const Chunk (&chunks)[kMembers]) {
+    Chunk sum = chunks[0];
+#pragma unroll
+    for (int member = 1; member < kMembers; ++member) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.word[i] = add_f16x2(sum.word[i], chunks[member].word[i]);
+    }
+    return sum;
+}
+
+// The sum of chunks with a weight for each, weight(member); the first is 1. Rounded once.
 template <class T, int kMembers, class Weight>
 DEVICE Chunk sum_weighted_chunks(const Chunk (&chunks)[kMembers], Weight weight) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
@@ -66,8 +88,9 @@ DEVICE Chunk sum_weighted_chunks(const Chunk (&chunks)[kMembers], Weight weight)
 
 // khat (groups, keys) from keys (members x groups, keys): row g of khat is the sum of the rows g, g + groups, ...
 // Threads side by side take chunks side by side: with rows of eight chunks (64 keys of 16 bits) and more, neither reads
-// nor writes have bank conflicts; shorter rows have a few. kWeighted: weights has a number for each row of keys.
-template <class T, int kMembers, int kThreads, bool kWeighted, class RawTile, class FusedTile>
+// nor writes have bank conflicts; shorter rows have a few. kWeighted: weights has a number for each row of keys. kHalves:
+// keys are float16, see sum_halves.
+template <class T, int kMembers, int kThreads, bool kWeighted, bool kHalves = false, class RawTile, class FusedTile>
 DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, const T* weights, int thread) {
     constexpr int kElements = kChunkBytes / int(sizeof(T));
     constexpr int kAcross = FusedTile::kColumns / kElements;
@@ -90,7 +113,7 @@ DEVICE void fuse_keys(FusedTile& khat, const RawTile& keys, const T* weights, in
                 *reinterpret_cast<Chunk*>(khat.data + offset) =
                     sum_weighted_chunks<T>(chunks, [&](int member) { return own[member * FusedTile::kRows]; });
             } else {
-                *reinterpret_cast<Chunk*>(khat.data + offset) = sum_chunks<T>(chunks);
+                *reinterpret_cast<Chunk*>(khat.data + offset) = kHalves ? sum_halves(chunks) : sum_chunks<T>(chunks);
             }
         }
     }

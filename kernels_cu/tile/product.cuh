@@ -133,7 +133,7 @@ DEVICE void multiply_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4], u32 
     constexpr bool kElementwise = kTransposed && kBytes == 4;
     static_assert(!kElementwise || kMembers == 1, "multiply_queries_keys: float32 is fused in shared memory");
     const u32 address = kTransposed ? transposed_address(keys, lane) : right_address<T>(keys, lane);
-    const T* element = &keys.at(kElementwise ? lane % 4 : 0, kElementwise ? lane / 4 : 0);
+    const auto* element = &keys.at(kElementwise ? lane % 4 : 0, kElementwise ? lane / 4 : 0);
     // Unrolled whole, ptxas reads so many operands ahead that float32 (twice the steps, three products in each) and
     // the kernels with Khat in shared memory spill.
 #pragma unroll(kBytes == 4 ? 4 : kMembers == 1 ? 1 : kSteps)

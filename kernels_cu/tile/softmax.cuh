@@ -88,7 +88,7 @@ struct OnlineSoftmax {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float before = maximum[mt][half];
-                const float after = top[mt][half] * score_scale;
+                const float after = __fmul_rn(top[mt][half], score_scale);  // as it is kept
                 const bool stays = !(after - before > kLag) || !has(rows, mt, half);
                 if (!stays) maximum[mt][half] = after;
                 rescale[mt][half] *= stays ? 1.f : exp2_approx(before - after);

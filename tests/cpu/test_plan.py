@@ -321,7 +321,8 @@ def test_every_task_of_the_preparation_has_one_thread_block(
     batch: int, heads: int, seqlen_q: int, head_dim: int, block_q: int, keys: tuple[int, int] | None
 ) -> None:
     chosen = planner.prepare(batch, heads, seqlen_q, head_dim, block_q, keys)
-    orders, transposes = [], []
+    orders: list[int] = []
+    transposes: list[int] = []
     for block in range(chosen.blocks):  # as smxx_lsh_prepare shares them out
         if block < chosen.order_blocks * chosen.spacing and block % chosen.spacing == 0:
             orders.append(block // chosen.spacing)
@@ -329,7 +330,8 @@ def test_every_task_of_the_preparation_has_one_thread_block(
             transposes.append(block - min(chosen.order_blocks, block // chosen.spacing + 1))
     assert orders == list(range(chosen.order_blocks))
     tiles_per_head = chosen.key_blocks * math.ceil(head_dim / planner.TRANSPOSE_TILE)
-    assert transposes == list(range(0 if keys is None else tiles_per_head * batch * keys[0]))
+    assert chosen.tiles == (0 if keys is None else tiles_per_head * batch * keys[0])
+    assert transposes == list(range(chosen.tiles))
     # A thread has two columns, a warp one block of queries.
     per_block = planner.PREPARE_THREADS // (32 * math.ceil(head_dim / 64))
     assert chosen.order_units == batch * heads * math.ceil(seqlen_q / block_q)
@@ -343,6 +345,42 @@ def test_the_sums_of_the_preparation_stay_in_32_bits(one: Problem, device: Devic
     assert chosen is not None
     assert (chosen.order_blocks - 1) * chosen.spacing < chosen.blocks <= planner.MAX_BLOCKS
     assert chosen.order_blocks * chosen.spacing < 2**32
+
+
+@given(problems(reduced=True), devices)
+def test_columns_of_bfloat16_are_summed_in_float16_where_more_than_two_are(
+    one: Problem, device: Device
+) -> None:
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    assert chosen.prepare_kernel is not None
+    half = dict(chosen.prepare_kernel.constants)["HALF"]
+    rank1 = isinstance(one.reduction, LSH) and one.reduction.representative == "rank1"
+    group = one.reduction.group_size if isinstance(one.reduction, LSH) else 1
+    assert half == (one.dtype == "bfloat16" and group > 2 and not rank1)
+    assert dict(chosen.attention.constants)["HALF"] == half
+    assert (chosen.again is not None) == half
+    if chosen.again is not None:
+        first = dict(chosen.prepare_kernel.constants)
+        assert dict(chosen.again.kernel.constants) == first | {"HALF": 2}
+        assert 0 < chosen.again.blocks <= first_tiles(chosen)
+
+
+def first_tiles(chosen: planner.Plan) -> int:
+    assert chosen.prepare is not None
+    return chosen.prepare.tiles
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -3.0, 1e-3, 1e6])
+@pytest.mark.parametrize("group_size", [4, 8, 16])
+def test_numbers_that_may_be_float16_give_scores_that_are_no_worse(
+    scale: float | None, group_size: int
+) -> None:
+    one = problem(dtype="bfloat16", head_dim=128, reduction=LSH(group_size))
+    one = dataclasses.replace(one, scale=128**-0.5 if scale is None else scale)
+    limit = planner.half_limit(one)
+    assert 0 < limit * group_size <= 65504 / 1.9  # what is added up, and rounding on the way
+    assert 2 * 2.0**-25 * limit * 128 * abs(one.scale) <= 2.0**-10
 
 
 # What decides on a tolerance
@@ -790,6 +828,7 @@ LAYOUTS = {
 
 WEIGHTED = planner.attention_kernel(problem(reduction=LSH(2, representative="rank1")), AMPERE)[0]
 KEPT = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
+FOURS = problem(dtype="bfloat16", reduction=LSH(4))
 
 
 @pytest.mark.parametrize(
@@ -798,8 +837,11 @@ KEPT = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
         *((struct, *of) for struct, of in LAYOUTS.items()),
         ("AttentionParams", WEIGHTED, launch._WEIGHTED),
         ("AttentionParams", KEPT, launch._KEPT),
+        ("AttentionParams", planner.attention_kernel(FOURS, AMPERE)[0], launch._HALF),
+        ("HopperParams", planner.attention_kernel(FOURS, HOPPER)[0], launch._HOPPER_HALF),
+        ("PrepareParams", planner.prepare_kernel("bfloat16", 64, True, half=1), launch._PREPARE_HALF),
     ],
-    ids=[*LAYOUTS, "weighted", "kept"],
+    ids=[*LAYOUTS, "weighted", "kept", "half", "half on Hopper", "prepare half"],
 )
 def test_parameters_lie_where_the_kernel_reads_them(
     asserting: Callable[..., None], struct: str, kernel: Kernel, layout: np.dtype

@@ -89,6 +89,30 @@ FAULTS = {
     "no barrier before Khat is overwritten": Fault(
         FLASH, f"{BARRIER}  // the values have landed, and every warp is done with Khat", "", RACE, FUSED
     ),
+    "K as it is where float16 is read": Fault(
+        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, FUSED, dtype=BFLOAT16
+    ),
+    "K as it is where float16 is read, Hopper": Fault(
+        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, FUSED, dtype=BFLOAT16, family="hopper"
+    ),
+    "products of queries that others still turn into float16": Fault(
+        HOPPER, "        named_barrier_sync(1 + kConsumers + group, kGroupThreads);\n", "", f"wgmma {RACE}|no wgmma.*|{WRONG}|fence",
+        {"reduction": cudistr.LSH(4, near=40, sinks=9)}, dtype=BFLOAT16, family="hopper"
+    ),
+    "queries in float16 that products do not see": Fault(
+        HOPPER, "        fence_proxy_async();\n        named_barrier_sync(1 + kConsumers + group", "        named_barrier_sync(1 + kConsumers + group",
+        "fence", {"reduction": cudistr.LSH(4, near=40, sinks=9)}, dtype=BFLOAT16, family="hopper"
+    ),
+    "exponentials that nobody passes on": Fault(
+        HOPPER, "            wgmma_pin(scores[0]);\n            pass_turn();\n", "", "no thread of block .* can go on", GROUPED, family="hopper"
+    ),
+    "a sum in float16 that leaves out a column": Fault(
+        "tile/fuse.cuh", "add_f16x2(sum.word[i], chunks[member].word[i])", "add_f16x2(sum.word[i], chunks[0].word[i])",
+        WRONG, FUSED, dtype=BFLOAT16
+    ),
+    "queries that are not float16": Fault(
+        FLASH, "if (!wide) value.bits = float_to_f16", "if (wide) value.bits = float_to_f16", WRONG, FUSED, dtype=BFLOAT16
+    ),
     "no barrier after the permutation is read": Fault(
         FLASH,
         f"weights, thread);\n            {BARRIER}",
@@ -478,7 +502,7 @@ ON_HOPPER = {
     ),
     "no wait for the keys": Fault(
         HOPPER, "if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", "",
-        f"wgmma {RACE}"
+        f"(wgmma|bulk copy) {RACE}"
     ),
     "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
     "no wait for the queries": Fault(HOPPER, "own_queries.wait(place_number);", "", f"wgmma {RACE}"),
@@ -615,8 +639,8 @@ ON_HOPPER = {
         f"{RACE}|one arrival too many|no thread of block 0 can go on", GROUPED
     ),
     "raw keys given back before they are read": Fault(
-        HOPPER, "                if (walk.reduced()) sum_groups(step);\n",
-        "                if (lane == 0) keys.raw_barriers.release(step);\n                __syncwarp();\n                sum_groups(step);\n",
+        HOPPER, "                if (HALF && !wide && walk.reduced()) {\n",
+        "                if (lane == 0) keys.raw_barriers.release(step);\n                __syncwarp();\n                if (false) {\n",
         f"bulk copy {RACE}|one arrival too many|no thread", GROUPED
     ),
     "an order that is overwritten while it is read": Fault(
@@ -636,10 +660,11 @@ ON_HOPPER = {
     "the wrong swizzle of raw keys": Fault(HOPPER, "(thread % kAcross ^ column % 8)", "(thread % kAcross)", WRONG, GROUPED),
     # Weighted
     "weights read before all are written": Fault(
-        HOPPER, "        named_barrier_sync(1, kBuilderThreads);", "        //", RACE, RANK1
+        HOPPER, "        named_barrier_sync(1 + kConsumers, kBuilderThreads);", "        //", RACE, RANK1
     ),
     "builders that wait for others": Fault(
-        HOPPER, "named_barrier_sync(1, kBuilderThreads);", "named_barrier_sync(1, kBuilderThreads + 32);",
+        HOPPER, "named_barrier_sync(1 + kConsumers, kBuilderThreads);",
+        "named_barrier_sync(1 + kConsumers, kBuilderThreads + 32);",
         "no thread of block .* can go on", RANK1
     ),
     "weights overwritten while another still sums": Fault(

@@ -16,7 +16,7 @@ from cudistr.plan import Device, Kernel
 from tests import grid
 from tests.emulation.fake_cupy import Settings, statistics
 from tests.gpu import util
-from tests.strategies import random
+from tests.strategies import BFLOAT16, random
 
 MASKS: tuple[dict[str, Any], ...] = ({"causal": True}, {"window": (150, 20)}, {})
 
@@ -187,13 +187,67 @@ def test_prepare(kernel: Kernel) -> None:
     more = {
         **dict(zip(("k_batch", "k_head", "k_row"), strides, strict=True)), "heads_kv": 1, "seqlen_k": 77,
     }  # fmt: skip
-    run, vectors = launch._prepare_launch(kernel, chosen, (1, 0), (0, 0, 0), reduction, 0, more)
-    transposed = util.cp.ndarray((2, 1, head_dim, 80), dtype)
-    run(on_device.data.ptr, vectors.data.ptr, permutation.data.ptr, keys.data.ptr, transposed.data.ptr)
-    expected = np.zeros(transposed.shape, dtype)
-    expected[..., :77] = k.swapaxes(2, 3)
+    half = constants["HALF"]
+    again = planner.Step(kernel, 3) if half == 2 else None
+    if half:
+        more |= {"limit": 1e3}
+    first, second, vectors = launch._prepare_launch(
+        kernel,
+        chosen,
+        (1, 0),
+        (0, 0, 0),
+        reduction,
+        0,
+        more,
+        again or (planner.Step(kernel, 1) if half else None),
+    )
+    run = second if half == 2 else first
+    assert run is not None
+    stored = np.dtype(np.float16) if half == 1 else dtype
+    transposed = util.cp.ndarray((2, 1, head_dim, 80), stored)
+    given = [x.data.ptr for x in (on_device, vectors, permutation, keys, transposed)]
+    expected = np.zeros(transposed.shape, stored)
+    if half == 2:  # runs if it was told to
+        transposed.fill(0)
+        told = util.on_device(np.zeros(1, np.int32), "contiguous")
+        run(*given, told.data.ptr)
+        util.same_bits(transposed, expected)
+    wide = util.on_device(np.full(1, half == 2, np.int32), "contiguous")
+    run(*given, *([wide.data.ptr] if half else []))
+    expected[..., :77] = k.swapaxes(2, 3).astype(np.float32).astype(stored)
     util.same_bits(transposed, expected)
+    if half == 1:
+        assert int(wide[0]) == 0
+        keys[1, 0, 76, head_dim - 1] = dtype.type(-1008)
+        run(*given, wide.data.ptr)
+        assert int(wide[0]) == 1
     assert (kernel, 0) in compiler._functions
+
+
+def test_prepare_tells_of_large_queries() -> None:
+    kernel = PREPARE["smxx_lsh_prepare bfloat16 64 half"]
+    q, k = (random(i, 1, 2, 161, 64, dtype=BFLOAT16) for i in (1, 2))
+    for place, told in (((0, 0, 0, 0), 2), ((0, 1, 160, 63), 1)):
+        large = q.copy()
+        large[place] = 1e5
+        if told == 2:
+            large[0, 1, 5, 5] = -1e6
+        on_device, keys = (util.on_device(x, "contiguous") for x in (large, k))
+        chosen = planner.prepare(1, 2, 161, 64, 128, (2, 161))
+        strides = launch.row_strides(keys.shape, keys.strides, keys.itemsize)
+        more: dict[str, Any] = {
+            **dict(zip(("k_batch", "k_head", "k_row"), strides, strict=True)), "heads_kv": 2, "seqlen_k": 161,
+            "limit": 5e4,
+        }  # fmt: skip
+        run, _, vectors = launch._prepare_launch(
+            kernel, chosen, (2, 161), strides, cudistr.LSH(4), 0, more, planner.Step(kernel, 1)
+        )
+        permutation = util.cp.ndarray((1, 2, 2, 64), np.uint8)
+        transposed = util.cp.ndarray((1, 2, 64, 168), np.float16)
+        wide = util.on_device(np.zeros(1, np.int32), "contiguous")
+        run(*(x.data.ptr for x in (on_device, vectors, permutation, keys, transposed, wide)))
+        assert int(wide[0]) == told
+        util.same_bits(permutation, reference.group(large, cudistr.LSH(4)))
 
 
 @pytest.mark.parametrize("kernel", [*WEIGHTS.values(), *ENERGY_ORDER.values()], ids=[*WEIGHTS, *ENERGY_ORDER])

@@ -8,7 +8,7 @@ import pytest
 import cudistr
 from cudistr import reference
 from tests.gpu.util import ROUNDOFF, check_kernel, check_tf32, cp, inputs, on_device, rising, same_bits
-from tests.strategies import DTYPES, LAYOUTS, expanded
+from tests.strategies import BFLOAT16, DTYPES, LAYOUTS, expanded
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +61,18 @@ def test_group_sizes(dtype, head_dim, group_size):
 def test_representative_mean(dtype, head_dim, group_size):
     q, k, v = inputs(3, dtype, head_dim=head_dim, head_dim_v=64)
     check_kernel(q, k, v, reduction=cudistr.LSH(group_size, representative="mean"))
+
+
+@pytest.mark.parametrize("large", [(0.0, 1e5), (1e5, 0.0), (3e4, 3e4)], ids=["keys", "queries", "both"])
+@pytest.mark.parametrize("lengths", [(200, 150), (3, 700)], ids=str)
+def test_groups_of_numbers_beyond_float16(large, lengths):
+    # More than two columns of bfloat16 are summed in float16, unless a number is too large for that.
+    q, k, v = inputs(21, BFLOAT16, heads_kv=2, lengths=lengths, head_dim=128, head_dim_v=64)
+    for x, value in zip((q, k), large, strict=True):
+        if value:
+            x[0, 1, 2, 3] = value
+    check_kernel(q, k, v, reduction=cudistr.LSH(4))
+    check_kernel(q, k, v, reduction=cudistr.LSH(8, representative="mean"), causal=True)
 
 
 RANK1 = cudistr.LSH(2, representative="rank1")

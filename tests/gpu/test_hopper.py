@@ -73,6 +73,38 @@ def test_groups(dtype, dims):
     check(q, k, v, reduction=reduction, causal=True)
 
 
+# Groups of more than two columns of bfloat16 are summed in float16, unless a number is too large for that.
+LARGE = {"keys": (0.0, 1e5), "queries": (1e5, 0.0), "both": (3e4, 3e4)}
+
+
+@pytest.mark.parametrize("group_size", [4, 8])
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+def test_groups_of_numbers_beyond_float16(large, group_size):
+    q, k, v = inputs(18, BFLOAT16, heads_kv=2, lengths=(333, 415), head_dim=128)
+    for x, value in zip((q, k), large, strict=True):
+        if value:
+            x[0, 1, 17, 3] = value
+    check(q, k, v, reduction=cudistr.LSH(group_size))
+    check(q, k, v, reduction=cudistr.LSH(group_size, representative="mean"), causal=True)
+    check(q, k, v, reduction=cudistr.LSH(group_size, representative="mean", near=40, sinks=9))
+
+
+@pytest.mark.small
+def test_groups_are_summed_in_float16_up_to_a_limit():
+    # A large number in one head, and what it does to the precision of the other.
+    q, k, v = inputs(19, BFLOAT16, batch=1, heads=2, lengths=(150, 200), head_dim=128)
+    reduction = cudistr.LSH(4)
+    exact = cudistr.attention(*(x.astype(np.float32) for x in (q, k, v)), reduction=reduction)
+    limit = 2.0**14 / 128**0.5
+
+    def error(value: float) -> float:
+        k[0, 0, 0, 0] = value
+        found = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction))
+        return float(np.abs(found[0, 1].astype(np.float32) - exact[0, 1]).mean())
+
+    assert error(0.99 * limit) < 0.9 * error(1.01 * limit)
+
+
 @each_dtype
 @pytest.mark.parametrize(
     "lengths", [(1, 1), (1, 300), (65, 63), (129, 128), (257, 200), (300, 517), (517, 300)], ids=str
@@ -186,12 +218,13 @@ def test_groups_of_equal_columns_are_exact(dtype):
 KEPT_GROUPS = [(128, 128, 2), (64, 64, 2), (64, 64, 4), (96, 96, 3), (128, 64, 8), (32, 128, 2)]
 
 
+@each_dtype
 @pytest.mark.parametrize("dims", KEPT_GROUPS, ids=str)
 @pytest.mark.parametrize(("near", "sinks"), [(40, 9), (0, 130), (130, 0)], ids=str)
-def test_exact_keys_beside_groups(dims, near, sinks):
+def test_exact_keys_beside_groups(dtype, dims, near, sinks):
     head_dim, head_dim_v, group_size = dims
     q, k, v = inputs(
-        63, np.float16, batch=1, heads_kv=2, lengths=(333, 415), head_dim=head_dim, head_dim_v=head_dim_v
+        63, dtype, batch=1, heads_kv=2, lengths=(333, 415), head_dim=head_dim, head_dim_v=head_dim_v
     )
     reduction = cudistr.LSH(group_size, near=near, sinks=sinks)
     check(q, k, v, reduction=reduction)
@@ -218,6 +251,10 @@ def test_many_tiles_of_groups(dtype):
         same_bits(
             cudistr.attention(*map(on_device, (q, k, v)), reduction=cudistr.LSH(2), causal=True), expected
         )
+    reduction = cudistr.LSH(4, representative="mean", near=200, sinks=50)
+    expected = check(q, k, v, reduction=reduction, causal=True)
+    for _ in range(20):
+        same_bits(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction, causal=True), expected)
 
 
 @each_dtype
