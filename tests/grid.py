@@ -207,9 +207,10 @@ def kernels(capability: int) -> dict[str, Kernel]:
                 suffix = "" if aligned else " unaligned"
                 found[f"smxx_lsh_prepare {dtype} {d}{suffix}"] = planner.prepare_kernel(dtype, d, aligned)
         if dtype == "bfloat16":
-            for d in (64, 192):
-                found[f"smxx_lsh_prepare {dtype} {d} half"] = planner.prepare_kernel(dtype, d, True, half=1)
-                found[f"smxx_lsh_prepare {dtype} {d} again"] = planner.prepare_kernel(dtype, d, True, half=2)
+            for d, aligned in ((64, True), (64, False), (192, True)):
+                for half, name in ((1, "half"), (2, "again")):
+                    name = f"smxx_lsh_prepare {dtype} {d} {name}" + ("" if aligned else " unaligned")
+                    found[name] = planner.prepare_kernel(dtype, d, aligned, half=half)
         for d in _few(dtype, RANK1):
             found[f"smxx_lsh_weights {dtype} {d} lsh{RANK1[d]}"] = planner.weights(
                 dtype, d, RANK1[d], 1

@@ -75,6 +75,14 @@ def test_groups_of_numbers_beyond_float16(large, lengths):
     check_kernel(q, k, v, reduction=cudistr.LSH(8, representative="mean"), causal=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "ragged"])
+def test_groups_of_small_numbers_that_count(layout):
+    # What float16 cannot hold of them changes no score that matters, however large the scale.
+    q, k, v = inputs(22, BFLOAT16, heads_kv=2, lengths=(200, 150), head_dim=64)
+    q, k = ((x * np.float32(2.0**-8)).astype(BFLOAT16) for x in (q, k))
+    check_kernel(q, k, v, reduction=cudistr.LSH(4), scale=2.0**13, layouts=(layout,) * 3)
+
+
 RANK1 = cudistr.LSH(2, representative="rank1")
 ENERGY = cudistr.Energy(32, near=0, sinks=0)
 each_other = pytest.mark.parametrize("reduction", [RANK1, ENERGY], ids=["rank1", "energy"])
