@@ -520,8 +520,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             "tiles_per_block": reduction.rows_per_block // chosen.tile.block_m,
             "key_columns": key_columns,
         }
-        own = {**keys, "heads_kv": problem.heads_kv, "seqlen_k": problem.seqlen_k}
-        own_limit = {"limit": half_limit(problem)} if chosen.again else {}
+        own = {
+            **keys,
+            "heads_kv": problem.heads_kv,
+            "seqlen_k": problem.seqlen_k,
+            "limit": half_limit(problem),
+        }
         order, again, vectors = _prepare_launch(
             chosen.prepare_kernel,
             chosen.prepare,
@@ -529,7 +533,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             problem.q_strides,
             reduction,
             problem.device,
-            own | own_limit,
+            own,
             chosen.again,
         )
         columns = _columns(

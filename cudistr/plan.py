@@ -155,8 +155,6 @@ class Prepare:
         Blocks of queries in all whose columns are ordered by hash, and the thread blocks that order them.
     key_columns, key_blocks : int
         Row length of the transposed K, and thread blocks along it; 0 if K is not transposed.
-    tiles : int
-        Tiles of K to transpose.
     spacing : int
         Every spacing-th thread block orders, until all have come.
     blocks : int
@@ -168,9 +166,13 @@ class Prepare:
     order_blocks: int
     key_columns: int
     key_blocks: int
-    tiles: int
     spacing: int
     blocks: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of K to transpose, one for each other thread block."""
+        return self.blocks - self.order_blocks
 
 
 @dataclass(frozen=True)
@@ -905,9 +907,7 @@ def prepare(
     # Among the first blocks one in five orders: enough of them to keep the arithmetic busy from the start.
     spacing = 1 + min(4, transpose_blocks // max(order_blocks, 1))
     blocks = check_blocks(order_blocks + transpose_blocks)
-    return Prepare(
-        group_blocks, order_units, order_blocks, key_columns, key_blocks, transpose_blocks, spacing, blocks
-    )
+    return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, spacing, blocks)
 
 
 def weights(dtype: str, head_dim: int, group_size: int, units: int) -> Step:

@@ -43,8 +43,8 @@ DEVICE void halve(Chunk& chunk) {
     for (int i = 0; i < 4; ++i) chunk.word[i] = halve(chunk.word[i]);
 }
 
-// The sum of chunks of float16 that are bfloat16 by origin, two numbers an instruction: float16 has three bits more than
-// it takes to keep that sum to one rounding to bfloat16.
+// The sum of chunks of float16 that were bfloat16, two numbers an instruction. Every addition rounds, but with three bits
+// more than bfloat16 has: less is lost than by rounding the sum to bfloat16 once.
 template <int kMembers>
 DEVICE Chunk sum_halves(const Chunk (&chunks)[kMembers]) {
     Chunk sum = chunks[0];

@@ -353,7 +353,7 @@ def test_columns_of_bfloat16_are_summed_in_float16_where_more_than_two_are(
 ) -> None:
     assume(small_enough(one))
     chosen = plan(one, device)
-    assert chosen.prepare_kernel is not None
+    assert chosen.prepare_kernel is not None and chosen.prepare is not None
     half = dict(chosen.prepare_kernel.constants)["HALF"]
     rank1 = isinstance(one.reduction, LSH) and one.reduction.representative == "rank1"
     group = one.reduction.group_size if isinstance(one.reduction, LSH) else 1
@@ -363,12 +363,7 @@ def test_columns_of_bfloat16_are_summed_in_float16_where_more_than_two_are(
     if chosen.again is not None:
         first = dict(chosen.prepare_kernel.constants)
         assert dict(chosen.again.kernel.constants) == first | {"HALF": 2}
-        assert 0 < chosen.again.blocks <= first_tiles(chosen)
-
-
-def first_tiles(chosen: planner.Plan) -> int:
-    assert chosen.prepare is not None
-    return chosen.prepare.tiles
+        assert 0 < chosen.again.blocks <= chosen.prepare.tiles
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, -3.0, 1e-3, 1e6])

@@ -96,7 +96,7 @@ FAULTS = {
         PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, FUSED, dtype=BFLOAT16, family="hopper"
     ),
     "products of queries that others still turn into float16": Fault(
-        HOPPER, "        named_barrier_sync(1 + kConsumers + group, kGroupThreads);\n", "", f"wgmma {RACE}|no wgmma.*|{WRONG}|fence",
+        HOPPER, "        named_barrier_sync(1 + kConsumers + group, kGroupThreads);\n", "", f"wgmma {RACE}",
         {"reduction": cudistr.LSH(4, near=40, sinks=9)}, dtype=BFLOAT16, family="hopper"
     ),
     "queries in float16 that products do not see": Fault(

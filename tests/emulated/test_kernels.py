@@ -188,18 +188,11 @@ def test_prepare(kernel: Kernel) -> None:
         **dict(zip(("k_batch", "k_head", "k_row"), strides, strict=True)), "heads_kv": 1, "seqlen_k": 77,
     }  # fmt: skip
     half = constants["HALF"]
-    again = planner.Step(kernel, 3) if half == 2 else None
+    again = planner.Step(kernel, 3) if half else None
     if half:
         more |= {"limit": 1e3}
     first, second, vectors = launch._prepare_launch(
-        kernel,
-        chosen,
-        (1, 0),
-        (0, 0, 0),
-        reduction,
-        0,
-        more,
-        again or (planner.Step(kernel, 1) if half else None),
+        kernel, chosen, (1, 0), (0, 0, 0), reduction, 0, more, again
     )
     run = second if half == 2 else first
     assert run is not None

@@ -8,7 +8,17 @@ import pytest
 import cudistr
 from cudistr import launch, normalize
 from cudistr.plan import plan
-from tests.gpu.util import ROUNDOFF, check_kernel, cp, inputs, of_ranks, on_device, rising, same_bits
+from tests.gpu.util import (
+    BEYOND_FLOAT16,
+    ROUNDOFF,
+    check_kernel,
+    cp,
+    inputs,
+    of_ranks,
+    on_device,
+    rising,
+    same_bits,
+)
 from tests.strategies import BFLOAT16, LAYOUTS
 
 pytestmark = pytest.mark.gpu
@@ -73,12 +83,8 @@ def test_groups(dtype, dims):
     check(q, k, v, reduction=reduction, causal=True)
 
 
-# Groups of more than two columns of bfloat16 are summed in float16, unless a number is too large for that.
-LARGE = {"keys": (0.0, 1e5), "queries": (1e5, 0.0), "both": (3e4, 3e4)}
-
-
 @pytest.mark.parametrize("group_size", [4, 8])
-@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("large", BEYOND_FLOAT16.values(), ids=BEYOND_FLOAT16)
 def test_groups_of_numbers_beyond_float16(large, group_size):
     q, k, v = inputs(18, BFLOAT16, heads_kv=2, lengths=(333, 415), head_dim=128)
     for x, value in zip((q, k), large, strict=True):
@@ -102,6 +108,7 @@ def test_groups_are_summed_in_float16_up_to_a_limit():
         found = cp.asnumpy(cudistr.attention(*map(on_device, (q, k, v)), reduction=reduction))
         return float(np.abs(found[0, 1].astype(np.float32) - exact[0, 1]).mean())
 
+    # Three quarters: weights and output are rounded to eight bits on both sides of the limit.
     assert error(0.99 * limit) < 0.9 * error(1.01 * limit)
 
 

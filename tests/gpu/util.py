@@ -25,6 +25,9 @@ except ImportError:  # the marker gpu skips every test that would touch it
 # through, with a weight next to one, may come back 2**-22 off.
 ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8, np.dtype(np.float32): 2.0**-22}
 
+# A number of Q and one of K, 0 for none, too large for the float16 sums of groups of more than two bfloat16 columns.
+BEYOND_FLOAT16 = {"keys": (0.0, 1e5), "queries": (1e5, 0.0), "both": (3e4, 3e4)}
+
 
 @contextmanager
 def splits(count: int) -> Iterator[None]:
