@@ -722,6 +722,8 @@ class Machine:
         seen = plan.Device(int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"])
         try:
             problem = normalize.problem(*arrays, causal=case.causal, reduction=prepared[method]()[0])
+            if plan.copies_queries(problem, seen):
+                return "hopper"
             return kernel_family(plan.plan(problem, seen).attention.name)
         except (TypeError, ValueError):
             return "portable"  # the row says under "failed" what was wrong

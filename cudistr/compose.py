@@ -9,7 +9,7 @@ from typing import Any
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
-from cudistr.plan import Device, Pass, hopper_kernel, keeps_keys, passes
+from cudistr.plan import Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 
@@ -57,6 +57,12 @@ def _in_one_kernel(problem: Problem, device: Device) -> bool:
     return keeps_keys(problem) and hopper_kernel(problem, device) is not None
 
 
+@functools.lru_cache(maxsize=1024)
+def _copies(problem: Problem, device: Device) -> bool:
+    """The same as :func:`cudistr.plan.copies_queries`."""
+    return copies_queries(problem, device)
+
+
 def attention(
     problem: Problem,
     reduction: Reduction | None,
@@ -80,7 +86,13 @@ def attention(
     if problem.rank is not None:
         assert projection is not None
         return _projected(problem, projection, q, k, v, out, return_lse, stream, None)[:2]
-    if not (problem.near or problem.sinks):
+    kept = bool(problem.near or problem.sinks)
+    if kept and not any(x.reduced for x in passes(problem)):
+        (whole,) = parts(problem)
+        return launch.attention(whole.problem, q, k, v, out, return_lse, stream)
+    if _copies(problem, launch.device_properties(problem.device)):
+        return _copied(problem, q, k, v, out, return_lse, stream)
+    if not kept:
         return launch.attention(problem, q, k, v, out, return_lse, stream)
     chosen = parts(problem)
     if len(chosen) == 1:
@@ -100,6 +112,23 @@ def attention(
             return merged, lse
         out[...] = merged
         return out, lse
+
+
+def _copied(
+    problem: Problem, q: Any, k: Any, v: Any, out: Any, return_lse: bool, stream: Any
+) -> tuple[Any, Any]:
+    """Run a problem on a device with queries that stand for its own, and all columns of k."""
+    assert problem.device is not None
+    with launch.placed(problem.device, stream):
+        queries, shift = launch.copied(problem, q, k)
+        if problem.near or problem.sinks:
+            reduced = launch.Reduced(queries, k, None, shift)
+            whole = _of_rank(problem, q, k, v, reduced)
+        else:
+            q, reduced = queries, None
+            whole = _of_rank(problem, queries, k, v, None)
+        own = dataclasses.replace(whole, reduction=None, restore=False)
+        return launch.attention(own, q, k, v, out, return_lse, None, None, reduced)
 
 
 def within(
@@ -182,5 +211,5 @@ def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.
 
 
 def _ranked(reduced: launch.Reduced) -> Ranked:
-    strides = [row_strides(x.shape, x.strides, x.itemsize) for x in reduced[:2]]
-    return Ranked(reduced.queries.shape[3], *strides)
+    q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in reduced[:2])
+    return Ranked(reduced.queries.shape[3], q_strides, k_strides, reduced.ranks is None)

@@ -38,6 +38,7 @@ from cudistr.plan import (
     TileKey,
     check_blocks,
     check_device,
+    copied_queries,
     decide_kernel,
     draw_kernel,
     energy_order,
@@ -140,6 +141,12 @@ _HOPPER_RANKED = _parameters(
     *_HOPPER_PASSES,
     multiple=64,
 )
+_HOPPER_COPIED = _parameters(
+    ("q k v qhat", f"V{MAP_BYTES}"),
+    ("shift out lse permutation counter", "u8"),
+    *_HOPPER_PASSES,
+    multiple=64,
+)
 _HOPPER_KEPT = _parameters(
     ("q k v", f"V{MAP_BYTES}"),
     ("shift out lse permutation counter", "u8"),
@@ -193,7 +200,7 @@ _PREPARE_HALF = _parameters(("q projections permutation k transposed wide", "u8"
 _WEIGHTS = _parameters(
     ("q k sums permutation weights shares shift", "u8"),
     ("q_batch q_head q_row k_batch k_head", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans", "i4"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans rounded", "i4"),
     ("scale", "f4"),
     multiple=8,
 )
@@ -206,8 +213,14 @@ _KEY_ENERGY = _parameters(
 _ENERGY_ORDER = _parameters(
     ("q k sums permutation means shift", "u8"),
     ("q_batch q_head q_row k_batch k_head units", "i8"),
-    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans keep", "i4"),
+    ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans keep rounded", "i4"),
     ("scale", "f4"),
+    multiple=8,
+)
+_COPIED = _parameters(
+    ("q permutation numbers copied", "u8"),
+    ("q_batch q_head q_row shares", "i8"),
+    ("heads seqlen_q block_q group_blocks parts", "i4"),
     multiple=8,
 )
 _MERGE = _parameters(
@@ -342,7 +355,9 @@ class Reduced(NamedTuple):
 
     queries: Any  # (batch, heads, seqlen_q, columns)
     keys: Any  # (batch, heads_kv, seqlen_k, columns)
-    ranks: Any  # int32 (batch, heads): multiples of 16, 0 included; head_dim stands for q and k themselves
+    # int32 (batch, heads): multiples of 16, 0 included; head_dim stands for q and k themselves. None where Qhat has all
+    # columns, and k is Khat.
+    ranks: Any
     shift: Any = None  # float32 (batch, heads, seqlen_q): what scores of Qhat and Khat lack; None for nothing
 
 
@@ -564,7 +579,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         if chosen.again is not None:
             parameters = _HOPPER_KEPT_HALF if kept else _HOPPER_HALF
         if ranked is not None:
-            parameters = _HOPPER_RANKED
+            parameters = _HOPPER_COPIED if ranked.copied else _HOPPER_RANKED
         values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
@@ -676,8 +691,9 @@ def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, ...]:
     )
     if problem.ranked is None:
         return maps
-    columns, q_strides, k_strides = problem.ranked
-    return (*maps, queries(columns, q_strides), keys(columns, k_strides, panel))
+    columns, q_strides, k_strides, copied = problem.ranked
+    qhat = queries(columns, q_strides)
+    return (*maps, qhat) if copied else (*maps, qhat, keys(columns, k_strides, panel))
 
 
 def _prepare_launch(
@@ -728,8 +744,12 @@ def _group_recipe(
     reduction: LSH | Energy,
     index: int,
     keys: tuple[int, int, tuple[int, int, int]] | None,
+    scale: float | None = None,
 ) -> _Columns:
-    """Compile and prepare the order of columns alone; ``keys`` is heads_kv, seqlen_k and strides of K."""
+    """Compile and prepare the order of columns alone; ``keys`` is heads_kv, seqlen_k and strides of K.
+
+    ``scale`` is that of the scores of what stands for q, for what they lack.
+    """
     check_device(device_properties(index), index)
     batch, heads, seqlen_q, head_dim = shape
     units = batch * heads * -(-seqlen_q // reduction.rows_per_block)
@@ -748,6 +768,8 @@ def _group_recipe(
             "heads_kv": heads_kv,
             "heads_per_kv": heads // heads_kv,
             "seqlen_k": seqlen_k,
+            "scale": scale or 0.0,
+            "rounded": scale is not None,
         }
     order = again = vectors = None
     if isinstance(reduction, LSH):
@@ -871,8 +893,11 @@ def _attention(
     if recipe.maps is not None:
         pointers, others = list(addresses), [0] if keeps_keys(problem) else []  # no shift
         if reduced is not None:
-            pointers += [reduced.queries.data.ptr, reduced.keys.data.ptr]
-            others = [reduced.ranks.data.ptr, 0 if reduced.shift is None else reduced.shift.data.ptr]
+            pointers.append(reduced.queries.data.ptr)
+            others = [0 if reduced.shift is None else reduced.shift.data.ptr]
+            if reduced.ranks is not None:
+                pointers.append(reduced.keys.data.ptr)
+                others.insert(0, reduced.ranks.data.ptr)
         maps = map(encode, recipe.maps, pointers)
         recipe.attention(*maps, *others, out.data.ptr, lse_address, permutation, counter, *numbers)
     elif recipe.merge is None:
@@ -1057,6 +1082,56 @@ def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, 
         hold(scratch)
         run(q.data.ptr, address, 0, permutation.data.ptr, scratch.ptr)
         return permutation, cupy.ndarray(shape, np.float32, scratch)
+
+
+@functools.lru_cache(maxsize=256)
+def _copied_recipe(problem: Problem) -> tuple[_Columns, _Launch]:
+    """Compile and prepare what makes the queries that stand for those of a problem."""
+    assert problem.device is not None and problem.reduction is not None
+    device, reduction = device_properties(problem.device), problem.reduction
+    shape = (problem.batch, problem.heads, problem.seqlen_q, problem.head_dim)
+    keys = (problem.heads_kv, problem.seqlen_k - problem.sinks, problem.k_strides)
+    found = _group_recipe(
+        problem.dtype,
+        shape,
+        problem.q_strides,
+        problem.aligned,
+        reduction,
+        problem.device,
+        keys,
+        problem.scale,
+    )
+    step, parts = copied_queries(problem)
+    values = {
+        **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
+        "shares": found.permutation_bytes,  # one number for each of their bytes
+        "heads": problem.heads,
+        "seqlen_q": problem.seqlen_q,
+        "block_q": reduction.rows_per_block,
+        "group_blocks": -(-problem.seqlen_q // reduction.rows_per_block),
+        "parts": parts,
+    }
+    return found, _launch(step.kernel, step.blocks, device, problem.device, _COPIED, values)
+
+
+def copied(problem: Problem, q: Any, k: Any) -> tuple[Any, Any]:
+    """Make what stands for the queries of a problem in the product with k, and what its scores lack.
+
+    The first is (batch, heads, seqlen_q, head_dim); the second float32 (batch, heads, seqlen_q), None for nothing. On
+    the current device and stream; held if this is captured.
+    """
+    import cupy
+
+    find, make = _copied_recipe(problem)
+    made = cupy.ndarray(q.shape, q.dtype)
+    shift = cupy.ndarray(q.shape[:3], np.float32) if problem.restore else None
+    scratch = cupy.cuda.alloc(find.permutation_bytes + find.more_bytes)
+    hold(*(x for x in (made, shift, scratch) if x is not None))
+    permutation, more = scratch.ptr, scratch.ptr + find.permutation_bytes
+    far = k[:, :, problem.sinks :].data.ptr
+    find(q.data.ptr, far, 0, permutation, more, 0 if shift is None else shift.data.ptr)
+    make(q.data.ptr, permutation, more, made.data.ptr)
+    return made, shift
 
 
 def _dtype_name(array: Any) -> str:

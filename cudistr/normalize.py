@@ -51,12 +51,14 @@ _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
 class Ranked(NamedTuple):
     """Qhat and Khat beside q and k, of which every head uses the first columns, as many as an array says.
 
-    A head that uses head_dim columns has those of q and k themselves. Strides are in elements.
+    A head that uses head_dim columns has those of q and k themselves. Or all of them have what stands for q, of as many
+    columns, in the place of Qhat, and k itself. Strides are in elements.
     """
 
     columns: int  # of Qhat and Khat
     q_strides: tuple[int, int, int]
     k_strides: tuple[int, int, int]
+    copied: bool = False  # whether something stands for q
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ __all__ = [
     "TileKey",
     "attention_kernel",
     "candidate_tiles",
+    "copied_queries",
+    "copies_queries",
     "decide_kernel",
     "draw_kernel",
     "energy_order",
@@ -64,6 +66,8 @@ WEIGHTS_THREADS = 128  # of smxx_lsh_weights.cu
 ENERGY_KEYS = 256  # keys that a thread of smxx_key_energy.cu sums
 KEY_ENERGY_THREADS = 128
 ENERGY_ORDER_THREADS = 256
+COPIED_THREADS = 256  # of smxx_copied_queries.cu
+COPIED_ROWS = 32  # of one of its thread blocks
 PROJECT_THREADS = 256  # of smxx_project.cu
 PROJECT_GROUP = 32  # columns that it makes at once
 PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
@@ -332,7 +336,8 @@ def _weighted(problem: Problem) -> bool:
 def keeps_keys(problem: Problem) -> bool:
     """Whether a problem with groups leaves some keys exact in passes of the Hopper kernel.
 
-    Beside weights, and columns kept by energy, exact keys are a call of their own.
+    Beside weights, and columns kept by energy, the Hopper kernel takes other queries for that, see
+    :func:`copies_queries`, and elsewhere exact keys are a call of their own.
     """
     reduction = problem.reduction
     return reduction is not None and not reduction.by_keys and bool(problem.near or problem.sinks)
@@ -837,6 +842,7 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
+        "COPIED": int(problem.ranked is not None and problem.ranked.copied),
         "KEPT": int(keeps_keys(problem)),
         "HALF": int(_half(problem)),
         "SHARED_BYTES": hopper_shared_bytes(tile, problem.head_dim, problem.head_dim_v, group, weighted),
@@ -934,6 +940,39 @@ def energy_order(dtype: str, head_dim: int, units: int) -> Step:
     constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim))
     blocks = check_blocks(-(-units // (ENERGY_ORDER_THREADS // _round_up(head_dim, 32))))
     return Step(Kernel("smxx_energy_order", constants, ENERGY_ORDER_THREADS), blocks)
+
+
+def copies_queries(problem: Problem, device: Device) -> bool:
+    """Whether a reduced problem is solved with all columns of K, and queries that stand for its own.
+
+    The scores of a reduction are those of K and of queries whose columns have been replaced. Where columns are kept by
+    energy, and for groups with weights beside exact keys, the exact Hopper kernel multiplies these faster than the
+    portable one, or several calls, do with fewer columns.
+    """
+    reduction = problem.reduction
+    if reduction is None or not reduction.by_keys:
+        return False
+    if isinstance(reduction, LSH) and not (problem.near or problem.sinks):
+        return False
+    whole = dataclasses.replace(problem, reduction=None, near=0, sinks=0, restore=False)
+    return hopper_kernel(whole, device) is not None
+
+
+def copied_queries(problem: Problem) -> tuple[Step, int]:
+    """What makes those queries, and its thread blocks for each block of queries."""
+    reduction = problem.reduction
+    assert reduction is not None
+    group = reduction.group_size if isinstance(reduction, LSH) else 1
+    constants = {
+        "DTYPE": DTYPE_NUMBER[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "GROUP": group,
+        "KEEP": _keep(problem),
+    }
+    units = problem.batch * problem.heads * -(-problem.seqlen_q // reduction.rows_per_block)
+    parts = -(-min(reduction.rows_per_block, problem.seqlen_q) // COPIED_ROWS)
+    kernel = Kernel("smxx_copied_queries", tuple(constants.items()), COPIED_THREADS)
+    return Step(kernel, check_blocks(units * parts)), parts
 
 
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:

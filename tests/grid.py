@@ -65,6 +65,7 @@ RANK1 = {64: 2, 96: 3, 128: 2, 256: 2}  # group size for a head_dim
 KEPT = {24: 16, 64: 32, 128: 64, 256: 128}  # columns kept by energy
 # Heads of different ranks: Qhat and Khat of 32 columns. Their strides are no constants of a kernel.
 RANKED = normalize.Ranked(32, (32 * 256,) * 2 + (32,), (32 * 256,) * 2 + (32,))
+COPIED = RANKED._replace(copied=True)  # what stands for the queries, of all columns
 EDGE_HEAD_DIMS = (64, 128, 256)  # where the other constants are varied
 UNALIGNED = (64, 72)  # where kernels that copy rows and little else are compiled for rows off 16 bytes too
 
@@ -161,6 +162,7 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
             yield f"{dtype} {d} softcap causal", _problem(dtype, d, d, softcap=30.0, causal=True)
             for mask, options in (("", {}), (" causal", {"causal": True})):
                 yield f"{dtype} {d} ranked{mask}", _replace(_problem(dtype, d, d, **options), ranked=RANKED)
+                yield f"{dtype} {d} copied{mask}", _replace(_problem(dtype, d, d, **options), ranked=COPIED)
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
     for dtype, d, dv, g in HOPPER_RANK1:
@@ -218,6 +220,10 @@ def kernels(capability: int) -> dict[str, Kernel]:
         for d in _few(dtype, KEPT):
             found[f"smxx_key_energy {dtype} {d}"] = planner.key_energy(dtype, d, 1, 1).kernel
             found[f"smxx_energy_order {dtype} {d}"] = planner.energy_order(dtype, d, 1).kernel
+        if dtype != "float32":
+            for d, reduction in ((128, LSH(2, representative="rank1")), (256, Energy(128))):
+                kernel = planner.copied_queries(_problem(dtype, d, d, reduction=reduction))[0].kernel
+                found[f"smxx_copied_queries {dtype} {d}"] = kernel
         for d in (64,) if dtype == "bfloat16" else EDGE_HEAD_DIMS:
             for aligned in (True, False) if d in UNALIGNED else (True,):
                 suffix = "" if aligned else " unaligned"

@@ -18,6 +18,8 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
+//   COPIED      1: with RANKED, of heads that all have HEAD_DIM columns: in what is reduced other queries stand for theirs,
+//               see smxx_copied_queries.cu
 //   KEPT        1: with GROUP, some keys are exact, see HopperParams
 //   HALF        1: with GROUP, of bfloat16: K comes in float16, unless params.wide says otherwise; see smxx_lsh_prepare.cu
 //   SHARED_BYTES  what the plan reserves
@@ -37,8 +39,11 @@ struct HopperParams {
     // ValueTile
     TensorMap q, k, v;
 #if RANKED
-    TensorMap qhat, khat;  // in the place of q and k for heads of fewer than HEAD_DIM columns
+    TensorMap qhat;  // in the place of q and k for heads of fewer than HEAD_DIM columns; COPIED: of q where it is reduced
+#if !COPIED
+    TensorMap khat;
     const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM
+#endif
 #endif
 #if RANKED || KEPT
     const float* shift;    // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
@@ -87,6 +92,8 @@ constexpr bool kGrouped = GROUP != 0;
 constexpr int kMembers = kGrouped ? GROUP : 1;
 constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
+constexpr bool kRanks = RANKED && !COPIED;  // whether heads differ in their columns
+static_assert(RANKED || !COPIED, "queries change where exact keys end");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
@@ -294,7 +301,7 @@ struct Walk {
         // Broadcast, so that the compiler knows them to be the same for all.
         count = __shfl_sync(kFullWarp, step.count, 0);
         exact = __shfl_sync(kFullWarp, step.exact, 0);
-#if KEPT
+#if KEPT || COPIED
         columns = HEAD_DIM;
 #else
         columns = __shfl_sync(kFullWarp, step.columns, 0);
@@ -350,16 +357,16 @@ struct Walk {
 };
 #endif
 
-// Starts the copy of a tile of queries, of the columns that count, from where a head has them. A branch rather than a
-// pointer: the producer has few registers.
+// Starts the copy of a tile of queries, of the columns that count, from where a head has them. exact: for a tile of keys
+// that is. A branch rather than a pointer: the producer has few registers.
 DEVICE void load_queries(const HopperParams& params, SharedStorage& shared, u32 place_number, const Place& place, u64 policy,
-                         int columns) {
+                         int columns, bool exact) {
 #if RANKED
 #pragma unroll
     for (int part = 0; part < kQueryParts; ++part) {
         const u32 barrier = shared.q_barriers[part].open(place_number, QueryTile::bytes(columns) / kQueryParts);
         const int row = part * kPartRows;
-        if (columns < HEAD_DIM) {
+        if (COPIED ? !exact : columns < HEAD_DIM) {
             shared.q.load(&params.qhat, barrier, place.first_row + row, place.head, place.batch, policy, columns, row);
         } else {
             shared.q.load(&params.q, barrier, place.first_row + row, place.head, place.batch, policy, columns, row);
@@ -388,7 +395,7 @@ DEVICE void load_keys(const HopperParams& params, SharedStorage& shared, KeyStor
                       const Place& place, int tile, u64 policy, int columns) {
     const u32 barrier = shared.k_barriers.open(step, KeyTile::bytes(columns));
     const int head_kv = head_of_keys(params, shared, place);
-#if RANKED
+#if RANKED && !COPIED
     if (columns < HEAD_DIM) {
         keys.k[step % kStages].load(&params.khat, barrier, tile * kTileUnit, head_kv, place.batch, policy, columns);
         return;
@@ -472,7 +479,7 @@ struct Producer {
 #endif
         load_keys(params, shared, shared.keys, step, place, key, again, width);
         if (!first) copy_values(place, step - 1);
-        if (other_queries) load_queries(params, shared, place_number++, place, once, width);
+        if (other_queries) load_queries(params, shared, place_number++, place, once, width, exact);
         ++step;
     }
     DEVICE void copy_values(const Place& place, u32 of) {
@@ -491,11 +498,11 @@ struct Producer {
     }
 
     // Of a head, whether all its columns count.
-    DEVICE bool whole() const { return RANKED && shared.notes.columns == HEAD_DIM; }
+    DEVICE bool whole() const { return kRanks && shared.notes.columns == HEAD_DIM; }
 
     DEVICE void copy(const Place& place) {
         shared.notes.head_kv = place.head / params.heads_per_kv;
-#if RANKED
+#if RANKED && !COPIED
         shared.notes.columns = own().columns = params.ranks[place.batch_head];
 #else
         shared.notes.columns = HEAD_DIM;
@@ -561,7 +568,7 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
         Walk walk(params, place);
         if (walk.inside()) {
             load_keys(params, shared, shared.keys, step, place, walk.tile, again, HEAD_DIM);
-            load_queries(params, shared, place_number, place, once, HEAD_DIM);
+            load_queries(params, shared, place_number, place, once, HEAD_DIM, true);
             ++place_number;
             for (; walk.inside(); walk.advance(), ++step) {
                 Walk next = walk;
@@ -593,9 +600,15 @@ struct Builder {
     static constexpr int kDown = kBuilderThreads / kAcross;
     static constexpr int kRows = FusedTile::kPanels * kTerms;  // of Khat, its panels one below the other
     static constexpr int kOwn = (kRows + kDown - 1) / kDown;
-    // As many at once as make so many reads in flight; the compiler cannot know that no write hits a later read.
+    // So many reads are in flight; the compiler cannot know that no write hits a later read.
     static constexpr int kReads = kLongTiles ? 4 : 8;
-    static constexpr int kAtOnce = kMembers >= kReads ? 1 : kOwn * kMembers <= kReads ? kOwn : kReads / kMembers;
+    // Whether the next rows are read before these are summed and written. A step then takes builders half as long. Beside
+    // exact keys, and with weights, this is 2 to 5% of the call; in other groups builders are not waited for, and sums in
+    // a hurry are in the consumers' way: 0 to 2% slower (one H100, 4k to 16k tokens).
+    static constexpr bool kAhead = (KEPT || kWeighted) && 2 * kMembers <= kReads;
+    static constexpr int kParts = kAhead ? 2 : 1;  // of the reads in flight
+    static constexpr int kAtOnce =
+        kParts * kMembers >= kReads ? 1 : kOwn * kMembers <= kReads / kParts ? kOwn : kReads / kParts / kMembers;
     static_assert(!kGrouped || (RawTile::kWidth == 128 && kTerms % 8 == 0), "Builder: a row has eight chunks");
     static_assert(!kGrouped || RawTile::kBytes <= 1 << 16, "Builder: two offsets in a word");
 
@@ -627,24 +640,34 @@ struct Builder {
     DEVICE void sum_groups(u32 step) {
         const u8* raw = reinterpret_cast<const u8*>(keys.raw[step % kStages].data);
         u8* khat = reinterpret_cast<u8*>(keys.k[step % kStages].data);
+        Chunk chunks[kParts][kAtOnce][kMembers];
+        read(chunks[0], raw, 0);
 #pragma unroll
         for (int first = 0; first < kOwn; first += kAtOnce) {
-            Chunk chunks[kAtOnce][kMembers];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-                for (int m = 0; m < kMembers; ++m) {
-                    const u32 from = member(min(first + i, kOwn - 1) * kMembers + m);
-                    chunks[i][m] = *reinterpret_cast<const Chunk*>(raw + from);
-                }
-            }
+            const int part = first / kAtOnce % kParts;
+            if (kAhead && first + kAtOnce < kOwn) read(chunks[1 - part], raw, first + kAtOnce);
+            if (!kAhead && first > 0) read(chunks[part], raw, first);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int of = row(first + i);
                 const int to = of * FusedTile::kWidth + (thread % kAcross ^ of % 8) * kChunkBytes;
-                if (first + i < kOwn && of < kRows) {
-                    *reinterpret_cast<Chunk*>(khat + to) = kHalf ? sum_halves(chunks[i]) : sum(chunks[i], first + i);
+                const bool inside = kAhead && (kRows % kDown == 0 || first + i + 1 < kOwn) || of < kRows;
+                if (first + i < kOwn && inside) {
+                    const Chunk(&own)[kMembers] = chunks[part][i];
+                    *reinterpret_cast<Chunk*>(khat + to) = kHalf ? sum_halves(own) : sum(own, first + i);
                 }
+            }
+        }
+    }
+
+    // The chunks of row(first) and so many after it.
+    DEVICE void read(Chunk (&chunks)[kAtOnce][kMembers], const u8* raw, int first) const {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+            for (int m = 0; m < kMembers; ++m) {
+                const u32 from = member(min(first + i, kOwn - 1) * kMembers + m);
+                chunks[i][m] = *reinterpret_cast<const Chunk*>(raw + from);
             }
         }
     }
@@ -737,7 +760,7 @@ struct Operands {
     // steps: of 16 columns, those that count.
     DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int steps) const {
         const u32 stage = keys + step % kStages * u32(sizeof(KeyTile) / 16);
-        if constexpr (RANKED) {
+        if constexpr (kRanks) {
             start_some_scores<T, QueryTile, KeyTile>(scores, queries, stage, steps);
         } else {
             start_scores<T, QueryTile, KeyTile>(scores, queries, stage);
@@ -1188,7 +1211,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_flash_fwd(const _
         prefetch_tensor_map(&params.v);
 #if RANKED
         prefetch_tensor_map(&params.qhat);
+#if !COPIED
         prefetch_tensor_map(&params.khat);
+#endif
 #endif
         // Readers give back warp by warp, and so do the warps that write what no copy does; but each thread for itself the
         // order of columns and the queries, once for a tile of them.

@@ -21,6 +21,7 @@ struct EnergyOrderParams {
     i64 units;  // batch * heads * group_blocks
     i32 heads, heads_per_kv, seqlen_q, seqlen_k, block_q, group_blocks, spans;
     i32 keep;  // columns that are multiplied
+    i32 rounded;  // whether means are T where they are multiplied
     float scale;
 };
 
@@ -29,6 +30,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSpan = (HEAD_DIM + kWarpSize - 1) / kWarpSize * kWarpSize;  // threads of one block of queries
 constexpr int kUnits = kThreads / kSpan;
+constexpr int kRoom = 34 * 1024 / (kUnits * (HEAD_DIM * int(sizeof(T)) + 4));  // rows of each, in shared memory
+typedef Stage<T, kRoom / 8 * 8, HEAD_DIM> Rows;
 
 // What a column adds to what the lse lacks: the energy and the mean of that of K, and what stands for that of Q.
 struct Column {
@@ -42,6 +45,7 @@ struct Column {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(const EnergyOrderParams params) {
     __shared__ u32 energies[kUnits][HEAD_DIM];
     __shared__ Column columns[kUnits][HEAD_DIM];
+    __shared__ Rows staged[kUnits];
     const int unit = threadIdx.x / kSpan;
     const int column = threadIdx.x % kSpan;
     const i64 block = static_cast<i64>(blockIdx.x) * kUnits + unit;
@@ -52,17 +56,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(cons
     const i64 head = batch_head % params.heads;
     const int first_row = static_cast<int>(block % params.group_blocks) * params.block_q;
     const int rows = min(params.block_q, params.seqlen_q - first_row);
-    const T* q = params.q + batch * params.q_batch + head * params.q_head + first_row * params.q_row;
+    const T* own = params.q + batch * params.q_batch + head * params.q_head + first_row * params.q_row + column;
     float mean = 0.f;
     if (active) {
         const i64 head_kv = head / params.heads_per_kv;
         const i64 keys = batch * (params.heads / params.heads_per_kv) + head_kv;
-        const T* own = q + column;
-#pragma unroll 8
+#pragma unroll 32
         for (int row = 0; row < rows; ++row) mean = __fadd_rn(mean, Traits<T>::to_float(own[row * params.q_row]));
         mean = __fdiv_rn(mean, static_cast<float>(rows));
         float square = 0.f;
-#pragma unroll 8
+#pragma unroll 32
         for (int row = 0; row < rows; ++row) {
             const float deviation = __fadd_rn(Traits<T>::to_float(own[row * params.q_row]), -mean);
             square = __fadd_rn(square, __fmul_rn(deviation, deviation));
@@ -76,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(cons
             const T* first = params.k + batch * params.k_batch + head_kv * params.k_head + column;
             columns[unit][column].energy = of_keys.energy;
             columns[unit][column].key_mean = Traits<T>::to_float(*first) + of_keys.mean;
-            columns[unit][column].copied = mean;
+            columns[unit][column].copied = params.rounded ? Traits<T>::to_float(Traits<T>::from_float(mean)) : mean;
         }
     }
     __syncthreads();
@@ -93,16 +96,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(cons
         columns[unit][column].kept = place < params.keep;
     }
     if (!params.shift) return;
-    __syncthreads();
-    if (!inside) return;
-    for (int row = column / kWarpSize; row < rows; row += kSpan / kWarpSize) {
-        Lacking lacking;
-        for (int i = column % kWarpSize; i < HEAD_DIM; i += kWarpSize) {
-            const Column& other = columns[unit][i];
-            const float element = Traits<T>::to_float(q[row * params.q_row + i]);
-            lacking.add(element, other.kept ? element : other.copied, other.energy, other.key_mean);
+    for (int start = 0; start < params.block_q; start += Rows::kRows) {
+        const int count = min(Rows::kRows, rows - start);
+        if (active) {
+#pragma unroll 16
+            for (int row = 0; row < count; ++row) staged[unit].at(row, column) = own[(start + row) * params.q_row];
         }
-        const float shift = lacking.shift(params.scale, params.seqlen_k);
-        if (column % kWarpSize == 0) params.shift[batch_head * params.seqlen_q + first_row + row] = shift;
+        __syncthreads();  // the rows are there, and at first what their columns are
+        for (int row = column; inside && row < count; row += kSpan) {
+            Lacking lacking;
+            for (int i = 0; i < HEAD_DIM; ++i) {
+                const Column& other = columns[unit][i];
+                const float element = staged[unit].number(row, i);
+                lacking.add(element, other.kept ? element : other.copied, other.energy, other.key_mean);
+            }
+            params.shift[batch_head * params.seqlen_q + first_row + start + row] =
+                lacking.shift(params.scale, params.seqlen_k);
+        }
+        __syncthreads();  // every thread is done with the rows
     }
 }

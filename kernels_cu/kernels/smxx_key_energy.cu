@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_key_energy(const Key
     k += first_key * params.k_row;
     float sums[2] = {};
     float squares[2] = {};
-#pragma unroll 8
+#pragma unroll 32
     for (int key = 0; key < keys; ++key) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -22,6 +22,7 @@ struct WeightsParams {
     float* shift;       // (batch, heads, seqlen_q), contiguous; null if not wanted
     i64 q_batch, q_head, q_row, k_batch, k_head;
     i32 heads, heads_per_kv, seqlen_q, seqlen_k, block_q, group_blocks, spans;
+    i32 rounded;  // whether what stands for a column is T
     float scale;
 };
 
@@ -31,13 +32,19 @@ constexpr int kThreads = 128;
 constexpr int kGroups = HEAD_DIM / GROUP;
 constexpr int kProducts = HEAD_DIM * GROUP;  // of all groups
 constexpr int kOwn = (kProducts + kThreads - 1) / kThreads;
-constexpr int kStageRows = 8;
 constexpr int kSquarings = 10;
 constexpr float kLeastSpread = 1.f / 64.f;       // of a column, as a part of the largest in its group
 constexpr float kLeastWeight = 1.f / 16384.f;    // smaller ones are 0; the others every dtype has exactly
 
+// Rows that are staged: as many as threads, or as there is room for in 48 KB.
+constexpr int kRoom = (48 * 1024 - 512 - 4 * kProducts - 24 * HEAD_DIM) / (HEAD_DIM * int(sizeof(T)) + 4);
+constexpr int kStageRows = kRoom >= kThreads ? kThreads : kRoom >= 64 ? 64 : kRoom >= 32 ? 32 : kRoom >= 16 ? 16 : 8;
+static_assert(kRoom >= 8, "products leave room for some rows");
+typedef Stage<T, kStageRows, HEAD_DIM> Rows;
+constexpr int kLoads = 16;  // in flight
+
 struct Storage {
-    float stage[kStageRows][HEAD_DIM];  // rows of Q, columns in the block's order
+    Rows rows;  // of Q, as they come
     float products[kGroups][GROUP][GROUP];
     // Of the columns in the order in which they came.
     u8 columns[HEAD_DIM];
@@ -115,32 +122,44 @@ DEVICE void find_weights(Storage& shared, int group, u8* permutation, float* wei
         shared.shares[first + member] = shares[place] = share;
         permutation[place] = shared.columns[first + member];
     }
+    // From here on as parts of what they sum up to: a group's shares of its columns are its column of Qhat.
+    float square = 0.f;
+    for (int i = first; i < first + GROUP; ++i) square = fmaf(shared.shares[i], shared.weights[i], square);
+    for (int i = first; i < first + GROUP; ++i) shared.shares[i] /= square;
 }
 
-// Rows of Q to the stage, each column times its factor.
-template <class Factor>
-DEVICE void load_rows(Storage& shared, const T* q, i64 q_row, int rows, Factor factor) {
-    __syncthreads();  // what factors are made of is there, and every thread is done with the rows before
-    for (int i = threadIdx.x; i < rows * HEAD_DIM; i += kThreads) {
-        const int column = i % HEAD_DIM;
-        const float element = Traits<T>::to_float(q[i / HEAD_DIM * q_row + shared.columns[column]]);
-        shared.stage[i / HEAD_DIM][column] = __fmul_rn(element, factor(column));
+// Rows of Q to the stage.
+DEVICE void load_rows(Rows& staged, const T* q, i64 q_row, int rows) {
+    __syncthreads();  // every thread is done with the rows before
+    for (int start = threadIdx.x; start < rows * HEAD_DIM; start += kLoads * kThreads) {
+        T element[kLoads];
+#pragma unroll
+        for (int n = 0; n < kLoads; ++n) {
+            const int i = start + n * kThreads;
+            if (i < rows * HEAD_DIM) element[n] = q[i / HEAD_DIM * q_row + i % HEAD_DIM];
+        }
+#pragma unroll
+        for (int n = 0; n < kLoads; ++n) {
+            const int i = start + n * kThreads;
+            if (i < rows * HEAD_DIM) staged.at(i / HEAD_DIM, i % HEAD_DIM) = element[n];
+        }
     }
     __syncthreads();
 }
 
-// What the lse of a staged row lacks: a warp's work.
-DEVICE float find_shift(const Storage& shared, const WeightsParams& params, const float* row, int lane) {
+// What the lse of a staged row lacks.
+DEVICE float find_shift(const Storage& shared, const WeightsParams& params, int row) {
     Lacking lacking;
-    for (int group = lane; group < kGroups; group += kWarpSize) {
-        const int first = group * GROUP;
-        float total = 0.f, square = 0.f;
+    for (int first = 0; first < HEAD_DIM; first += GROUP) {
+        float qhat = 0.f;
         for (int i = first; i < first + GROUP; ++i) {
-            total = fmaf(shared.shares[i], row[i], total);
-            square = fmaf(shared.shares[i], shared.weights[i], square);
+            qhat = fmaf(shared.shares[i], shared.rows.number(row, shared.columns[i]), qhat);
         }
         for (int i = first; i < first + GROUP; ++i) {
-            lacking.add(row[i], shared.weights[i] * (total / square), shared.energies[i], shared.means[i]);
+            const float element = shared.rows.number(row, shared.columns[i]);
+            float copied = shared.weights[i] * qhat;
+            if (params.rounded) copied = Traits<T>::to_float(Traits<T>::from_float(copied));
+            lacking.add(element, copied, shared.energies[i], shared.means[i]);
         }
     }
     return lacking.shift(params.scale, params.seqlen_k);
@@ -173,13 +192,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_lsh_weights(const
     __syncthreads();
     find_spread(shared);
     Own own = {};
-    for (int start = 0; start < rows; start += kStageRows) {
-        const int staged = min(kStageRows, rows - start);
-        load_rows(shared, q + start * params.q_row, params.q_row, staged, [&](int i) { return shared.spread[i]; });
+    for (int start = 0; start < rows; start += Rows::kRows) {
+        const int staged = min(Rows::kRows, rows - start);
+        load_rows(shared.rows, q + start * params.q_row, params.q_row, staged);
         own.each([&](float& value, int group, int a, int b) {
+            // Found anew for every stage: large groups have no registers to keep them.
+            a = anew(group * GROUP + a);
+            b = anew(group * GROUP + b);
+            const int columns[2] = {shared.columns[a], shared.columns[b]};
+            const float spread[2] = {shared.spread[a], shared.spread[b]};
+#pragma unroll(kOwn > 16 ? 1 : 8)
             for (int row = 0; row < staged; ++row) {
-                const float* columns = shared.stage[row] + group * GROUP;
-                value = __fadd_rn(value, __fmul_rn(columns[a], columns[b]));
+                const float first = __fmul_rn(shared.rows.number(row, columns[0]), spread[0]);
+                const float second = __fmul_rn(shared.rows.number(row, columns[1]), spread[1]);
+                value = __fadd_rn(value, __fmul_rn(first, second));
             }
         });
     }
@@ -207,13 +233,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_lsh_weights(const
         find_weights(shared, group, params.permutation + block, params.weights + block, params.shares + block);
     }
     if (!params.shift) return;
-    const int lane = threadIdx.x % kWarpSize;
-    for (int start = 0; start < rows; start += kStageRows) {
-        const int staged = min(kStageRows, rows - start);
-        load_rows(shared, q + start * params.q_row, params.q_row, staged, [](int) { return 1.f; });
-        for (int row = threadIdx.x / kWarpSize; row < staged; row += kThreads / kWarpSize) {
-            const float shift = find_shift(shared, params, shared.stage[row], lane);
-            if (lane == 0) params.shift[batch_head * params.seqlen_q + first_row + start + row] = shift;
-        }
+    __syncthreads();  // all weights and shares are there
+    for (int start = 0; start < rows; start += Rows::kRows) {
+        const int staged = min(Rows::kRows, rows - start);
+        if (rows > Rows::kRows) load_rows(shared.rows, q + start * params.q_row, params.q_row, staged);
+        const int row = threadIdx.x;
+        if (row >= staged) continue;
+        params.shift[batch_head * params.seqlen_q + first_row + start + row] = find_shift(shared, params, row);
     }
 }

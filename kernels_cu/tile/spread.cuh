@@ -1,7 +1,18 @@
 // What sums over keys (smxx_key_energy.cu) say of a column of K, and what a reduction leaves out of the weight of keys.
 #pragma once
 #include "ptx/arch.cuh"
-#include "tile/warp.cuh"
+#include "tile/dtype.cuh"
+
+// Rows of Q in shared memory, an odd number of words apart: a thread may have a row, or a column.
+template <class T, int kRows_, int kColumns>
+struct Stage {
+    static constexpr int kRows = kRows_;
+    static constexpr int kPitch = kColumns + 4 / int(sizeof(T));
+    T data[kRows * kPitch];
+
+    DEVICE T& at(int row, int column) { return data[row * kPitch + column]; }
+    DEVICE float number(int row, int column) const { return Traits<T>::to_float(data[row * kPitch + column]); }
+};
 
 struct KeyColumn {
     float energy;  // the norm of its deviations from their mean
@@ -25,8 +36,7 @@ DEVICE KeyColumn key_column(const float* sums, int spans, int keys) {
 }
 
 // What stands for a row of Q in the products with reduced keys has another weight than the row itself: of the mean of the
-// keys the difference is known, the rest is taken for independent and normal. The twin is reference.restored. A warp
-// adds up the columns.
+// keys the difference is known, the rest is taken for independent and normal. The twin is reference.restored.
 struct Lacking {
     float mean = 0.f, variance = 0.f, copied_variance = 0.f;
 
@@ -40,13 +50,12 @@ struct Lacking {
     static DEVICE float growth(float variance, float limit) {
         return variance < 2.f * limit ? 0.5f * variance : sqrtf(2.f * limit * variance) - limit;
     }
-    // In the row's lse; every lane gets it.
+    // In the row's lse, when all columns have been added.
     DEVICE float shift(float scale, int seqlen_k) const {
         const float keys = static_cast<float>(seqlen_k);
         const float factor = scale * scale / keys;
         const float limit = logf(keys);
-        const float result = scale * warp_sum(mean) + growth(factor * warp_sum(variance), limit) -
-                             growth(factor * warp_sum(copied_variance), limit);
+        const float result = scale * mean + growth(factor * variance, limit) - growth(factor * copied_variance, limit);
         return fabsf(result) < infinity() ? result : 0.f;
     }
 };

@@ -30,6 +30,7 @@ PREPARE = "kernels/smxx_lsh_prepare.cu"
 WEIGHTS = "kernels/smxx_lsh_weights.cu"
 KEY_ENERGY = "kernels/smxx_key_energy.cu"
 ENERGY_ORDER = "kernels/smxx_energy_order.cu"
+COPIED_QUERIES = "kernels/smxx_copied_queries.cu"
 MERGE = "kernels/smxx_merge.cu"
 MERGE_SHARD = "kernels/smxx_merge_shard.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
@@ -44,6 +45,8 @@ RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
 ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
 RESTORED_ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=40)}
+COPIED_ENERGY = {"reduction": cudistr.Energy(32, near=40, sinks=9), "copied": True}
+COPIED_RANK1 = {"reduction": cudistr.LSH(2, representative="rank1", near=40, sinks=9), "copied": True}
 WRONG = "largest error|relative error|not equal"  # what a comparison with the reference says
 RACE = "of shared memory .*(that no barrier puts before it|that nothing wrote|has not landed)"
 BARRIER = "__syncthreads();"
@@ -173,7 +176,14 @@ FAULTS = {
         WEIGHTS, f"= value; }});\n    {BARRIER}", "= value; });", RACE, RANK1
     ),
     "no barrier before rows are overwritten": Fault(
-        WEIGHTS, f"{BARRIER}  // what factors are made of", "// what factors are made of", RACE, RANK1
+        WEIGHTS, f"{BARRIER}  // every thread is done with the rows before", "", RACE,
+        {"reduction": cudistr.LSH(2, representative="rank1", block_q=256)}, lengths=(300, 130)
+    ),
+    "no barrier before rows of products are read": Fault(
+        WEIGHTS, f"        }}\n    }}\n    {BARRIER}\n}}\n\n// What the lse", "        }\n    }\n}\n\n// What the lse", RACE, RANK1
+    ),
+    "no barrier before weights of all groups are read": Fault(
+        WEIGHTS, f"{BARRIER}  // all weights and shares are there", "", RACE, RESTORED
     ),
     "no barrier before energies of a group are read": Fault(
         WEIGHTS, f"{BARRIER}\n    find_spread", "find_spread", RACE, RANK1
@@ -182,7 +192,10 @@ FAULTS = {
         ENERGY_ORDER, f"    {BARRIER}\n    if (active) {{\n        const u32 own", "    if (active) {\n        const u32 own", RACE, ENERGY
     ),
     "no barrier before it is known what is kept": Fault(
-        ENERGY_ORDER, f"    {BARRIER}\n    if (!inside) return;", "    if (!inside) return;", RACE, RESTORED_ENERGY
+        ENERGY_ORDER, f"{BARRIER}  // the rows are there, and", "// the rows are there, and", RACE, RESTORED_ENERGY
+    ),
+    "no barrier before rows of an energy are overwritten": Fault(
+        ENERGY_ORDER, f"{BARRIER}  // every thread is done with the rows", "", RACE, RESTORED_ENERGY
     ),
     "a row of Q for what stands for it": Fault(
         ENERGY_ORDER, "other.kept ? element : other.copied", "element", WRONG, RESTORED_ENERGY
@@ -284,10 +297,10 @@ FAULTS = {
     ),
     "shares that are weights": Fault(WEIGHTS, "shares[place] = share;", "shares[place] = weight;", WRONG, RANK1),
     "a mean of the keys that is not restored": Fault(
-        "tile/spread.cuh", "scale * warp_sum(mean) + ", "", WRONG, RESTORED
+        "tile/spread.cuh", "scale * mean + ", "", WRONG, RESTORED
     ),
     "a shift of the row before": Fault(
-        WEIGHTS, "first_row + start + row] = shift", "max(first_row + start + row - 1, 0)] = shift",
+        WEIGHTS, "first_row + start + row] = find", "max(first_row + start + row - 1, 0)] = find",
         "wrote too|nothing wrote", RESTORED
     ),
     "the mean of another column": Fault(
@@ -503,6 +516,19 @@ ON_HOPPER = {
     "no wait for the keys": Fault(
         HOPPER, "if (early || last[0] + last[1] < 0.f) shared.k_barriers.wait(step + 1);", "",
         f"(wgmma|bulk copy) {RACE}"
+    ),
+    "queries that nothing stands for": Fault(
+        HOPPER, "if (COPIED ? !exact : columns", "if (COPIED ? false : columns", WRONG, COPIED_ENERGY
+    ),
+    "a number of another column": Fault(
+        COPIED_QUERIES, "= numbers[place];", "= numbers[place ^ 1];", WRONG, COPIED_RANK1
+    ),
+    "a column that is not kept": Fault(COPIED_QUERIES, "place < KEEP :", "place < KEEP - 1 :", WRONG, COPIED_ENERGY),
+    "no barrier before the columns of queries are read": Fault(
+        COPIED_QUERIES, f"#endif\n    {BARRIER}", "#endif", RACE, COPIED_ENERGY
+    ),
+    "no barrier before the queries of groups are read": Fault(
+        COPIED_QUERIES, f"    {BARRIER}\n    // A thread has one group", "    // A thread has one group", RACE, COPIED_RANK1
     ),
     "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
     "no wait for the queries": Fault(HOPPER, "own_queries.wait(place_number);", "", f"wgmma {RACE}"),

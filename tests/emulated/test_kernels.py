@@ -46,6 +46,7 @@ PREPARE = other_variants("smxx_lsh_prepare")
 WEIGHTS = other_variants("smxx_lsh_weights")
 KEY_ENERGY = other_variants("smxx_key_energy")
 ENERGY_ORDER = other_variants("smxx_energy_order")
+COPIED_QUERIES = other_variants("smxx_copied_queries")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
 DRAW = other_variants("smxx_draw")
@@ -81,6 +82,7 @@ def test_the_suite_is_the_grid() -> None:
         *WEIGHTS.values(),
         *KEY_ENERGY.values(),
         *ENERGY_ORDER.values(),
+        *COPIED_QUERIES.values(),
         *MERGE.values(),
         *MERGE_SHARD.values(),
         *MERGE_SPLITS.values(),
@@ -125,7 +127,9 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
     if dict(kernel.constants).get("KEPT"):
         options["reduction"] = dataclasses.replace(problem.reduction, near=problem.near, sinks=problem.sinks)
-    if problem.ranked is not None:
+    if problem.ranked is not None and problem.ranked.copied:
+        options |= {"reduction": cudistr.Energy(16, near=40, sinks=9), "copied": True}
+    elif problem.ranked is not None:
         reduced = util.of_ranks(q, k, problem.ranked.columns, problem.head_dim)
         options["reduction"] = reduced.with_near(40, sinks=9)
     if problem.tf32:
@@ -260,6 +264,48 @@ def test_columns(kernel: Kernel) -> None:
     if kernel in ENERGY_ORDER.values():
         sums = planner.key_energy(dtype.name, constants["HEAD_DIM"], 1, 277).kernel
         assert sums in KEY_ENERGY.values() and (sums, 0) in compiler._functions
+
+
+@pytest.mark.parametrize("kernel", COPIED_QUERIES.values(), ids=COPIED_QUERIES)
+@pytest.mark.parametrize("block_q", [64, 256])
+def test_copied_queries(kernel: Kernel, block_q: int) -> None:
+    constants = dict(kernel.constants)
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    q = random(1, 2, 2, 161, constants["HEAD_DIM"], dtype=dtype)
+    k = random(2, 2, 1, 277, constants["HEAD_DIM"], dtype=dtype)
+    options = {"block_q": block_q, "sinks": 7}
+    reduction: cudistr.LSH | cudistr.Energy = cudistr.LSH(
+        constants["GROUP"], representative="rank1", **options
+    )
+    if constants["KEEP"]:
+        reduction = cudistr.Energy(constants["KEEP"], near=0, **options)
+    queries, keys = (util.on_device(x, "transposed") for x in (q, k))
+    problem = normalize.problem(queries, keys, keys, reduction=reduction)
+    made, shift = launch.copied(problem, queries, keys)
+    found = util.cp.asnumpy(made).astype(np.float64)
+    orders, numbers = reference.solve_columns(q, reduction, k)
+    assert numbers is not None
+    expected = np.empty(q.shape)
+    lacking = np.empty(q.shape[:3])
+    for batch, head, block in np.ndindex(orders.shape[:3]):
+        rows = slice(block * block_q, (block + 1) * block_q)
+        own, order = q[batch, head, rows].astype(np.float64), orders[batch, head, block]
+        if isinstance(reduction, cudistr.Energy):
+            copied = own.copy()
+            copied[:, order[reduction.keep :]] = numbers[batch, head, block, reduction.keep :]
+        else:
+            of_block = numbers[:, batch, head, block]
+            qhat = reference.sample(own, order, reduction, of_block)
+            copied = np.empty_like(own)
+            copied[:, order] = np.repeat(qhat, reduction.group_size, axis=1) * of_block[0]
+        expected[batch, head, rows] = copied
+        far = k[batch, 0, 7:].astype(np.float64)
+        rounded = found[batch, head, rows]
+        lacking[batch, head, rows] = reference.restored(own, rounded, far, problem.scale)[:, 0]
+    error = np.abs(found - expected)
+    assert (error <= 1.01 * util.ROUNDOFF[dtype] * np.abs(expected) + 1e-7).all()  # one rounding
+    np.testing.assert_allclose(util.cp.asnumpy(shift), lacking, rtol=1e-4, atol=1e-5)
+    assert (kernel, 0) in compiler._functions
 
 
 def check_projected(kernel: Kernel, lengths: tuple[int, int], ranks: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import cudistr
 from cudistr import launch, normalize
-from cudistr.plan import plan
+from cudistr.plan import copies_queries, plan
 from tests.gpu.util import (
     BEYOND_FLOAT16,
     ROUNDOFF,
@@ -59,6 +59,14 @@ def check(q, k, v, **options):
     problem = normalize.problem(*map(on_device, (q, k, v)), **asked)
     assert plan(problem, launch.device_properties(0)).attention.name == "sm90_flash_fwd"
     return check_kernel(q, k, v, **options)
+
+
+def check_copied(q, k, v, **options):
+    """The same for what runs with queries that stand for its own."""
+    asked = {name: x for name, x in options.items() if name not in ("layouts", "out", "on_host", "like")}
+    problem = normalize.problem(*map(on_device, (q, k, v)), **asked)
+    assert copies_queries(problem, launch.device_properties(0))
+    return check_kernel(q, k, v, copied=True, **options)
 
 
 @each_dtype
@@ -200,6 +208,75 @@ def test_nan_in_weighted_groups_goes_where_the_reference_has_it(dtype):
     assert np.isnan(exact).any() and not np.isnan(exact).all()
     np.testing.assert_array_equal(np.isnan(cp.asnumpy(out).astype(np.float32)), np.isnan(exact))
     np.testing.assert_array_equal(np.isnan(cp.asnumpy(lse)), np.isnan(exact_lse))
+
+
+# Which columns of the queries are replaced, and where: everywhere, or beside exact keys.
+COPIED = [
+    cudistr.Energy(32, near=0, sinks=0),
+    cudistr.Energy(16, near=40, sinks=30, block_q=64),
+    cudistr.Energy(48, near=0, sinks=9),
+    cudistr.LSH(2, representative="rank1", near=40, sinks=30),
+    cudistr.LSH(8, representative="rank1", near=100, block_q=64),
+]
+each_copied = pytest.mark.parametrize("reduction", COPIED, ids=str)
+
+
+@each_dtype
+@each_copied
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (64, 128), (192, 32)], ids=str)
+def test_copied_queries(dtype, reduction, head_dims):
+    q, k, v = inputs(
+        51, dtype, heads_kv=2, lengths=(333, 415), head_dim=head_dims[0], head_dim_v=head_dims[1]
+    )
+    # Columns that differ in their energy, and whose means matter.
+    q = (q * np.linspace(0.3, 1.5, head_dims[0]) + np.linspace(-0.5, 0.5, head_dims[0])).astype(dtype)
+    k[:, :, :9] *= 4
+    check_copied(q, k, v, reduction=reduction)
+    check_copied(q, k, v, reduction=reduction, causal=True)
+
+
+@each_dtype
+@each_copied
+@pytest.mark.parametrize(
+    "options",
+    [{"window": (150, 90)}, {"softcap": 3.0, "causal": True}, {"scale": -0.2}, {"window": (30, 0)}],
+    ids=str,
+)
+def test_scores_of_copied_queries(dtype, reduction, options):
+    q, k, v = inputs(52, dtype, batch=1, heads=2, lengths=(260, 390))
+    check_copied(q, k, v, reduction=reduction, **options)
+
+
+@each_dtype
+@each_copied
+@pytest.mark.parametrize("lengths", [(65, 700), (300, 130), (129, 129)], ids=str)
+def test_lengths_of_copied_queries(dtype, reduction, lengths):
+    q, k, v = inputs(53, dtype, batch=1, heads=3, heads_kv=1, lengths=lengths)
+    check_copied(q, k, v, reduction=reduction, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x not in ("shifted", "ragged", "reversed")])
+def test_layouts_of_copied_queries(dtype, layout):
+    q, k, v = inputs(54, dtype, heads_kv=2, lengths=(170, 290))
+    for reduction in COPIED[1], COPIED[3]:
+        expected = check_copied(q, k, v, reduction=reduction)
+        same_bits(check_copied(q, k, v, reduction=reduction, layouts=(layout,) * 3), expected)
+
+
+@each_dtype
+@each_copied
+def test_scores_of_copied_queries_that_rise(dtype, reduction):
+    q, k, v = inputs(55, dtype, batch=1, heads=3, lengths=(300, 900))
+    rising(q[:, 1:], k[:, 1:], 250)
+    check_copied(q, k, v, reduction=reduction)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("reduction", [COPIED[1], COPIED[3]], ids=str)
+def test_small_copied_queries(reduction):
+    q, k, v = inputs(56, BFLOAT16, batch=1, heads=2, heads_kv=1, lengths=(161, 173))
+    check_copied(q, k, v, reduction=reduction, causal=True)
 
 
 @each_dtype

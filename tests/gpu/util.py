@@ -128,6 +128,7 @@ def baseline(
     window: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    copied: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention as plain array code of the same precision would do it: out and lse, float32 on the host.
 
@@ -135,7 +136,8 @@ def baseline(
     what stands between two products has to be rounded to the dtype before the second one: the unnormalised P, and
     for the reduced product Qhat and Khat, whose columns are added in float32 and rounded once. Any flash kernel
     rounds there too, so an error well above this one is the kernel's own. The inputs have been rounded by the
-    caller. float32 rounds nowhere but in its own arithmetic.
+    caller. float32 rounds nowhere but in its own arithmetic. copied: whether the product is one of k and of what stands
+    for q, so that the means of columns are rounded too; else they are multiplied in float32.
     """
     dtype = q.dtype
     shared = q.shape[1] // k.shape[1]
@@ -156,6 +158,7 @@ def baseline(
         scores = xp.matmul(queries, keys.swapaxes(2, 3))
     elif isinstance(reduction, cudistr.Energy):
         permutations, means = map(xp.asarray, reference.solve_columns(q, reduction, k))
+        means = rounded(means, dtype, xp) if copied else means
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
         kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
         for n in range(permutations.shape[2]):
@@ -270,6 +273,7 @@ def check_kernel(
     out: Any = None,
     on_host: bool = False,
     like: tuple[np.ndarray, np.ndarray] | None = None,
+    copied: bool = False,
     **options: Any,
 ) -> Any:
     """Run the kernel on NumPy inputs of one dtype sent to the GPU, and hold out and lse against the reference.
@@ -282,6 +286,8 @@ def check_kernel(
         Compute the baseline with NumPy, so that under a sanitizer nothing runs but our kernels.
     like : (out, lse), optional
         What the result must be, float64, if not the reference of the same call.
+    copied : bool
+        Of the baseline.
 
     Returns
     -------
@@ -295,7 +301,7 @@ def check_kernel(
     assert out is None or result is out
     if like is None:
         like = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), return_lse=True, **options)
-    base, base_lse = baseline(q, k, v, np if on_host else cp, **options)
+    base, base_lse = baseline(q, k, v, np if on_host else cp, copied=copied, **options)
     compare(result, like[0], base)
     compare_lse(lse, like[1], base_lse)
     hidden = ~mask(q.shape[2], k.shape[2], options.get("causal", False), options.get("window")).any(axis=1)
