@@ -68,12 +68,14 @@ DEVICE void find_qhat(Storage& shared, const CopiedParams& params, const T* q, c
         share[i] = weights[params.shares + group * GROUP + i];
         square = fmaf(share[i], weights[group * GROUP + i], square);
     }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) share[i] /= square;
 #pragma unroll 4
     for (int row = threadIdx.x / kGroups; row < count; row += kAtOnce) {
-        float total = 0.f;
+        float qhat = 0.f;
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) total = fmaf(share[i], Traits<T>::to_float(shared.rows[row][columns[i]]), total);
-        shared.qhat[row][group] = total / square;
+        for (int i = 0; i < GROUP; ++i) qhat = fmaf(share[i], Traits<T>::to_float(shared.rows[row][columns[i]]), qhat);
+        shared.qhat[row][group] = qhat;
     }
 }
 #endif

@@ -46,7 +46,7 @@ constexpr int kLoads = 16;  // in flight
 struct Storage {
     Rows rows;  // of Q, as they come
     float products[kGroups][GROUP][GROUP];
-    // Of the columns in the order in which they came.
+    // Of the columns in the order in which they came; at last in the new one.
     u8 columns[HEAD_DIM];
     float energies[HEAD_DIM], spread[HEAD_DIM], means[HEAD_DIM];
     float weights[HEAD_DIM], shares[HEAD_DIM];
@@ -96,6 +96,13 @@ DEVICE void find_spread(Storage& shared) {
     }
 }
 
+template <class T>
+DEVICE void swap(T& one, T& other) {
+    const T kept = one;
+    one = other;
+    other = kept;
+}
+
 // Weights and shares of a group, from the eigenvector that its products have become.
 DEVICE void find_weights(Storage& shared, int group, u8* permutation, float* weights, float* shares) {
     int lead = 0;
@@ -122,7 +129,13 @@ DEVICE void find_weights(Storage& shared, int group, u8* permutation, float* wei
         shared.shares[first + member] = shares[place] = share;
         permutation[place] = shared.columns[first + member];
     }
-    // From here on as parts of what they sum up to: a group's shares of its columns are its column of Qhat.
+    swap(shared.columns[first], shared.columns[first + lead]);
+    swap(shared.energies[first], shared.energies[first + lead]);
+    swap(shared.means[first], shared.means[first + lead]);
+    swap(shared.weights[first], shared.weights[first + lead]);
+    swap(shared.shares[first], shared.shares[first + lead]);
+    // From here on as parts of what they sum up to: a group's shares of its columns are its column of Qhat. The same bits as
+    // in smxx_copied_queries.cu.
     float square = 0.f;
     for (int i = first; i < first + GROUP; ++i) square = fmaf(shared.shares[i], shared.weights[i], square);
     for (int i = first; i < first + GROUP; ++i) shared.shares[i] /= square;

@@ -525,6 +525,37 @@ def test_what_the_hopper_kernel_covers() -> None:
         assert on_hopper(one, device) == (capability == 90)
 
 
+def test_where_other_queries_stand_for_those_of_a_reduction() -> None:
+    rank1 = LSH(2, representative="rank1")
+    energy, beside_exact_keys = problem(reduction=Energy(32)), problem(reduction=rank1, near=40)
+    for one in energy, dataclasses.replace(energy, near=40, sinks=9), beside_exact_keys:
+        assert planner.copies_queries(one, HOPPER)
+        assert planner.copies_queries(dataclasses.replace(one, head_dim_v=128, softcap=5.0, left=3), HOPPER)
+        for changes in (
+            {"dtype": "float32"},
+            {"aligned": False},
+            {"head_dim": 72},
+            {"seqlen_q": 64},
+            {"family": "portable"},
+        ):
+            assert not planner.copies_queries(dataclasses.replace(one, **changes), HOPPER), changes  # type: ignore[arg-type]
+        for capability, device in DEVICES.items():
+            assert planner.copies_queries(one, device) == (capability == 90)
+    # The Hopper kernel makes fewer columns of these.
+    for left in problem(), problem(reduction=LSH(2), near=40), problem(reduction=rank1):
+        assert not planner.copies_queries(left, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("block_q", "seqlen_q", "blocks"), [(64, 130, 12), (128, 130, 16), (128, 70, 6), (65536, 70, 6)]
+)
+def test_every_row_of_other_queries_has_a_thread_block(block_q: int, seqlen_q: int, blocks: int) -> None:
+    one = problem(reduction=Energy(32, block_q=block_q), seqlen_q=seqlen_q)
+    step, parts = planner.copied_queries(one)
+    assert step.blocks == blocks == 2 * parts * -(-seqlen_q // block_q)
+    assert parts * planner.COPIED_ROWS >= min(block_q, seqlen_q)
+
+
 @given(problems(hopper=True), devices)
 def test_asking_for_the_hopper_kernel_where_it_cannot_run_changes_nothing(
     one: Problem, device: Device

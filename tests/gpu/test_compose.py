@@ -97,9 +97,19 @@ def test_without_keys_and_rows():
 
 
 @pytest.mark.hardware
-def test_a_graph_captures_it():
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        cudistr.LSH(2, near=64, sinks=16),
+        cudistr.LSH(2, representative="rank1", near=64, sinks=16),
+        cudistr.Energy(32, near=64, sinks=16),
+        cudistr.Energy(32, near=0, sinks=0),
+    ],
+    ids=str,
+)
+def test_a_graph_captures_it(reduction):
     arrays = [on_device(x) for x in inputs(47, np.float16, lengths=(500, 500))]
-    options = dict(causal=True, reduction=cudistr.LSH(2, near=64, sinks=16))
+    options = dict(causal=True, reduction=reduction)
     expected = cudistr.attention(*arrays, **options)
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()

@@ -269,7 +269,8 @@ def test_layouts_of_copied_queries(dtype, layout):
 def test_scores_of_copied_queries_that_rise(dtype, reduction):
     q, k, v = inputs(55, dtype, batch=1, heads=3, lengths=(300, 900))
     rising(q[:, 1:], k[:, 1:], 250)
-    check_copied(q, k, v, reduction=reduction)
+    # With a softcap nothing is put back, of which float32 would know too little here.
+    check_copied(q, k, v, reduction=reduction, softcap=1000.0)
 
 
 @pytest.mark.small

@@ -137,7 +137,7 @@ def baseline(
     for the reduced product Qhat and Khat, whose columns are added in float32 and rounded once. Any flash kernel
     rounds there too, so an error well above this one is the kernel's own. The inputs have been rounded by the
     caller. float32 rounds nowhere but in its own arithmetic. copied: whether the product is one of k and of what stands
-    for q, so that the means of columns are rounded too; else they are multiplied in float32.
+    for q, which is then what is rounded: means of columns too, and no Khat.
     """
     dtype = q.dtype
     shared = q.shape[1] // k.shape[1]
@@ -171,10 +171,10 @@ def baseline(
             if (reduction.near or reduction.sinks) and softcap is None:
                 sizes = (*q.shape[:2], 1, -1, 1)
                 own = xp.take_along_axis(queries[:, :, rows], columns, axis=3)[..., None]
-                copied = xp.broadcast_to(means[:, :, n].reshape(sizes), own.shape).copy()
-                copied[..., : reduction.keep, :] = own[..., : reduction.keep, :]
+                stands = xp.broadcast_to(means[:, :, n].reshape(sizes), own.shape).copy()
+                stands[..., : reduction.keep, :] = own[..., : reduction.keep, :]
                 far = all_keys[:, :, reduction.sinks :, :, None]
-                reduced += lost(own, copied, far, q.shape[3], scale, xp)
+                reduced += lost(own, stands, far, q.shape[3], scale, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
             scores[:, :, rows] = xp.where(kept[rows], exact, reduced)
     else:
@@ -196,9 +196,14 @@ def baseline(
                 weights, shares = xp.asarray(numbers[:, :, :, n]).reshape(sizes)
                 qhat = (grouped * shares).sum(axis=4) / (weights * shares).sum(axis=4)
                 if (reduction.near or reduction.sinks) and softcap is None:
-                    copied = weights * qhat[..., None]
-                    lacking = lost(grouped, copied, summed[:, :, reduction.sinks :], q.shape[3], scale, xp)
-                summed = summed * weights
+                    stands = weights * qhat[..., None]
+                    stands = rounded(stands, dtype, xp) if copied else stands
+                    lacking = lost(grouped, stands, summed[:, :, reduction.sinks :], q.shape[3], scale, xp)
+                if copied:
+                    qhat = rounded(weights * qhat[..., None], dtype, xp).reshape(*qhat.shape[:3], -1)
+                    summed = summed.reshape(*summed.shape[:3], -1, 1)
+                else:
+                    summed = summed * weights
             qhat, khat = rounded(qhat, dtype, xp), rounded(summed.sum(axis=4), dtype, xp)
             exact = xp.matmul(queries[:, :, rows], keys.swapaxes(2, 3))
             reduced = xp.matmul(qhat, khat.swapaxes(2, 3)) + lacking
