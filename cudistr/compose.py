@@ -57,12 +57,6 @@ def _in_one_kernel(problem: Problem, device: Device) -> bool:
     return keeps_keys(problem) and hopper_kernel(problem, device) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _copies(problem: Problem, device: Device) -> bool:
-    """The same as :func:`cudistr.plan.copies_queries`."""
-    return copies_queries(problem, device)
-
-
 def attention(
     problem: Problem,
     reduction: Reduction | None,
@@ -90,7 +84,7 @@ def attention(
     if kept and not any(x.reduced for x in passes(problem)):
         (whole,) = parts(problem)
         return launch.attention(whole.problem, q, k, v, out, return_lse, stream)
-    if _copies(problem, launch.device_properties(problem.device)):
+    if copies_queries(problem, launch.device_properties(problem.device)):
         return _copied(problem, q, k, v, out, return_lse, stream)
     if not kept:
         return launch.attention(problem, q, k, v, out, return_lse, stream)

@@ -942,6 +942,7 @@ def energy_order(dtype: str, head_dim: int, units: int) -> Step:
     return Step(Kernel("smxx_energy_order", constants, ENERGY_ORDER_THREADS), blocks)
 
 
+@functools.lru_cache(maxsize=1024)
 def copies_queries(problem: Problem, device: Device) -> bool:
     """Whether a reduced problem is solved with all columns of K, and queries that stand for its own.
 
