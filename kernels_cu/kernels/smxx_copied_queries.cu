@@ -1,6 +1,6 @@
 // What stands for the queries of a reduced problem in a product with K as it is: sum_t qhat_t khat_t of groups is
-// sum_c (qhat_t(c) w_c) k_c, and columns that are not kept have their mean in the block. The NumPy twin is `copied` in
-// reference.py.
+// sum_c (qhat_t(c) w_c) k_c, and columns that are not kept have their mean in the block. The twin is what
+// reference._scores_of takes for q; what it leaves out of the lse, smxx_energy_order.cu and smxx_lsh_weights.cu say.
 //
 // A thread block has kRows rows of one block of queries, whose columns have one order.
 //

@@ -5,6 +5,7 @@
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM (at most 256).
 #include "tile/dtype.cuh"
+#include "tile/shared.cuh"
 #include "tile/spread.cuh"
 
 typedef ElementOf<DTYPE>::type T;
@@ -31,7 +32,7 @@ constexpr int kThreads = 256;
 constexpr int kSpan = (HEAD_DIM + kWarpSize - 1) / kWarpSize * kWarpSize;  // threads of one block of queries
 constexpr int kUnits = kThreads / kSpan;
 constexpr int kRoom = 34 * 1024 / (kUnits * (HEAD_DIM * int(sizeof(T)) + 4));  // rows of each, in shared memory
-typedef Stage<T, kRoom / 8 * 8, HEAD_DIM> Rows;
+typedef OddTile<T, kRoom / 8 * 8, HEAD_DIM> Rows;
 
 // What a column adds to what the lse lacks: the energy and the mean of that of K, and what stands for that of Q.
 struct Column {
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_energy_order(cons
             Lacking lacking;
             for (int i = 0; i < HEAD_DIM; ++i) {
                 const Column& other = columns[unit][i];
-                const float element = staged[unit].number(row, i);
+                const float element = Traits<T>::to_float(staged[unit].at(row, i));
                 lacking.add(element, other.kept ? element : other.copied, other.energy, other.key_mean);
             }
             params.shift[batch_head * params.seqlen_q + first_row + start + row] =

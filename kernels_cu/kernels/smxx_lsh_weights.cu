@@ -7,6 +7,7 @@
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM, GROUP (columns per group).
 #include "tile/dtype.cuh"
+#include "tile/shared.cuh"
 #include "tile/spread.cuh"
 
 typedef ElementOf<DTYPE>::type T;
@@ -40,7 +41,7 @@ constexpr float kLeastWeight = 1.f / 16384.f;    // smaller ones are 0; the othe
 constexpr int kRoom = (48 * 1024 - 512 - 4 * kProducts - 24 * HEAD_DIM) / (HEAD_DIM * int(sizeof(T)) + 4);
 constexpr int kStageRows = kRoom >= kThreads ? kThreads : kRoom >= 64 ? 64 : kRoom >= 32 ? 32 : kRoom >= 16 ? 16 : 8;
 static_assert(kRoom >= 8, "products leave room for some rows");
-typedef Stage<T, kStageRows, HEAD_DIM> Rows;
+typedef OddTile<T, kStageRows, HEAD_DIM> Rows;
 constexpr int kLoads = 16;  // in flight
 
 struct Storage {
@@ -96,9 +97,9 @@ DEVICE void find_spread(Storage& shared) {
     }
 }
 
-template <class T>
-DEVICE void swap(T& one, T& other) {
-    const T kept = one;
+template <class Any>
+DEVICE void swap(Any& one, Any& other) {
+    const Any kept = one;
     one = other;
     other = kept;
 }
@@ -166,10 +167,10 @@ DEVICE float find_shift(const Storage& shared, const WeightsParams& params, int 
     for (int first = 0; first < HEAD_DIM; first += GROUP) {
         float qhat = 0.f;
         for (int i = first; i < first + GROUP; ++i) {
-            qhat = fmaf(shared.shares[i], shared.rows.number(row, shared.columns[i]), qhat);
+            qhat = fmaf(shared.shares[i], Traits<T>::to_float(shared.rows.at(row, shared.columns[i])), qhat);
         }
         for (int i = first; i < first + GROUP; ++i) {
-            const float element = shared.rows.number(row, shared.columns[i]);
+            const float element = Traits<T>::to_float(shared.rows.at(row, shared.columns[i]));
             float copied = shared.weights[i] * qhat;
             if (params.rounded) copied = Traits<T>::to_float(Traits<T>::from_float(copied));
             lacking.add(element, copied, shared.energies[i], shared.means[i]);
@@ -216,8 +217,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_lsh_weights(const
             const float spread[2] = {shared.spread[a], shared.spread[b]};
 #pragma unroll(kOwn > 16 ? 1 : 8)
             for (int row = 0; row < staged; ++row) {
-                const float first = __fmul_rn(shared.rows.number(row, columns[0]), spread[0]);
-                const float second = __fmul_rn(shared.rows.number(row, columns[1]), spread[1]);
+                const float first = __fmul_rn(Traits<T>::to_float(shared.rows.at(row, columns[0])), spread[0]);
+                const float second = __fmul_rn(Traits<T>::to_float(shared.rows.at(row, columns[1])), spread[1]);
                 value = __fadd_rn(value, __fmul_rn(first, second));
             }
         });

@@ -20,6 +20,19 @@ struct SharedTile {
     DEVICE const T& at(int row, int column) const { return data[row * kPitch + column]; }
 };
 
+// The same with rows an odd number of words apart, for elements that are read one by one: threads side by side may have
+// columns of a row, or rows of a column.
+template <class T, int kRows_, int kColumns>
+struct OddTile {
+    static constexpr int kRows = kRows_;
+    static constexpr int kPitch = kColumns + 4 / int(sizeof(T));
+    static_assert(kColumns * sizeof(T) % 8 == 0, "OddTile: a row must be an even number of words");
+    T data[kRows * kPitch];
+
+    DEVICE T& at(int row, int column) { return data[row * kPitch + column]; }
+    DEVICE const T& at(int row, int column) const { return data[row * kPitch + column]; }
+};
+
 // Two neighbours, read at once.
 template <class T>
 struct alignas(2 * sizeof(T)) Two {

@@ -1,18 +1,6 @@
 // What sums over keys (smxx_key_energy.cu) say of a column of K, and what a reduction leaves out of the weight of keys.
 #pragma once
 #include "ptx/arch.cuh"
-#include "tile/dtype.cuh"
-
-// Rows of Q in shared memory, an odd number of words apart: a thread may have a row, or a column.
-template <class T, int kRows_, int kColumns>
-struct Stage {
-    static constexpr int kRows = kRows_;
-    static constexpr int kPitch = kColumns + 4 / int(sizeof(T));
-    T data[kRows * kPitch];
-
-    DEVICE T& at(int row, int column) { return data[row * kPitch + column]; }
-    DEVICE float number(int row, int column) const { return Traits<T>::to_float(data[row * kPitch + column]); }
-};
 
 struct KeyColumn {
     float energy;  // the norm of its deviations from their mean
