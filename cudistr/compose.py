@@ -174,27 +174,30 @@ def _projected(
         queries, keys, shift, reduced = q, k, made.shift, None
         if projection.mixed or kept or tolerance is not None:
             reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
-        if reduced is None or (projection.rank < projection.head_dim and not kept and tolerance is None):
+        fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
+        if reduced is None or (fewer and not kept):
             # No head needs q and k themselves: Qhat and Khat take their place, and all heads lack the shift.
             queries, keys = made.queries, made.keys
             reduced = reduced and reduced._replace(shift=None)
         else:
             shift = None
-        own = _of_rank(problem, queries, keys, v, reduced)
+        own = _of_rank(problem, queries, keys, v, reduced, alike=fewer and not projection.mixed)
         result, lse = launch.attention(own, queries, keys, v, out, return_lse, None, None, reduced)
         if lse is not None and shift is not None:
             lse += shift
         return result, lse, ranks, errors
 
 
-def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.Reduced | None) -> Problem:
+def _of_rank(
+    problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.Reduced | None, alike: bool = False
+) -> Problem:
     """The problem of queries and keys, which are Qhat and Khat unless some heads have q and k themselves."""
     q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in (queries, keys))
     return dataclasses.replace(
         problem,
         head_dim=queries.shape[3],
         rank=None,
-        ranked=None if reduced is None else _ranked(reduced),
+        ranked=None if reduced is None else _ranked(reduced, alike),
         q_strides=q_strides,
         k_strides=k_strides,
         aligned=all(
@@ -204,6 +207,6 @@ def _of_rank(problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.
     )
 
 
-def _ranked(reduced: launch.Reduced) -> Ranked:
+def _ranked(reduced: launch.Reduced, alike: bool) -> Ranked:
     q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in reduced[:2])
-    return Ranked(reduced.queries.shape[3], q_strides, k_strides, reduced.ranks is None)
+    return Ranked(reduced.queries.shape[3], q_strides, k_strides, reduced.ranks is None, alike)

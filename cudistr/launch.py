@@ -110,7 +110,7 @@ _RANKED = _parameters(
 )
 _HOPPER_END = (
     (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles section group_blocks tiles_per_block out_aligned",
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles turns section group_blocks tiles_per_block out_aligned",
         "i4",
     ),
     ("scale softcap score_scale", "f4"),
@@ -580,7 +580,11 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             parameters = _HOPPER_KEPT_HALF if kept else _HOPPER_HALF
         if ranked is not None:
             parameters = _HOPPER_COPIED if ranked.copied else _HOPPER_RANKED
-        values |= {"tiles": chosen.row_blocks * problem.batch * problem.heads, "section": chosen.section}
+        values |= {
+            "tiles": chosen.row_blocks * problem.batch * problem.heads,
+            "turns": chosen.turns,
+            "section": chosen.section,
+        }
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
         _launch(chosen.attention, chosen.blocks, device, problem.device, parameters, values),
@@ -691,9 +695,9 @@ def _maps(problem: Problem, chosen: Plan) -> tuple[Layout, ...]:
     )
     if problem.ranked is None:
         return maps
-    columns, q_strides, k_strides, copied = problem.ranked
-    qhat = queries(columns, q_strides)
-    return (*maps, qhat) if copied else (*maps, qhat, keys(columns, k_strides, panel))
+    ranked = problem.ranked
+    qhat = queries(ranked.columns, ranked.q_strides)
+    return (*maps, qhat) if ranked.copied else (*maps, qhat, keys(ranked.columns, ranked.k_strides, panel))
 
 
 def _prepare_launch(

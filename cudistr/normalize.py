@@ -59,6 +59,7 @@ class Ranked(NamedTuple):
     q_strides: tuple[int, int, int]
     k_strides: tuple[int, int, int]
     copied: bool = False  # whether something stands for q
+    alike: bool = False  # whether all heads use all of these columns, and q and k for exact keys alone
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Problem:
     rank : int or None
         Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
     ranked : Ranked or None
-        If heads differ in the columns of Q and K that count: where those of fewer than head_dim columns have theirs.
+        If heads differ in the columns of Q and K that count, or leave keys exact: where those of fewer than head_dim
+        columns have theirs.
     restore : bool
         Whether the lse of reduced keys gets back what a reduction that goes by K leaves out: if others are exact.
     """

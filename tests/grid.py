@@ -66,6 +66,7 @@ KEPT = {24: 16, 64: 32, 128: 64, 256: 128}  # columns kept by energy
 # Heads of different ranks: Qhat and Khat of 32 columns. Their strides are no constants of a kernel.
 RANKED = normalize.Ranked(32, (32 * 256,) * 2 + (32,), (32 * 256,) * 2 + (32,))
 COPIED = RANKED._replace(copied=True)  # what stands for the queries, of all columns
+HOPPER_RANKS = ((64, 32), (128, 64), (96, 80), (256, 16))  # head_dim, and the rank that all heads have
 EDGE_HEAD_DIMS = (64, 128, 256)  # where the other constants are varied
 UNALIGNED = (64, 72)  # where kernels that copy rows and little else are compiled for rows off 16 bytes too
 
@@ -163,6 +164,11 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
             for mask, options in (("", {}), (" causal", {"causal": True})):
                 yield f"{dtype} {d} ranked{mask}", _replace(_problem(dtype, d, d, **options), ranked=RANKED)
                 yield f"{dtype} {d} copied{mask}", _replace(_problem(dtype, d, d, **options), ranked=COPIED)
+        for d, rank in HOPPER_RANKS:
+            ranked = RANKED._replace(columns=rank, alike=True)
+            for mask, options in (("", {}), (" causal", {"causal": True})):
+                problem = _replace(_problem(dtype, d, d, **options), ranked=ranked)
+                yield f"{dtype} {d} rank{rank}{mask}", problem
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
     for dtype, d, dv, g in HOPPER_RANK1:

@@ -18,6 +18,8 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
+//   RANK        with RANKED, not 0: no head differs, all have so many columns, fewer than HEAD_DIM, and leave keys exact;
+//               not with COPIED
 //   COPIED      1: with RANKED, of heads that all have HEAD_DIM columns: in what is reduced other queries stand for theirs,
 //               see smxx_copied_queries.cu
 //   KEPT        1: with GROUP, some keys are exact, see HopperParams
@@ -42,7 +44,8 @@ struct HopperParams {
     TensorMap qhat;  // in the place of q and k for heads of fewer than HEAD_DIM columns; COPIED: of q where it is reduced
 #if !COPIED
     TensorMap khat;
-    const i32* ranks;      // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM
+    // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM; with RANK they are not read
+    const i32* ranks;
 #endif
 #endif
 #if RANKED || KEPT
@@ -68,6 +71,7 @@ struct HopperParams {
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
     u32 tiles;         // row_blocks of every head of every batch
+    u32 turns;         // pieces of work that consumers begin one after another, where they may
     i32 section;       // heads, over all batches, whose tiles are taken in turn
     i32 group_blocks;      // blocks of queries with one column order
     i32 tiles_per_block;   // tiles of BLOCK_M in such a block
@@ -92,8 +96,10 @@ constexpr bool kGrouped = GROUP != 0;
 constexpr int kMembers = kGrouped ? GROUP : 1;
 constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
-constexpr bool kRanks = RANKED && !COPIED;  // whether heads differ in their columns
+constexpr bool kRanks = RANKED && !COPIED && !RANK;  // whether heads differ in their columns
+constexpr bool kExactLoop = KEPT || RANK;  // whether exact tiles have a loop of their own, and so one at least
 static_assert(RANKED || !COPIED, "queries change where exact keys end");
+static_assert(!RANK || (RANKED && !COPIED && RANK < HEAD_DIM), "heads of one rank have fewer columns where they are reduced");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
@@ -114,17 +120,22 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kCons
 // 2% faster (one H200).
 constexpr bool kEarlyWeights = kConsumers == 3 || (kGrouped && !kLongTiles);
 
-// Whether consumers have no registers to keep what they can find anew.
+// Whether consumers have no register to keep their lane.
 constexpr bool kCrowded = RANKED || HEAD_DIM_V > 192;
 
-// Whether consumers begin a tile of queries one after another: each with its first scores when those of the one before are
-// there. Consumers that begin in step stay in step, and find the tensor cores taken and then idle, one tile of keys after
-// another: 16% of the time for few tiles of 128 columns. Turns at every tile of keys cost 1 to 3% where there are many.
-// Grouped, beginning in turn costs up to 10% (one H100, as below).
-constexpr bool kBeginInTurn = !kGrouped;
+// Whether consumers may begin a tile of queries one after another: each with its first scores when those of the one before
+// are there. Consumers that begin in step stay in step, and find the tensor cores taken and then idle, one tile of keys after
+// another: 16% of the time for few tiles of 128 columns. For how many tiles the plan says. Grouped it costs up to 10%, but
+// gains up to 2% beside exact keys (one H100, as below).
+constexpr bool kBeginInTurn = !kGrouped || (KEPT && !kLongTiles);
 // Whether they compute exponentials one after another. Grouped, in long tiles, two that do so at the same time take longer:
 // 4 to 6% of the time at 64 columns. In short ones waiting costs 4%.
 constexpr bool kExponentsInTurn = kGrouped && kLongTiles;
+
+// Whether consumers tell which rows lost weights before they store the output, or when they have packed it, which takes half
+// as many instructions. What it does to the loop, by way of ptxas, decides: so it is 1 to 3% faster, and else 1% slower; and
+// of many columns some variants would spill.
+constexpr bool kTellFirst = KEPT || (kGrouped && kLongTiles) || HEAD_DIM_V > 192;
 
 typedef PanelTile<T, BLOCK_M, HEAD_DIM> QueryTile;
 typedef PanelTile<T, TILE_K, HEAD_DIM> KeyTile;
@@ -169,24 +180,25 @@ constexpr u32 kAgain = Softmax::kAgain;
 constexpr u32 kNoWork = kAgain - 1;  // no tile has this number
 DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAgain) < params.tiles; }
 
-// A tile of queries.
-struct Place {
+// Where a tile of queries is.
+struct alignas(16) Place {
     int batch_head, batch, head, first_row;
-
-    // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last
-    // rows first: under a causal mask they have the most keys, and short tiles fill the tail.
-    DEVICE Place(const HopperParams& params, u32 tile) {
-        const int work = static_cast<int>(tile & ~kAgain);
-        const int of_section = params.section * params.row_blocks;
-        const int first_head = work / of_section * params.section;
-        const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
-        const int in_section = work % of_section;
-        batch_head = first_head + in_section % heads;
-        batch = batch_head / params.heads;
-        head = batch_head % params.heads;
-        first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
-    }
 };
+constexpr int kPlaces = 4;  // known at once: those of work that consumers end with, of the current work, and of the next
+
+// Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last rows
+// first: under a causal mask they have the most keys, and short tiles fill the tail. That takes a thousand clocks, so one
+// thread finds it ahead.
+DEVICE Place find_place(const HopperParams& params, u32 tile) {
+    const int of_section = params.section * params.row_blocks;
+    const int work = static_cast<int>(tile);
+    const int first_head = work / of_section * params.section;
+    const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
+    const int in_section = work % of_section;
+    const int batch_head = first_head + in_section % heads;
+    const int first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
+    return {batch_head, batch_head / params.heads, batch_head % params.heads, first_row};
+}
 
 // The tile of queries that this thread block takes after work, if all goes well. Asked for early and told at the end:
 // nothing waits for the answer of global memory.
@@ -195,14 +207,27 @@ DEVICE u32 following(const HopperParams& params, u32 work) {
     return next < params.tiles ? next : kNoWork;
 }
 
-// What the thread block does, in order, as the thread that starts copies decides it.
+// What the thread block does, in order, as the thread that starts copies decides it: pieces of work, with a number each.
 struct Agenda {
     u32 next;    // tile that was not taken yet
     u32 judged;  // so many pieces of work are known to be well, or come again
 
+    template <class Shared>
+    DEVICE u32 first(const HopperParams& params, Shared& shared) {
+        judged = 0;
+        shared.places[0] = find_place(params, block_index());
+        return tell(shared, 0, block_index());
+    }
+
     // Begins with a piece of work.
     DEVICE void begin(const HopperParams& params, u32 work) {
         if (!(work & kAgain)) next = following(params, work);
+    }
+
+    // While the number-th is under way: finds where the next tile is.
+    template <class Shared>
+    DEVICE void prepare(const HopperParams& params, Shared& shared, u32 number) const {
+        if (next != kNoWork) shared.places[(number + 1) % kPlaces] = find_place(params, next);
     }
 
     // What comes after the number-th, of which all copies are started: the work before that, again, if weights were lost;
@@ -213,21 +238,26 @@ struct Agenda {
         while (judged < number + (next == kNoWork)) {
             const u32 slot = judged % kStages;
             wait_barrier(shared_address(&shared.done[slot]), judged / kStages % 2);
-            const u32 work = judged == 0 ? block_index() : shared.work[(judged - 1) % kStages];
             u32 lost = 0;
 #pragma unroll
             for (int warp = 0; warp < kConsumerThreads / kWarpSize; ++warp) lost |= shared.lost[slot][warp];
-            ++judged;
             if (lost) {
-                chosen = work | kAgain;
-                shared.again[number % kStages] = slot;
-                break;
+                chosen = shared.work[slot] | kAgain;
+                shared.again[(number + 1) % kStages] = slot;
+                shared.places[(number + 1) % kPlaces] = shared.places[judged % kPlaces];
             }
+            ++judged;
+            if (lost) break;
         }
+        return tell(shared, number + 1, chosen);
+    }
+
+    template <class Shared>
+    DEVICE u32 tell(Shared& shared, u32 number, u32 work) {
         shared.work_barriers.wait_empty(number);
-        shared.work[number % kStages] = chosen;
+        shared.work[number % kStages] = work;
         mbarrier_arrive(shared_address(&shared.work_barriers.full[number % kStages]));
-        return chosen;
+        return work;
     }
 };
 
@@ -273,8 +303,9 @@ struct SharedStorage {
     RingBarriers<1> q_barriers[kQueryParts];
     RingBarriers<kStages> k_barriers, v_barriers, work_barriers;
     u64 done[kStages];  // barriers: with a piece of work
-    u32 work[kStages];  // the tile of queries after the current one
-    u32 again[kStages];  // beside work that is done again: where it stands in what follows
+    u32 work[kStages];   // pieces of work: the tile of queries
+    u32 again[kStages];  // of work that is done again: where it stands in what follows
+    Place places[kPlaces];  // of work
     // Of a piece of work: whether a warp lost weights, and of which of the two rows that four lanes have.
     u8 lost[kStages][kConsumerThreads / kWarpSize];
     u8 lost_rows[kStages][kConsumerThreads / 4];
@@ -304,14 +335,14 @@ struct Walk {
 #if KEPT || COPIED
         columns = HEAD_DIM;
 #else
-        columns = __shfl_sync(kFullWarp, step.columns, 0);
+        columns = RANK ? RANK : __shfl_sync(kFullWarp, step.columns, 0);
 #endif
     }
     DEVICE bool inside() const { return index < count; }
     DEVICE bool ends_reduced() const { return exact < count; }
     DEVICE bool reduced() const { return index >= exact; }
     DEVICE int width() const { return reduced() ? columns : HEAD_DIM; }
-    DEVICE bool in_first_loop() const { return KEPT ? !reduced() : width() > 0; }  // of a consumer
+    DEVICE bool in_first_loop() const { return kExactLoop ? !reduced() : width() > 0; }  // of a consumer
     DEVICE bool last_of_queries() const { return index + 1 == count || index + 1 == exact; }
     DEVICE bool more() const { return index + 1 < count; }
     DEVICE void advance() { ++index; }
@@ -503,7 +534,7 @@ struct Producer {
     DEVICE void copy(const Place& place) {
         shared.notes.head_kv = place.head / params.heads_per_kv;
 #if RANKED && !COPIED
-        shared.notes.columns = own().columns = params.ranks[place.batch_head];
+        shared.notes.columns = own().columns = RANK ? RANK : params.ranks[place.batch_head];
 #else
         shared.notes.columns = HEAD_DIM;
 #endif
@@ -514,16 +545,16 @@ struct Producer {
             count += tiles;
             exact += params.passes.reduced(pass) ? 0 : tiles;
         }
-        // Consumers begin with a tile, of KEPT with an exact one: maybe keys beyond the last, zeros and invisible.
-        const bool none = (KEPT ? exact : count) == 0;
-        if (KEPT && none) ++exact;
-        own().count = KEPT ? count + none : max(count, 1);
-        own().exact = exact;
+        // Consumers begin with a tile, an exact one where these have a loop: maybe keys beyond the last, zeros and invisible.
+        const bool none = (kExactLoop ? exact : count) == 0;
+        own().count = count + none;
+        own().exact = exact + (kExactLoop && none);
         if (none) {
             note(place, {0, 0, 0, 0});
-            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, columns, true, true, true);
+            const int width = kExactLoop ? HEAD_DIM : columns;
+            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, width, true, true, true);
         }
-        bool first = !(KEPT && none);
+        bool first = !(kExactLoop && none);
         for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const PassTiles tiles(params, place, pass);
             note(place, params.passes.band(pass));
@@ -535,6 +566,7 @@ struct Producer {
                 --exact;
             }
         }
+        shared.notes.agenda.prepare(params, shared, shared.notes.number);
         copy_values(place, step - 1);
     }
 
@@ -542,12 +574,10 @@ struct Producer {
         Agenda& agenda = shared.notes.agenda;
         u32& number = shared.notes.number;
         number = 0;
-        agenda.judged = 0;
-        for (u32 work = block_index(); is_work(params, work); ++number) {
+        for (u32 work = agenda.first(params, shared); is_work(params, work); work = agenda.after(shared, number++)) {
             agenda.begin(params, work);
-            shared.notes.place = Place(params, work);
+            shared.notes.place = shared.places[number % kPlaces];
             copy(shared.notes.place);
-            work = agenda.after(shared, number);
         }
     }
 };
@@ -560,35 +590,46 @@ DEVICE void produce(const HopperParams& params, SharedStorage& shared) {
     const u64 again = policy_evict_last();
     u32 step = 0;  // tiles of keys so far
     u32 place_number = 0;
-    Agenda agenda = {kNoWork, 0};
-    u32 work_number = 0;
-    for (u32 work = block_index(); is_work(params, work); work = agenda.after(shared, work_number++)) {
+    Agenda agenda;
+    u32 work = agenda.first(params, shared);
+    for (u32 number = 0; is_work(params, work); work = agenda.after(shared, number++)) {
         agenda.begin(params, work);
-        const Place place(params, work);
+        const Place place = shared.places[number % kPlaces];
         Walk walk(params, place);
         if (walk.inside()) {
             load_keys(params, shared, shared.keys, step, place, walk.tile, again, HEAD_DIM);
             load_queries(params, shared, place_number, place, once, HEAD_DIM, true);
             ++place_number;
-            for (; walk.inside(); walk.advance(), ++step) {
+        }
+        // What comes next is found before the last copy, which waits longest.
+        do {
+            if (walk.more()) {
                 Walk next = walk;
                 next.advance();
-                if (walk.more()) {
-                    load_keys(params, shared, shared.keys, step + 1, place, next.tile, again, HEAD_DIM);
-                }
-                load_values(params, shared, step, place, walk.tile, again);
+                load_keys(params, shared, shared.keys, step + 1, place, next.tile, again, HEAD_DIM);
+            } else {
+                agenda.prepare(params, shared, number);
             }
-        }
+            if (walk.inside()) load_values(params, shared, step++, place, walk.tile, again);
+            walk.advance();
+        } while (walk.inside());
     }
 }
 #endif
 
-// The tile of queries after the current one, which the producer chose; every warp of the readers gives it back.
-DEVICE u32 next_work(SharedStorage& shared, u32 work_number, int lane) {
-    shared.work_barriers.wait(work_number);
-    const u32 next = __shfl_sync(kFullWarp, lane == 0 ? shared.work[work_number % kStages] : 0, 0);
-    if (lane == 0) shared.work_barriers.release(work_number);
-    return next;
+// The piece of work with a number, which the producer chose; every warp of the readers gives it back.
+DEVICE u32 take_work(SharedStorage& shared, u32 number, int lane) {
+    shared.work_barriers.wait(number);
+    const u32 work = __shfl_sync(kFullWarp, lane == 0 ? shared.work[number % kStages] : 0, 0);
+    if (lane == 0) shared.work_barriers.release(number);
+    return work;
+}
+
+// Where it is. Broadcast, so that the compiler knows it to be the same for all.
+DEVICE Place place_of(const SharedStorage& shared, u32 number) {
+    const Place& place = shared.places[number % kPlaces];
+    return {__shfl_sync(kFullWarp, place.batch_head, 0), __shfl_sync(kFullWarp, place.batch, 0),
+            __shfl_sync(kFullWarp, place.head, 0), __shfl_sync(kFullWarp, place.first_row, 0)};
 }
 
 // Grouped: three warps that make Khat, a tile ahead of the consumers. The warp that starts copies takes no part: the
@@ -706,9 +747,9 @@ struct Builder {
 
     DEVICE void run() {
         const bool wide = is_wide(params);
-        u32 step = 0, place_number = 0, work_number = 0;
-        for (u32 work = block_index(); is_work(params, work); work = next_work(shared, work_number++, lane)) {
-            const Place place(params, work);
+        u32 step = 0, place_number = 0;
+        for (u32 number = 0; is_work(params, take_work(shared, number, lane)); ++number) {
+            const Place place = place_of(shared, number);
 #if !KEPT
             Walk walk(params, place);
             if (!walk.inside()) continue;
@@ -717,7 +758,7 @@ struct Builder {
                               place.first_row / BLOCK_M / params.tiles_per_block;
             const u8* permutation = params.permutation + block * HEAD_DIM;
             // There are no registers to keep what follows from it for the next tile.
-            if constexpr (KEPT) thread = anew(thread);
+            thread = anew(thread);
             find_members(permutation);
             shared.q_barriers[0].wait_empty(place_number);
             for (int i = thread; i < HEAD_DIM; i += kBuilderThreads) keys.order[i] = permutation[i];
@@ -760,7 +801,7 @@ struct Operands {
     // steps: of 16 columns, those that count.
     DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int steps) const {
         const u32 stage = keys + step % kStages * u32(sizeof(KeyTile) / 16);
-        if constexpr (kRanks) {
+        if constexpr (RANKED && !COPIED) {
             start_some_scores<T, QueryTile, KeyTile>(scores, queries, stage, steps);
         } else {
             start_scores<T, QueryTile, KeyTile>(scores, queries, stage);
@@ -862,47 +903,62 @@ DEVICE void subtract_lacking(const HopperParams& params, const Place& place, Sof
 }
 
 // Normalises the output, and stores it and the lse. row: this lane's first row within the sequence. lacks: whether maxima
-// are of scores of Qhat and Khat.
-DEVICE void store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
-                         Softmax& softmax, int row, int lane, bool lacks) {
+// are of scores of Qhat and Khat. Returns which of this lane's two rows have an output, or a sum, beyond all numbers, or none.
+DEVICE u32 store_output(const HopperParams& params, const Place& place, float (&output)[1][kOutTiles][4],
+                        Softmax& softmax, int row, int lane, bool lacks) {
     softmax.reduce_sums();
     constexpr int kChunks = HEAD_DIM_V / 8;
+    constexpr int kQuads = (kChunks + 3) / 4;
+    // Each lane of a quad has two columns of every chunk; after the transpose it has a chunk out of four. All are made
+    // before the first is stored, since what a branch leads past ptxas makes one after another.
+    union {
+        Chunk chunk;
+        u32 word[4];
+        T element[8];
+    } values[2][kQuads];
+    u32 lost = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = softmax.sum[0][half];
+        const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
+        u32 zero = 0;  // unless a pair was none or infinite
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = output[0][min(quad * 4 + i, kChunks - 1)];
+                const u32 word = Traits<T>::pack(pair[half * 2] * inverse, pair[half * 2 + 1] * inverse);
+                zero = Traits<T>::fma(word, 0, zero);
+                values[half][quad].word[i] = word;
+            }
+            transpose_quad(values[half][quad].word, lane);
+        }
+        if (zero != 0 || sum * 0.f != 0.f) lost |= 1 << half;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int own = row + half * 8;
         const bool inside = own < params.seqlen_q;
-        const float sum = softmax.sum[0][half];
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row without keys is zero
         T* out = params.out + place.batch * params.out_batch + place.head * params.out_head + own * params.out_row;
-        // Each lane of a quad has two columns of every chunk; after the transpose it has a chunk out of four.
 #pragma unroll
-        for (int first = 0; first < kChunks; first += 4) {
-            union {
-                Chunk chunk;
-                u32 word[4];
-                T element[8];
-            } value;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&pair)[4] = output[0][first + i < kChunks ? first + i : 0];
-                value.word[i] = Traits<T>::pack(pair[half * 2] * inverse, pair[half * 2 + 1] * inverse);
-            }
-            transpose_quad(value.word, lane);
-            const int chunk = first + lane % 4;
+        for (int quad = 0; quad < kQuads; ++quad) {
+            const int chunk = quad * 4 + lane % 4;
             if (!inside || chunk >= kChunks) continue;
             if (params.out_aligned) {
-                *reinterpret_cast<Chunk*>(out + chunk * 8) = value.chunk;
+                *reinterpret_cast<Chunk*>(out + chunk * 8) = values[half][quad].chunk;
             } else {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) out[chunk * 8 + i] = value.element[i];
+                for (int i = 0; i < 8; ++i) out[chunk * 8 + i] = values[half][quad].element[i];
             }
         }
+        const float sum = softmax.sum[0][half];
         if (params.lse && lane % 4 == 0 && inside) {
             float log_sum = fmaf(softmax.maximum[0][half], 0.6931471806f, logf(sum));
             if (lacks) log_sum += lacking(params, place, own);
             params.lse[static_cast<i64>(place.batch_head) * params.seqlen_q + own] = sum == 0.f ? -infinity() : log_sum;
         }
     }
+    return lost;
 }
 
 // One warpgroup of consumers.
@@ -922,20 +978,20 @@ struct Consumer {
 
     // Barrier 1 + g is the turn of consumer g.
     DEVICE void wait_for_turn() { named_barrier_sync(1 + group, 2 * kGroupThreads); }
-    DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % kConsumers, 2 * kGroupThreads); }
+    DEVICE void pass_turn(int never = 0) { named_barrier_arrive(1 + (group + 1) % kConsumers + never, 2 * kGroupThreads); }
 
-    // Scores to weights, in turn if they have to be.
+    // Scores to weights, in turn if they have to be; the turn is passed when a few exponentials are still to come, which takes
+    // as long. ptxas moves barriers past what does not depend on them. So a branch that is not taken follows the first, and
+    // a weight decides which the second one is: it is never negative, and ptxas knows it, but not that groups are not.
     DEVICE void exponentiate(float (&scores)[1][kKeyTiles][4], Softmax& softmax, const float (&rescale)[1][2],
                              float (&of_tile)[1][2]) {
+        const float least = -static_cast<float>(group);
         if constexpr (kExponentsInTurn) {
             wait_for_turn();
-            wgmma_pin(scores[0]);
+            if (rescale[0][0] < least) shared.k_barriers.wait(0);
         }
         softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
-        if constexpr (kExponentsInTurn) {
-            wgmma_pin(scores[0]);
-            pass_turn();
-        }
+        if constexpr (kExponentsInTurn) pass_turn(scores[0][kKeyTiles - 3][0] < least);
     }
 
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
@@ -991,32 +1047,23 @@ struct Consumer {
         shared.q_barriers[0].release(place_number);
     }
 
-    // Scores of a tile. exact: of a tile that is, of KEPT.
+    // Scores of a tile. exact: of a tile that is, where these have a loop.
     template <class Queries>
     DEVICE void start(const Queries& queries, float (&scores)[kKeyTiles][4], u32 step, const Walk& walk, bool exact) {
         if constexpr (KEPT) {
             if (exact) return queries.start_exact(scores, step);
         }
-        queries.start(scores, step, walk.width() / 16);
-    }
-
-    // The place of a tile of queries, which is found anew where there are no registers to keep it. What the work is still
-    // stands where it was told.
-    DEVICE Place anew(const Place& place, u32 work_number) const {
-        if constexpr (kCrowded || KEPT) {
-            return Place(params, work_number == 0 ? block_index() : shared.work[(work_number - 1) % kStages]);
-        }
-        return place;
+        queries.start(scores, step, RANK ? (exact ? HEAD_DIM : RANK) / 16 : walk.width() / 16);
     }
 
     // KEPT, behind the loop over exact tiles: the reduced ones, if there are any, have other queries, and other maxima.
     template <class Queries>
-    DEVICE void change(int loop, Queries& queries, const Walk& walk, Softmax& softmax, const Place& before, u32 number) {
+    DEVICE void change(int loop, Queries& queries, const Walk& walk, Softmax& softmax, u32 number) {
         if constexpr (KEPT) {
             if (loop != 0) return;
             if (!walk.inside()) return shared.q_barriers[0].release(number);
             take_queries(queries, number);
-            const Place place = anew(before, number);
+            const Place place = place_of(shared, number);
             subtract_lacking(params, place, softmax, place.first_row + row());
         }
     }
@@ -1068,14 +1115,15 @@ struct Consumer {
 #endif
         const u32 values = ValueTile::lower(shared_address(shared.v[0].data));
         RingBarriers<1>& own_queries = shared.q_barriers[RANKED ? group : 0];
-        if constexpr (kBeginInTurn || kExponentsInTurn) {
+        if (kExponentsInTurn || (kBeginInTurn && params.turns > 0)) {
             if (group == kConsumers - 1) pass_turn();  // the first turn is that of consumer 0
         }
         u32 step = 0;
         u32 place_number = 0;
-        u32 work_number = 0;
-        for (u32 work = block_index(); is_work(params, work); work = next_work(shared, work_number++, lane())) {
-            const Place place(params, work);
+        for (u32 work_number = 0;; ++work_number) {
+            const u32 work = take_work(shared, work_number, lane());
+            if (!is_work(params, work)) break;
+            const Place place = place_of(shared, work_number);
 #if RANKED || KEPT
             Walk walk(shared, shared.k_barriers, step);
 #else
@@ -1086,7 +1134,7 @@ struct Consumer {
             Softmax softmax;
             softmax.clear();
             u32 known = Softmax::kUnsettled;
-            if (work & kAgain) known |= kAgain | lost_rows(shared.again[(work_number - 1) % kStages]);
+            if (work & kAgain) known |= kAgain | lost_rows(shared.again[work_number % kStages]);
             if (walk.inside()) {
                 float scores[1][kKeyTiles][4];
                 float rescale[1][2] = {{1.f, 1.f}}, of_tile[1][2];
@@ -1097,7 +1145,8 @@ struct Consumer {
                 if (!operands.wide) halve_queries();
 #endif
                 shared.k_barriers.wait(step);
-                if constexpr (kBeginInTurn) wait_for_turn();
+                const bool in_turn = kBeginInTurn && work_number < params.turns;
+                if (in_turn) wait_for_turn();
                 if (walk.width() > 0) {
                     start(operands, scores[0], step, walk, true);
                     wgmma_wait<0>();
@@ -1105,7 +1154,7 @@ struct Consumer {
                     wgmma_clear(scores[0]);
                 }
                 wgmma_pin(scores[0]);
-                if constexpr (kBeginInTurn) pass_turn();
+                if (in_turn) pass_turn();
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
                 if (other_queries) release(own_queries, place_number);
@@ -1119,15 +1168,15 @@ struct Consumer {
 #if RANKED || KEPT
                 // The tiles of which a head multiplies no columns are the last ones. They have a loop of their own: if a
                 // branch led past a product, ptxas would let every product wait for the one before. So have those of
-                // KEPT that are reduced, whose operands lie elsewhere.
+                // KEPT that are reduced, whose operands lie elsewhere, and those of RANK, whose products are fewer.
 #pragma unroll
-                for (; loop < 2; change(loop++, operands, walk, softmax, place, work_number))
+                for (; loop < 2; change(loop++, operands, walk, softmax, work_number))
 #endif
                 for (; walk.inside() && (loop == 1 || walk.in_first_loop()); walk.advance()) {
                     ++step;
                     if constexpr (kGrouped) shared.k_barriers.wait(step);
                     if (RANKED && other_queries) own_queries.wait(++place_number);
-                    if (KEPT || loop == 0) start(operands, scores[0], step, walk, loop == 0);
+                    if (kExactLoop || loop == 0) start(operands, scores[0], step, walk, loop == 0);
                     shared.v_barriers.wait(step - 1);
                     wgmma_fence();
                     start_output<T, ValueTile>(output[0], weights, values + (step - 1) % kStages * kValueStage);
@@ -1135,10 +1184,10 @@ struct Consumer {
                     softmax.begin(rescale);
                     if constexpr (kWide) softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale);
                     if (RANKED && other_queries) {
-                        const Place found = anew(place, work_number);
+                        const Place found = place_of(shared, work_number);
                         subtract_lacking(params, found, softmax, found.first_row + row());
                     }
-                    if (!KEPT && loop == 1) wgmma_clear(scores[0]);
+                    if (!kExactLoop && loop == 1) wgmma_clear(scores[0]);
 #if RANKED || KEPT
                     __syncwarp();  // all lanes have read the steps before this one, whose places may be written next
 #endif
@@ -1181,9 +1230,14 @@ struct Consumer {
                 ++step;
                 ++place_number;
             }
-            const Place found = anew(place, work_number);
-            tell_lost(known & kAgain ? 0 : softmax.lost(output), work_number % kStages);
-            store_output(params, found, output, softmax, found.first_row + row(), lane(), walk.ends_reduced());
+            const Place found = place_of(shared, work_number);  // again: in the loop it would take registers
+            if constexpr (kTellFirst) tell_lost(known & kAgain ? 0 : softmax.lost(output), work_number % kStages);
+            u32 rows = store_output(params, found, output, softmax, found.first_row + row(), lane(), walk.ends_reduced());
+            if constexpr (!kTellFirst) {
+                rows |= __shfl_xor_sync(kFullWarp, rows, 1);
+                rows |= __shfl_xor_sync(kFullWarp, rows, 2);
+                tell_lost(known & kAgain ? 0 : rows, work_number % kStages);
+            }
             if (lane() == 0) mbarrier_arrive(shared_address(&shared.done[work_number % kStages]));
         }
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, Ranked
 from cudistr.plan import Device, Kernel, Plan, Prepare, Split, Step, Tile, plan
 from tests.grid import DEVICES
 
@@ -546,6 +546,41 @@ def test_where_other_queries_stand_for_those_of_a_reduction() -> None:
         assert not planner.copies_queries(left, HOPPER)
 
 
+def test_where_a_rank_is_a_constant() -> None:
+    def rank(one: Problem) -> int:
+        kernel, _ = planner.attention_kernel(one, HOPPER)
+        return dict(kernel.constants)["RANK"]
+
+    strides = (0, 256 * 48, 48)
+    ranked = Ranked(48, strides, strides)
+    alike = problem(ranked=ranked._replace(alike=True), near=40)
+    for one in alike, dataclasses.replace(alike, sinks=9, left=50, right=0):
+        assert rank(one) == 48
+    # Where a window keeps queries from the first keys, which alone are exact, tiles of them have no exact ones.
+    few = dataclasses.replace(alike, near=0, sinks=9)
+    assert rank(few) == rank(dataclasses.replace(few, right=0)) == 48
+    assert rank(dataclasses.replace(few, left=50)) == 0
+    for other in None, ranked, ranked._replace(copied=True):
+        assert rank(dataclasses.replace(alike, ranked=other)) == 0
+    # The portable kernel reads it.
+    asked = [dataclasses.replace(alike, ranked=x, family="portable") for x in (ranked, alike.ranked)]
+    assert planner.attention_kernel(asked[0], HOPPER) == planner.attention_kernel(asked[1], HOPPER)
+
+
+def test_a_rank_that_is_a_constant_changes_nothing_else() -> None:
+    strides = (0, 256 * 64, 64)
+    for head_dim in range(32, 257, 16):
+        one = problem(head_dim=head_dim, head_dim_v=head_dim, near=40, ranked=Ranked(16, strides, strides))
+        read = plan(one, HOPPER)
+        for rank in range(16, head_dim, 16):
+            ranked = Ranked(rank, strides, strides, alike=True)
+            found = plan(dataclasses.replace(one, ranked=ranked), HOPPER)
+            constants = dict(read.attention.constants) | {"RANK": rank}
+            assert dict(found.attention.constants) == constants
+            kernel = dataclasses.replace(read.attention, constants=found.attention.constants)
+            assert found == dataclasses.replace(read, attention=kernel)
+
+
 @pytest.mark.parametrize(
     ("block_q", "seqlen_q", "blocks"), [(64, 130, 12), (128, 130, 16), (128, 70, 6), (65536, 70, 6)]
 )
@@ -591,6 +626,7 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
     assert chosen.blocks == min(tiles, device.multiprocessors)
     uneven = (one.left, one.right) != (None, None) or one.seqlen_k >= planner.HOPPER_LONG_KEYS
     assert chosen.dynamic == (uneven and tiles > device.multiprocessors)
+    assert chosen.turns == ((one.left, one.right) == (None, None))
     if tiles > 10000:
         return
     # As the kernel does it: every tile of every head once, and of a section the last rows first.

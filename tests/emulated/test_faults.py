@@ -107,7 +107,8 @@ FAULTS = {
         "fence", {"reduction": cudistr.LSH(4, near=40, sinks=9)}, dtype=BFLOAT16, family="hopper"
     ),
     "exponentials that nobody passes on": Fault(
-        HOPPER, "            wgmma_pin(scores[0]);\n            pass_turn();\n", "", "no thread of block .* can go on", GROUPED, family="hopper"
+        HOPPER, "pass_turn(scores[0][kKeyTiles - 3][0] < least);", "(void)least;", "no thread of block .* can go on", GROUPED,
+        family="hopper"
     ),
     "a sum in float16 that leaves out a column": Fault(
         "tile/fuse.cuh", "add_f16x2(sum.word[i], chunks[member].word[i])", "add_f16x2(sum.word[i], chunks[0].word[i])",
@@ -639,8 +640,19 @@ ON_HOPPER = {
         HOPPER, "if (lost) {\n                chosen", "if (false) {\n                chosen", WRONG, {"scale": 60.0}, dtype=BFLOAT16
     ),
     "a second time for the rows of another piece of work": Fault(
-        HOPPER, "shared.again[number % kStages] = slot;", "shared.again[number % kStages] = slot ^ 1;",
+        HOPPER, "shared.again[(number + 1) % kStages] = slot;", "shared.again[(number + 1) % kStages] = slot ^ 1;",
         f"{WRONG}|{RACE}", {"scale": 60.0}, dtype=BFLOAT16
+    ),
+    "a second time in another place": Fault(
+        HOPPER, "                shared.places[(number + 1) % kPlaces] = shared.places[judged % kPlaces];\n", "",
+        f"{WRONG}|{RACE}", {"scale": 60.0}, dtype=BFLOAT16
+    ),
+    "the place of the next tile in that of the current one": Fault(
+        HOPPER, "shared.places[(number + 1) % kPlaces] = find_place", "shared.places[number % kPlaces] = find_place",
+        f"{WRONG}|{RACE}", {"causal": True}, lengths=(2100, 100)
+    ),
+    "first scores that nobody passes on": Fault(
+        HOPPER, "if (in_turn) pass_turn();", "", "no thread of block .* can go on"
     ),
     "too many bytes announced for a rank": Fault(
         PANELS, "if (x[0] < columns) tma", "if (x[0] + kPanelColumns < columns) tma", "no thread of block .* can go on",
@@ -778,7 +790,7 @@ ON_HOPPER |= {
     ),
     "scores of no columns that are those of the tile before": Fault(
         HOPPER,
-        "if (!KEPT && loop == 1) wgmma_clear(scores[0]);",
+        "if (!kExactLoop && loop == 1) wgmma_clear(scores[0]);",
         "",
         WRONG,
         {"ranks": (0, 64), "kept": (40, 10)},
@@ -791,6 +803,33 @@ ON_HOPPER |= {
         {"ranks": (0, 64), "kept": (40, 10)},
     ),
     "an lse of other scores": Fault(HOPPER, "if (lacks) log_sum +=", "if (false) log_sum +=", WRONG, KEPT),
+}
+# Heads of one rank, 32 of 128 columns, a panel of two; and tiles of queries from which all exact keys are far away.
+ONE_RANK = {"ranks": (32, 32), "kept": (40, 9), "head_dim": 128}
+NO_EXACT_TILE = {"ranks": (32, 32), "kept": (40, 0)}
+ON_HOPPER |= {
+    "exact keys in the columns of a rank": Fault(
+        HOPPER, "(exact ? HEAD_DIM : RANK) / 16", "RANK / 16", WRONG, ONE_RANK
+    ),
+    "reduced tiles in the loop of exact ones": Fault(
+        HOPPER, "return kExactLoop ? !reduced() :", "return kExactLoop ? true :", f"{RACE}|{WRONG}", ONE_RANK
+    ),
+    "an exact tile that nobody knows to be one": Fault(
+        HOPPER,
+        "own().exact = exact + (kExactLoop && none);",
+        "own().exact = exact;",
+        f"{RACE}|{WRONG}|no thread of block .* can go on",
+        NO_EXACT_TILE,
+        lengths=(300, 60),
+    ),
+    "queries that come with the second reduced tile": Fault(
+        HOPPER,
+        "bool first = !(kExactLoop && none);",
+        "bool first = !(kExactLoop && none);\n        exact += none;",
+        "no thread of block .* can go on",
+        NO_EXACT_TILE,
+        lengths=(300, 60),
+    ),
 }
 for _name, _fault in ON_HOPPER.items():
     _lengths = (261, 661) if _fault.lengths == Fault.lengths else _fault.lengths  # tiles are larger
@@ -818,7 +857,7 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))
     q, k, v = util.inputs(
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
-        head_dim=128 if ranks and max(ranks) > 64 else 64,
+        head_dim=options.pop("head_dim", 128 if ranks and max(ranks) > 64 else 64),
     )  # fmt: skip
     if ranks:
         k += k.dtype.type(0.5)

@@ -130,7 +130,8 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     if problem.ranked is not None and problem.ranked.copied:
         options |= {"reduction": cudistr.Energy(16, near=40, sinks=9), "copied": True}
     elif problem.ranked is not None:
-        reduced = util.of_ranks(q, k, problem.ranked.columns, problem.head_dim)
+        rank = problem.ranked.columns
+        reduced = util.of_ranks(q, k, rank, rank if problem.ranked.alike else problem.head_dim)
         options["reduction"] = reduced.with_near(40, sinks=9)
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")

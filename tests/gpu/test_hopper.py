@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
 
 import cudistr
-from cudistr import launch, normalize
+from cudistr import launch, normalize, reference
 from cudistr.plan import copies_queries, plan
 from tests.gpu.util import (
     BEYOND_FLOAT16,
     ROUNDOFF,
     check_kernel,
+    compare,
     cp,
     inputs,
     of_ranks,
@@ -67,6 +71,20 @@ def check_copied(q, k, v, **options):
     problem = normalize.problem(*map(on_device, (q, k, v)), **asked)
     assert copies_queries(problem, launch.device_properties(0))
     return check_kernel(q, k, v, copied=True, **options)
+
+
+def check_of_one_rank(q, k, v, **options):
+    """The same for a projection whose only rank, beside exact keys, is a constant of the kernel."""
+    with mock.patch.object(launch, "attention", wraps=launch.attention) as attend:
+        result = check_kernel(q, k, v, **options)
+    assert rank_of(attend) == options["reduction"].rank
+    return result
+
+
+def rank_of(attend):
+    """RANK of the kernel of a call."""
+    own = attend.call_args.args[0]
+    return dict(plan(own, launch.device_properties(0)).attention.constants)["RANK"]
 
 
 @each_dtype
@@ -278,6 +296,117 @@ def test_scores_of_copied_queries_that_rise(dtype, reduction):
 def test_small_copied_queries(reduction):
     q, k, v = inputs(56, BFLOAT16, batch=1, heads=2, heads_kv=1, lengths=(161, 173))
     check_copied(q, k, v, reduction=reduction, causal=True)
+
+
+# Columns of q, of Qhat, and of v: as many panels of each as there are, and one less; two and three consumers.
+ONE_RANK = [
+    (64, 32, 64), (64, 16, 64), (128, 64, 128), (128, 16, 128), (128, 112, 128), (256, 128, 256), (96, 80, 96),
+    (80, 32, 48), (64, 48, 128), (32, 16, 64),
+]  # fmt: skip
+
+
+def of_one_rank(seed, dtype, head_dim, rank, head_dim_v, near, sinks, **shape):
+    """Inputs whose keys have a mean, and a projection of two heads of one rank."""
+    shape = {"heads_kv": 2, "lengths": (333, 415), **shape}
+    q, k, v = inputs(seed, dtype, head_dim=head_dim, head_dim_v=head_dim_v, **shape)
+    k += k.dtype.type(0.5)
+    projection = cudistr.Projection.fit(q, k, rank=rank)
+    return (q, k, v), projection.with_near(near, sinks=sinks)
+
+
+@each_dtype
+@pytest.mark.parametrize("dims", ONE_RANK, ids=str)
+def test_one_rank_beside_exact_keys(dtype, dims):
+    arrays, projection = of_one_rank(71, dtype, *dims, near=40, sinks=9)
+    check_of_one_rank(*arrays, reduction=projection)
+    check_of_one_rank(*arrays, reduction=projection, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize(("near", "sinks"), [(40, 0), (0, 30), (130, 200)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": 1.0, "causal": True}, {"scale": -0.2}], ids=str)
+def test_scores_of_one_rank(dtype, near, sinks, options):
+    arrays, projection = of_one_rank(72, dtype, 64, 32, 64, near, sinks, batch=1)
+    check_of_one_rank(*arrays, reduction=projection, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("window", [(150, 90), (30, 0), (300, 0)], ids=str)
+def test_windows_of_one_rank(dtype, window):
+    arrays, projection = of_one_rank(73, dtype, 128, 48, 128, 20, 9, batch=1)
+    check_of_one_rank(*arrays, reduction=projection, window=window)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "lengths", [(1, 300), (65, 700), (129, 129), (300, 517), (517, 300), (300, 60)], ids=str
+)
+@pytest.mark.parametrize(("near", "sinks"), [(40, 9), (40, 0)], ids=str)
+def test_lengths_of_one_rank(dtype, lengths, near, sinks):
+    # With more queries than keys, and no sinks, some tiles of queries have no exact key.
+    arrays, projection = of_one_rank(
+        74, dtype, 128, 64, 64, near, sinks, batch=1, heads=2, heads_kv=1, lengths=lengths
+    )
+    check_of_one_rank(*arrays, reduction=projection)
+    check_of_one_rank(*arrays, reduction=projection, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("rise", [30, 300])
+def test_scores_of_one_rank_that_rise(dtype, rise):
+    # Some tiles of queries are done twice, and come from exact keys to reduced ones both times.
+    (q, k, v), projection = of_one_rank(75, dtype, 64, 32, 64, 40, 30, batch=1, lengths=(300, 900))
+    rising(q, k, rise)
+    check_of_one_rank(q, k, v, reduction=projection)
+    check_of_one_rank(q, k, v, reduction=projection, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_one_rank_has_the_bits_of_ranks_that_are_read(dtype, causal):
+    arrays, projection = of_one_rank(76, dtype, 128, 64, 128, 40, 9)
+    arrays = map(on_device, arrays)
+    with mock.patch.object(launch, "attention", wraps=launch.attention) as attend:
+        found = cudistr.attention(*arrays, reduction=projection, causal=causal, return_lse=True)
+        assert rank_of(attend) == 64
+        own, *others = attend.call_args.args
+        read = dataclasses.replace(own, ranked=own.ranked._replace(alike=False))
+        expected = launch.attention(read, *others)
+        assert rank_of(attend) == 0
+    for one, other in zip(found, expected, strict=True):
+        same_bits(one, other)
+
+
+@each_dtype
+def test_rows_whose_keys_are_all_exact_beside_one_rank(dtype):
+    (q, k, v), projection = of_one_rank(77, dtype, 64, 16, 64, 150, 0, batch=1, lengths=(300, 300))
+    out = check_of_one_rank(q, k, v, reduction=projection, causal=True)
+    wide = (x.astype(np.float64) for x in (q, k, v))
+    exact = reference.attention(*wide, causal=True)
+    compare(out[:, :, :150], exact[:, :, :150], exact[:, :, :150].astype(dtype).astype(np.float64))
+    assert np.abs(cp.asnumpy(out).astype(np.float64) - exact)[:, :, 200:].max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [((32, 48), {}), ((32, 64), {}), ((64, 64), {}), ((0, 0), {}), ((32, 32), {"tolerance": 0.9})],
+    ids=str,
+)
+def test_ranks_that_are_read(ranks, options):
+    q, k, v = inputs(78, np.float16, heads_kv=2, lengths=(130, 260))
+    projection = of_ranks(q, k, *ranks).with_near(40, sinks=9)
+    with mock.patch.object(launch, "attention", wraps=launch.attention) as attend:
+        cudistr.attention(*map(on_device, (q, k, v)), reduction=projection, **options)
+    assert rank_of(attend) == 0
+
+
+@pytest.mark.small
+@each_dtype
+def test_small_one_rank(dtype):
+    arrays, projection = of_one_rank(
+        79, dtype, 128, 64, 128, 40, 9, batch=1, heads=2, heads_kv=1, lengths=(161, 173)
+    )
+    check_of_one_rank(*arrays, reduction=projection, causal=True, on_host=True)
 
 
 @each_dtype

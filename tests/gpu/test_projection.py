@@ -95,6 +95,7 @@ def test_heads_of_different_ranks():
         ("bfloat16", "portable", 128, (48, 0), 40, {"causal": True}),
         ("float32", "portable", 40, (0, 40), 40, {"window": (120, 90), "scale": -0.2}),
         ("float16", "portable", 64, (0, 0), 40, {}),
+        ("float16", "portable", 64, (32, 32), 40, {}),  # one rank, which the Hopper kernel has as a constant
         ("float16", "hopper", 64, (16, 48, 64, 32), 0, {}),
         ("bfloat16", "hopper", 128, (96, 16), 40, {"causal": True}),
         ("float16", "hopper", 96, (96, 16), 0, {"window": (120, 90), "scale": -0.2}),
@@ -103,6 +104,9 @@ def test_heads_of_different_ranks():
         ("bfloat16", "hopper", 128, (48, 0), 40, {"causal": True}),
         ("float16", "hopper", 96, (0, 96), 40, {"window": (120, 90), "scale": -0.2}),
         ("bfloat16", "hopper", 128, (0, 0), 40, {}),
+        ("bfloat16", "hopper", 128, (64, 64), 40, {"causal": True}),
+        ("float16", "hopper", 64, (48, 48), 40, {"window": (120, 90), "scale": -0.2}),
+        ("float16", "hopper", 64, (64, 64), 40, {}),
     ],
     ids=str,
 )
