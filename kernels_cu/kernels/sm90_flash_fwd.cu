@@ -625,12 +625,12 @@ DEVICE u32 take_work(SharedStorage& shared, u32 number, int lane) {
     return work;
 }
 
-// Where it is. Broadcast, so that the compiler knows it to be the same for all.
-DEVICE Place place_of(const SharedStorage& shared, u32 number) {
-    const Place& place = shared.places[number % kPlaces];
+// Where it is, as lane 0 has it: so that the compiler knows it to be the same for all.
+DEVICE Place broadcast(const Place& place) {
     return {__shfl_sync(kFullWarp, place.batch_head, 0), __shfl_sync(kFullWarp, place.batch, 0),
             __shfl_sync(kFullWarp, place.head, 0), __shfl_sync(kFullWarp, place.first_row, 0)};
 }
+DEVICE Place place_of(const SharedStorage& shared, u32 number) { return broadcast(shared.places[number % kPlaces]); }
 
 // Grouped: three warps that make Khat, a tile ahead of the consumers. The warp that starts copies takes no part: the
 // fence after the sums would wait for its copies.
@@ -749,7 +749,10 @@ struct Builder {
         const bool wide = is_wide(params);
         u32 step = 0, place_number = 0;
         for (u32 number = 0; is_work(params, take_work(shared, number, lane)); ++number) {
-            const Place place = place_of(shared, number);
+            // Read by the lane that gives work back: nothing would order the others before what is written there next.
+            Place told = {};
+            if (lane == 0) told = shared.places[number % kPlaces];
+            const Place place = broadcast(told);
 #if !KEPT
             Walk walk(params, place);
             if (!walk.inside()) continue;
