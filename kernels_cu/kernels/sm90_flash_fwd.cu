@@ -5,8 +5,8 @@
 // Warpgroup 0 produces: one thread of it starts the copies, in the order in which they are needed, as soon as a stage
 // is empty. Grouped, all of it sums the columns of each group of the transposed K, a tile ahead of its use. The others
 // consume, 64 queries each. A consumer's products run while it computes: the scores of a tile are
-// started together with P V of the tile before, and while that product runs, the scores become weights. Consumers take turns
-// such that one computes exponentials while another has the tensor cores.
+// started together with P V of the tile before, and while that product runs, the scores become weights. Consumers may begin
+// in turn, or compute exponentials in turn, such that one does so while another has the tensor cores.
 //
 // Constants, defined by the plan (see plan.py for how they are chosen):
 //   DTYPE       0 float16, 1 bfloat16
@@ -184,7 +184,8 @@ DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAga
 struct alignas(16) Place {
     int batch_head, batch, head, first_row;
 };
-constexpr int kPlaces = 4;  // known at once: those of work that consumers end with, of the current work, and of the next
+// Known at once: those of the work that consumers end with, of the current work and of the next; a power of two.
+constexpr int kPlaces = 4;
 
 // Tiles are taken a section of heads after another, so that the section's K and V stay in L2, and in it the last rows
 // first: under a causal mask they have the most keys, and short tiles fill the tail. That takes a thousand clocks, so one
@@ -278,7 +279,7 @@ struct alignas(16) Step {
 
 // What that thread keeps for itself; it has few registers.
 struct Notes {
-    Place place;
+    Place place;  // of the current work, where it need not look for the slot with every tile of keys
     i32 head_kv, columns;
     i32 low, high, end;  // of the pass, as in Step
 #if KEPT
