@@ -1,7 +1,7 @@
 """cudistr: attention for CuPy arrays, exact and with a reduced score product, without PyTorch."""
 
 from cudistr import reference
-from cudistr.api import attention, attention_error, group, merge
+from cudistr.api import attention, attention_error, attention_plan, group, merge
 from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
 from cudistr.projection import Projection
 from cudistr.reductions import LSH, Energy
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_error",
+    "attention_plan",
     "group",
     "merge",
     "reference",

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cudistr import compose, launch, normalize
+from cudistr.explain import CallPlan, explain
 from cudistr.measure import ErrorReport, measure
 from cudistr.reductions import LSH, Energy, Reduction
 
-__all__ = ["attention", "attention_error", "group", "merge"]
+__all__ = ["attention", "attention_error", "attention_plan", "group", "merge"]
 
 
 def attention(
@@ -23,6 +24,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     tolerance: float | None = None,
+    exact_if_faster: bool | None = None,
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -63,6 +65,11 @@ def attention(
         between 0 and 1. With a ``cudistr.Projection``, 64 query rows of each head are computed exactly too in every
         call, and a head whose error may be larger than this is exact: see the notes. Without a reduction the call is
         exact: to find factors for one call takes far longer than the call. Fit a projection once.
+    exact_if_faster : bool, optional
+        Whether the call is exact where the reduction saves no time, as it does for long sequences only: see
+        :func:`attention_plan`, which says what a call does. True allows it, False does not. None, the default,
+        allows it with a ``tolerance``, to which exact attention keeps too; without one a call does what it says.
+        NumPy arrays are reduced in any case.
     return_lse : bool, default False
         Whether to return ``lse`` too.
     out : array (batch, heads, seqlen_q, head_dim_v), optional
@@ -138,8 +145,9 @@ def attention(
         normalize.check_out(target, problem, inputs)
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)
+    exact_if_faster = normalize.check_exact_if_faster(exact_if_faster)
     result, lse = compose.attention(
-        problem, reduction, q_in, k_in, v_in, target, return_lse, adopted.stream, tolerance
+        problem, reduction, q_in, k_in, v_in, target, return_lse, adopted.stream, tolerance, exact_if_faster
     )
     if adopted.restore is not None:
         result = adopted.restore(result) if out is None else out
@@ -158,6 +166,7 @@ def attention_error(
     scale: float | None = None,
     softcap: float | None = None,
     tolerance: float | None = None,
+    exact_if_faster: bool | None = None,
     rows: int = 64,
     seed: int = 0,
 ) -> ErrorReport:
@@ -168,7 +177,7 @@ def attention_error(
 
     Parameters
     ----------
-    q, k, v, reduction, causal, window, scale, softcap, tolerance
+    q, k, v, reduction, causal, window, scale, softcap, tolerance, exact_if_faster
         As for :func:`attention`.
     rows : int, default 64
         Query rows of each head to compare, drawn from all batch entries with replacement. As many as there are, or
@@ -230,8 +239,74 @@ def attention_error(
     )
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)
+    exact_if_faster = normalize.check_exact_if_faster(exact_if_faster)
     q_in, k_in, v_in = adopted.arrays
-    return measure(problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream, tolerance)
+    return measure(
+        problem, reduction, q_in, k_in, v_in, rows, seed, adopted.stream, tolerance, exact_if_faster
+    )
+
+
+def attention_plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    reduction: Reduction | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    tolerance: float | None = None,
+    exact_if_faster: bool | None = None,
+) -> CallPlan:
+    """What :func:`attention` does with the same arguments, and why, without doing it.
+
+    Parameters
+    ----------
+    q, k, v, reduction, causal, window, scale, softcap, tolerance, exact_if_faster
+        As for :func:`attention`. Only shapes, dtypes, strides and devices of the arrays matter.
+
+    Returns
+    -------
+    CallPlan
+        ``print`` it, or read
+
+        - ``reduction``: what is computed, None if it is exact attention;
+        - ``reason``: why, in a sentence;
+        - ``kernels``: names of this library's kernels in the order of their launches, none for NumPy arrays;
+        - ``tiles``: a line for each attention kernel with its tiles and thread blocks.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedDeviceError, CudaUnavailableError
+        As :func:`attention`.
+
+    Notes
+    -----
+    A reduction makes the score product shorter, and has to pay for that before it starts, and for each exact key.
+    Whether that is worth it depends on how many keys a query sees. From how many on it was measured to be, on one GPU
+    and for as many heads and tokens as fill it, is a table under "What it costs" on the accuracy page of the
+    documentation. With a ``tolerance``, heads that turn out to be exact save nothing, which is not known before: the
+    table has calls in which no head is.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q = np.zeros((1, 2, 64, 16), np.float32)
+    >>> print(cudistr.attention_plan(q, q, q))
+    exact attention: NumPy arrays are computed by the float64 reference
+    kernels: none
+    """
+    adopted = normalize.adopt(q=q, k=k, v=v)
+    problem = normalize.problem(
+        *adopted.arrays, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
+    )
+    if tolerance is not None:
+        tolerance = normalize.check_tolerance(tolerance, problem, reduction)
+    exact_if_faster = normalize.check_exact_if_faster(exact_if_faster)
+    with launch.placed(problem.device, adopted.stream):
+        q_in, k_in, v_in = adopted.arrays
+        return explain(problem, reduction, q_in, k_in, v_in, tolerance, exact_if_faster)
 
 
 def group(q: Any, reduction: LSH | Energy, k: Any = None) -> Any:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
 from cudistr.plan import Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
+from cudistr.worth import Worth, worth
 
-__all__ = ["Part", "attention", "parts"]
+__all__ = [
+    "Part",
+    "Settled",
+    "attention",
+    "in_one_kernel",
+    "of_rank",
+    "parts",
+    "projected_problem",
+    "settle",
+    "within",
+]
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,43 @@ def _part(problem: Problem, own: Pass) -> Part:
 
 
 @functools.lru_cache(maxsize=1024)
-def _in_one_kernel(problem: Problem, device: Device) -> bool:
+def in_one_kernel(problem: Problem, device: Device) -> bool:
     """Whether exact keys beside a grouping are passes of one kernel, as they are of the Hopper kernel alone."""
     return keeps_keys(problem) and hopper_kernel(problem, device) is not None
+
+
+class Settled(NamedTuple):
+    """What is done of what was asked for, and what decided whether it is the reduction."""
+
+    problem: Problem
+    reduction: Reduction | None
+    tolerance: float | None
+    worth: Worth | None  # None where nothing is reduced, and on the host, whose reference is never about time
+
+
+def settle(
+    problem: Problem,
+    reduction: Reduction | None,
+    tolerance: float | None,
+    exact_if_faster: bool | None,
+) -> Settled:
+    """Take exact attention in place of a reduction that is slower, if that is allowed.
+
+    It is if ``exact_if_faster`` says so, and unless it denies it with a tolerance, to which exact attention keeps too.
+    """
+    reduced = problem.reduction is not None or problem.rank is not None
+    if not reduced or problem.device is None or problem.empty:
+        return Settled(problem, reduction, tolerance, None)
+    columns = 0.0
+    if problem.rank is not None:
+        assert isinstance(reduction, Projection)
+        columns = sum(reduction.ranks) / len(reduction.ranks)
+    found = worth(problem, launch.device_properties(problem.device), columns, tolerance is not None)
+    allowed = tolerance is not None if exact_if_faster is None else exact_if_faster
+    if allowed and found.exact_is_faster:
+        exact = dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
+        return Settled(exact, None, None, found)
+    return Settled(problem, reduction, tolerance, found)
 
 
 def attention(
@@ -67,8 +112,11 @@ def attention(
     return_lse: bool,
     stream: Any,
     tolerance: float | None = None,
+    exact_if_faster: bool | None = None,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
+    if exact_if_faster or (exact_if_faster is None and tolerance is not None):
+        problem, reduction, tolerance, _ = settle(problem, reduction, tolerance, exact_if_faster)
     projection = reduction if isinstance(reduction, Projection) else None
     if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
         projection.check_mean(problem.dtype)  # the mean is multiplied with q there
@@ -92,7 +140,7 @@ def attention(
     if len(chosen) == 1:
         keys, values = (x[:, :, chosen[0].first : chosen[0].last] for x in (k, v))
         return launch.attention(chosen[0].problem, q, keys, values, out, return_lse, stream)
-    if _in_one_kernel(problem, launch.device_properties(problem.device)):
+    if in_one_kernel(problem, launch.device_properties(problem.device)):
         return launch.attention(problem, q, k, v, out, return_lse, stream)
     with launch.placed(problem.device, stream):
         results = []
@@ -117,10 +165,10 @@ def _copied(
         queries, shift = launch.copied(problem, q, k)
         if problem.near or problem.sinks:
             reduced = launch.Reduced(queries, k, None, shift)
-            whole = _of_rank(problem, q, k, v, reduced)
+            whole = of_rank(problem, q, k, v, reduced)
         else:
             q, reduced = queries, None
-            whole = _of_rank(problem, queries, k, v, None)
+            whole = of_rank(problem, queries, k, v, None)
         own = dataclasses.replace(whole, reduction=None, restore=False)
         return launch.attention(own, q, k, v, out, return_lse, None, None, reduced)
 
@@ -171,24 +219,43 @@ def _projected(
         made = launch.project(problem, q, k, factors, return_lse or kept, sketched=tolerance is not None)
         if tolerance is not None:
             ranks, errors = launch.decide(problem, q, k, v, made, ranks, tolerance, reference.SPREAD)
-        queries, keys, shift, reduced = q, k, made.shift, None
-        if projection.mixed or kept or tolerance is not None:
-            reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
-        fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
-        if reduced is None or (fewer and not kept):
-            # No head needs q and k themselves: Qhat and Khat take their place, and all heads lack the shift.
-            queries, keys = made.queries, made.keys
-            reduced = reduced and reduced._replace(shift=None)
-        else:
-            shift = None
-        own = _of_rank(problem, queries, keys, v, reduced, alike=fewer and not projection.mixed)
+        own, replaced, reduced = projected_problem(problem, projection, q, k, v, made, ranks, tolerance)
+        queries, keys = (made.queries, made.keys) if replaced else (q, k)
         result, lse = launch.attention(own, queries, keys, v, out, return_lse, None, None, reduced)
-        if lse is not None and shift is not None:
-            lse += shift
+        if lse is not None and replaced and made.shift is not None:
+            lse += made.shift
         return result, lse, ranks, errors
 
 
-def _of_rank(
+def projected_problem(
+    problem: Problem,
+    projection: Projection,
+    q: Any,
+    k: Any,
+    v: Any,
+    made: launch.Projected,
+    ranks: Any,
+    tolerance: float | None,
+) -> tuple[Problem, bool, launch.Reduced | None]:
+    """What is launched behind a projection.
+
+    The problem, whether Qhat and Khat take the place of q and k in it, and what is beside them.
+    """
+    kept = bool(problem.near or problem.sinks)
+    reduced = None
+    if projection.mixed or kept or tolerance is not None:
+        reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
+    fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
+    replaced = reduced is None or (fewer and not kept)
+    queries, keys = q, k
+    if replaced:  # no head needs q and k themselves, and all heads lack the shift
+        queries, keys = made.queries, made.keys
+        reduced = reduced and reduced._replace(shift=None)
+    alike = fewer and not projection.mixed
+    return of_rank(problem, queries, keys, v, reduced, alike), replaced, reduced
+
+
+def of_rank(
     problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.Reduced | None, alike: bool = False
 ) -> Problem:
     """The problem of queries and keys, which are Qhat and Khat unless some heads have q and k themselves."""

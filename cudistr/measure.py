@@ -184,6 +184,7 @@ def measure(
     seed: int,
     stream: Any,
     tolerance: float | None = None,
+    exact_if_faster: bool | None = None,
 ) -> ErrorReport:
     """Compare sampled rows of a checked problem with the exact ones. Waits for the device."""
     every = problem.batch * problem.seqlen_q
@@ -194,15 +195,20 @@ def measure(
     xp = np if problem.device is None else importlib.import_module("cupy")
     with launch.placed(problem.device, stream):
         ranks: NDArray[np.int32] | None = None
-        if tolerance is not None and isinstance(reduction, Projection):
+        within = tolerance is not None and isinstance(reduction, Projection)
+        problem, reduction, tolerance, _ = compose.settle(problem, reduction, tolerance, exact_if_faster)
+        if within:
             ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
             if problem.rank is not None:
+                assert isinstance(reduction, Projection) and tolerance is not None
                 out, _, chosen, _ = compose.within(
                     problem, reduction, q, k, v, None, False, stream, tolerance
                 )
                 ranks = _host(chosen).astype(np.int32)
         if ranks is None or problem.rank is None:
-            out, _ = compose.attention(problem, reduction, q, k, v, None, False, stream)
+            out, _ = compose.attention(
+                problem, reduction, q, k, v, None, False, stream, exact_if_faster=False
+            )
         energies, factors = _energies(problem, reduction, q, k, v, out, ranks, rows, seed, stream, xp)
     output, scores = (
         (energies[..., i] * factors, energies[..., i + 1] * factors) for i in (0, 2)

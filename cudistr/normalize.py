@@ -802,6 +802,23 @@ def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float |
     return number
 
 
+def check_exact_if_faster(value: Any) -> bool | None:
+    """``exact_if_faster`` of :func:`cudistr.attention`.
+
+    Raises
+    ------
+    TypeError
+    """
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(
+        f"exact_if_faster must be True, False or None, got {_kind(value)} {value!r}. True takes exact attention where "
+        "the reduction is slower, False never does, None does with a tolerance."
+    )
+
+
 def check_sample(rows: Any, seed: Any) -> tuple[int, int]:
     """``rows`` and ``seed`` of :func:`cudistr.attention_error` as Python ints.
 

@@ -178,7 +178,9 @@ def attend(q: Any, k: Any, v: Any, reduction: Any, causal: bool, xp: Any) -> Any
             ranks = decided(q, k, v, reduction, causal, np)
         reduction, tolerance = reduction.projection, reduction.tolerance
     if xp is not np:
-        return cudistr.attention(q, k, v, causal=causal, reduction=reduction, tolerance=tolerance)
+        return cudistr.attention(
+            q, k, v, causal=causal, reduction=reduction, tolerance=tolerance, exact_if_faster=False
+        )
     return _on_cpu(q, k, v, reduction, causal, ranks)
 
 
@@ -186,7 +188,13 @@ def decided(q: Any, k: Any, v: Any, within: Within, causal: bool, xp: Any) -> ND
     """Columns that each head of a call uses, (batch, heads) on the host."""
     if xp is not np:
         report = cudistr.attention_error(
-            q, k, v, causal=causal, reduction=within.projection, tolerance=within.tolerance
+            q,
+            k,
+            v,
+            causal=causal,
+            reduction=within.projection,
+            tolerance=within.tolerance,
+            exact_if_faster=False,
         )
         return np.array(report.ranks, np.int32)
     problem = normalize.problem(q, k, v, reduction=within.projection, causal=causal)

@@ -127,8 +127,10 @@ ROOMS = (
     "tensormap",
     "launch",
     "projection",
+    "worth",
     "compose",
     "measure",
+    "explain",
     "api",
 )
 

@@ -1,0 +1,119 @@
+"""What a call says that it does, beside what it does; and exact attention where a reduction is slower."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cudistr
+from cudistr import LSH, Energy, Projection, compiler, launch
+from tests.gpu.util import inputs, on_device, same_bits
+from tests.strategies import random
+
+pytestmark = pytest.mark.gpu
+
+REDUCTIONS = {
+    "exact": None,
+    "LSH": LSH(2),
+    "mean of four": LSH(4, representative="mean"),
+    "near": LSH(2, near=70, sinks=8),
+    "all near": LSH(2, near=500),
+    "rank1": LSH(2, representative="rank1"),
+    "rank1, near": LSH(2, representative="rank1", near=70, sinks=8),
+    "Energy": Energy(16, near=0, sinks=0),
+    "Energy, near": Energy(16, near=70, sinks=8),
+    "projection": "rank 16",
+    "projection, near": "rank 16, near",
+    "projection, all near": "rank 16, all near",
+    "tolerance": "near, tolerance",
+}
+
+
+def arguments(kind, dtype, lengths=(150, 170)):
+    """Arrays on the device, and what is asked for."""
+    host = inputs(3, dtype, lengths=lengths, head_dim=32)
+    given = [on_device(x) for x in host]
+    reduction = REDUCTIONS[kind]
+    if not isinstance(reduction, str):
+        return given, {"reduction": reduction, "causal": True}
+    projection = Projection.fit(*host[:2], rank=16)
+    if "near" in reduction:
+        projection = projection.with_near(500 if "all" in reduction else 70, sinks=8)
+    options = {"reduction": projection, "causal": True}
+    return given, options | ({"tolerance": 0.99} if "tolerance" in reduction else {})
+
+
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@pytest.mark.parametrize("family", ["portable", "hopper"])
+def test_kernels_are_those_that_run(kind, family, monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    given, options = arguments(kind, np.float16)
+    plan = cudistr.attention_plan(*given, **options, exact_if_faster=False)
+    ran = []
+    launched = launch._Launch.__call__
+
+    def told(self, *addresses):
+        ran.append(next(k.name for (k, _), f in compiler._functions.items() if f.ptr == self.function.ptr))
+        launched(self, *addresses)
+
+    monkeypatch.setattr(launch._Launch, "__call__", told)
+    cudistr.attention(*given, **options, exact_if_faster=False)
+    assert tuple(ran) == plan.kernels
+    assert len(plan.tiles) == sum("flash_fwd" in name for name in ran)
+    assert plan.reduction == options["reduction"] or "all near" in kind
+
+
+@pytest.mark.parametrize("kind", ["LSH", "near", "rank1", "Energy", "projection", "tolerance"])
+def test_exact_if_faster(kind):
+    # So few keys are too few for any reduction of 16-bit numbers.
+    given, options = arguments(kind, np.float16)
+    causal = {"causal": True}
+    exact = cudistr.attention(*given, **causal, return_lse=True)
+    found = cudistr.attention(*given, **options, exact_if_faster=True, return_lse=True)
+    for one, like in zip(found, exact, strict=True):
+        same_bits(one, like)
+    plan = cudistr.attention_plan(*given, **options, exact_if_faster=True)
+    assert plan.reduction is None and "because it is faster" in plan.reason
+    report = cudistr.attention_error(*given, **options, exact_if_faster=True)
+    assert report.output.value < 2e-3
+    asked = cudistr.attention_plan(*given, **options, exact_if_faster=False)
+    assert asked.reduction == options["reduction"] and "exact_if_faster=True takes it" in asked.reason
+    report = cudistr.attention_error(*given, **options, exact_if_faster=False)
+    assert report.output.value > 2e-3
+    # Left open, it is allowed with a tolerance alone.
+    left = cudistr.attention_plan(*given, **options)
+    assert (left.reduction is None) == ("tolerance" in options)
+    found = cudistr.attention(*given, **options)
+    same = np.array_equal(*(np.asarray(getattr(x, "get", lambda x=x: x)()) for x in (found, exact[0])))
+    assert same == ("tolerance" in options)
+
+
+def test_a_tolerance_that_is_exact_says_so():
+    given, options = arguments("tolerance", np.float16)
+    report = cudistr.attention_error(*given, **options)
+    assert {r for entry in report.ranks for r in entry} == {32}
+
+
+def test_enough_keys_are_reduced():
+    # float32 products take longest.
+    given, options = arguments("LSH", np.float32, lengths=(400, 400))
+    plan = cudistr.attention_plan(*given, **options, exact_if_faster=True)
+    assert plan.reduction == LSH(2) and "as asked for: a query sees" in plan.reason
+    found = cudistr.attention(*given, **options, exact_if_faster=True)
+    same_bits(found, cudistr.attention(*given, **options))
+
+
+def test_plan_of_nothing():
+    q = on_device(random(0, 1, 2, 0, 32))
+    k = on_device(random(0, 1, 2, 8, 32))
+    plan = cudistr.attention_plan(q, k, k, reduction=LSH(2))
+    assert plan.kernels == plan.tiles == () and "nothing to compute" in str(plan)
+
+
+def test_plan_refuses_what_a_call_refuses():
+    given, options = arguments("LSH", np.float16)
+    for call in (cudistr.attention, cudistr.attention_plan, cudistr.attention_error):
+        with pytest.raises(TypeError, match="exact_if_faster must be True, False or None, got int 1"):
+            call(*given, **options, exact_if_faster=1)
+        with pytest.raises(TypeError, match="tolerance is for a reduction that is a cudistr.Projection"):
+            call(*given, **options, tolerance=0.5)
