@@ -97,9 +97,14 @@ def settle(
     found = worth(problem, launch.device_properties(problem.device), columns, tolerance is not None)
     allowed = tolerance is not None if exact_if_faster is None else exact_if_faster
     if allowed and found.exact_is_faster:
-        exact = dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
-        return Settled(exact, None, None, found)
+        return Settled(_exact(problem), None, None, found)
     return Settled(problem, reduction, tolerance, found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _exact(problem: Problem) -> Problem:
+    """The problem without its reduction. Kept: this happens on every call, and making a problem takes long beside it."""
+    return dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
 
 
 def attention(
