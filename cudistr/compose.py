@@ -103,7 +103,7 @@ def settle(
 
 @functools.lru_cache(maxsize=1024)
 def _exact(problem: Problem) -> Problem:
-    """The problem without its reduction. Kept: this happens on every call, and making a problem takes long beside it."""
+    """The problem without its reduction. Kept: this happens on every call, and making a problem takes long."""
     return dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
 
 
