@@ -66,10 +66,10 @@ def attention(
         call, and a head whose error may be larger than this is exact: see the notes. Without a reduction the call is
         exact: to find factors for one call takes far longer than the call. Fit a projection once.
     exact_if_faster : bool, optional
-        Whether the call is exact where the reduction saves no time, as it does for long sequences only: see
-        :func:`attention_plan`, which says what a call does. True allows it, False does not. None, the default,
-        allows it with a ``tolerance``, to which exact attention keeps too; without one a call does what it says.
-        NumPy arrays are reduced in any case.
+        Whether the call may be exact where exact attention was measured to be faster, as it is for short sequences:
+        :func:`attention_plan` says what a call does. True allows it, False does not. None, the default, allows it
+        with a ``tolerance``, to which exact attention keeps too; without one a call does what it says. NumPy arrays
+        are reduced in any case.
     return_lse : bool, default False
         Whether to return ``lse`` too.
     out : array (batch, heads, seqlen_q, head_dim_v), optional
@@ -298,14 +298,14 @@ def attention_plan(
     kernels: none
     """
     adopted = normalize.adopt(q=q, k=k, v=v)
+    q_in, k_in, v_in = adopted.arrays
     problem = normalize.problem(
-        *adopted.arrays, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
+        q_in, k_in, v_in, reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap
     )
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)
     exact_if_faster = normalize.check_exact_if_faster(exact_if_faster)
     with launch.placed(problem.device, adopted.stream):
-        q_in, k_in, v_in = adopted.arrays
         return explain(problem, reduction, q_in, k_in, v_in, tolerance, exact_if_faster)
 
 

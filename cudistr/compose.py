@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cudistr import launch, reference
-from cudistr.normalize import Problem, Ranked, row_strides, rows_aligned
+from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
 from cudistr.plan import Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
@@ -46,11 +46,10 @@ def parts(problem: Problem) -> tuple[Part, ...]:
     They are the passes of :func:`cudistr.plan.passes`; where none of these is reduced, one exact call is left.
     """
     whole = dataclasses.replace(problem, near=0, sinks=0)
-    exact = dataclasses.replace(whole, reduction=None, rank=None, restore=False)
     chosen = passes(problem)
     if not any(x.reduced for x in chosen):
-        return (Part(exact, 0, problem.seqlen_k),)
-    return tuple(_part(whole if x.reduced else exact, x) for x in chosen)
+        return (Part(exact(problem), 0, problem.seqlen_k),)
+    return tuple(_part(whole if x.reduced else exact(problem), x) for x in chosen)
 
 
 def _part(problem: Problem, own: Pass) -> Part:
@@ -77,34 +76,28 @@ class Settled(NamedTuple):
     worth: Worth | None  # None where nothing is reduced, and on the host, whose reference is never about time
 
 
+def _may_be_exact(tolerance: float | None, exact_if_faster: bool | None) -> bool:
+    """Whether exact attention may stand for a slower reduction: None allows it where it keeps to a tolerance."""
+    return tolerance is not None if exact_if_faster is None else exact_if_faster
+
+
 def settle(
     problem: Problem,
     reduction: Reduction | None,
     tolerance: float | None,
     exact_if_faster: bool | None,
 ) -> Settled:
-    """Take exact attention in place of a reduction that is slower, if that is allowed.
-
-    It is if ``exact_if_faster`` says so, and unless it denies it with a tolerance, to which exact attention keeps too.
-    """
-    reduced = problem.reduction is not None or problem.rank is not None
-    if not reduced or problem.device is None or problem.empty:
+    """Take exact attention in place of a reduction that is slower, if that is allowed."""
+    if not problem.reduced or problem.device is None or problem.empty:
         return Settled(problem, reduction, tolerance, None)
     columns = 0.0
     if problem.rank is not None:
         assert isinstance(reduction, Projection)
         columns = sum(reduction.ranks) / len(reduction.ranks)
     found = worth(problem, launch.device_properties(problem.device), columns, tolerance is not None)
-    allowed = tolerance is not None if exact_if_faster is None else exact_if_faster
-    if allowed and found.exact_is_faster:
-        return Settled(_exact(problem), None, None, found)
+    if found.exact_is_faster and _may_be_exact(tolerance, exact_if_faster):
+        return Settled(exact(problem), None, None, found)
     return Settled(problem, reduction, tolerance, found)
-
-
-@functools.lru_cache(maxsize=1024)
-def _exact(problem: Problem) -> Problem:
-    """The problem without its reduction. Kept: this happens on every call, and making a problem takes long."""
-    return dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
 
 
 def attention(
@@ -120,7 +113,7 @@ def attention(
     exact_if_faster: bool | None = None,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
-    if exact_if_faster or (exact_if_faster is None and tolerance is not None):
+    if _may_be_exact(tolerance, exact_if_faster):
         problem, reduction, tolerance, _ = settle(problem, reduction, tolerance, exact_if_faster)
     projection = reduction if isinstance(reduction, Projection) else None
     if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
@@ -218,8 +211,7 @@ def _projected(
         ranks, errors = projection.head_ranks(problem.batch, problem.device), None
         kept = bool(problem.near or problem.sinks)
         if kept and tolerance is None and not any(x.reduced for x in passes(problem)):
-            whole = dataclasses.replace(problem, rank=None, near=0, sinks=0)
-            return *launch.attention(whole, q, k, v, out, return_lse, None), ranks, errors
+            return *launch.attention(exact(problem), q, k, v, out, return_lse, None), ranks, errors
         factors = projection.factors(q.dtype, problem.device)
         made = launch.project(problem, q, k, factors, return_lse or kept, sketched=tolerance is not None)
         if tolerance is not None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cudistr import compose, launch
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, exact
 from cudistr.plan import (
     ITEMSIZE,
     Plan,
@@ -70,20 +70,17 @@ def explain(
     exact_if_faster: bool | None,
 ) -> CallPlan:
     """What a call does with a checked problem."""
-    reduced = problem.reduction is not None or problem.rank is not None
+    asked = reduction if problem.reduced else None
     if problem.empty:
-        return CallPlan(reduction if reduced else None, "there is nothing to compute", (), ())
+        return CallPlan(asked, "there is nothing to compute", (), ())
     if problem.device is None:
-        return CallPlan(
-            reduction if reduced else None, "NumPy arrays are computed by the float64 reference", (), ()
-        )
+        return CallPlan(asked, "NumPy arrays are computed by the float64 reference", (), ())
     check_device(launch.device_properties(problem.device), problem.device)
     settled = compose.settle(problem, reduction, tolerance, exact_if_faster)
     names, plans = _Steps(problem.device).of(settled, q, k, v)
-    runs_reduced = settled.problem.reduction is not None or settled.problem.rank is not None
     if settled.worth is None:
         reason = "as asked for"
-    elif not runs_reduced:
+    elif not settled.problem.reduced:
         reason = f"instead of {reduction}, because it is faster: {settled.worth}"
     elif settled.worth.exact_is_faster:
         reason = (
@@ -91,7 +88,7 @@ def explain(
         )
     else:
         reason = f"as asked for: {settled.worth}"
-    chosen = settled.reduction if runs_reduced else None
+    chosen = asked if settled.problem.reduced else None
     return CallPlan(chosen, reason, tuple(names), tuple(map(_tiles, plans)))
 
 
@@ -170,7 +167,7 @@ class _Steps:
     ) -> None:
         kept = bool(problem.near or problem.sinks)
         if kept and tolerance is None and not any(x.reduced for x in passes(problem)):
-            return self._one(dataclasses.replace(problem, rank=None, near=0, sinks=0))
+            return self._one(exact(problem))
         columns = projection.columns
         self.names.append(project_kernel(problem, columns).name)
         if tolerance is not None:

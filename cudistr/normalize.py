@@ -24,11 +24,13 @@ __all__ = [
     "Problem",
     "Ranked",
     "adopt",
+    "check_exact_if_faster",
     "check_group",
     "check_merge",
     "check_out",
     "check_sample",
     "check_tolerance",
+    "exact",
     "problem",
 ]
 
@@ -133,9 +135,20 @@ class Problem:
         return (self.batch, self.heads, self.seqlen_q, self.head_dim_v)
 
     @property
+    def reduced(self) -> bool:
+        """Whether a reduction was asked for that is not exact attention by itself."""
+        return self.reduction is not None or self.rank is not None
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to compute: the output has no element, or no query has a key."""
         return 0 in self.out_shape or self.seqlen_k == 0
+
+
+@functools.lru_cache(maxsize=1024)
+def exact(problem: Problem) -> Problem:
+    """The problem without its reduction. Kept, since a call may need it every time."""
+    return dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
 
 
 class Adopted(NamedTuple):

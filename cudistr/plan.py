@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cudistr.errors import UnsupportedDeviceError
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, exact
 from cudistr.reductions import BLOCK_Q_DEFAULT, LSH, Energy
 
 __all__ = [
@@ -972,8 +972,7 @@ def copies_queries(problem: Problem, device: Device) -> bool:
         return False
     if isinstance(reduction, LSH) and not (problem.near or problem.sinks):
         return False
-    whole = dataclasses.replace(problem, reduction=None, near=0, sinks=0, restore=False)
-    return hopper_kernel(whole, device) is not None
+    return hopper_kernel(exact(problem), device) is not None
 
 
 def copied_queries(problem: Problem) -> tuple[Step, int]:

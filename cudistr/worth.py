@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, exact
 from cudistr.plan import Device, hopper_kernel
 from cudistr.reductions import LSH
 
@@ -94,8 +93,7 @@ def _visible_keys(problem: Problem) -> float:
 
 def _family(problem: Problem, device: Device) -> str:
     """The kernel that exact attention has."""
-    whole = dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
-    if hopper_kernel(whole, device) is not None:
+    if hopper_kernel(exact(problem), device) is not None:
         return "hopper"
     return "float32" if problem.dtype == "float32" and not problem.tf32 else "portable"
 

@@ -43,7 +43,7 @@ def whole(problem: Problem, options: Options, queries: Layout, keys: Layout) -> 
     seqlen_q, seqlen_k = queries.seqlen, keys.seqlen
     span = seqlen_q + seqlen_k
     near = sinks = 0
-    if options.reduction is not None and (problem.reduction is not None or problem.rank is not None):
+    if options.reduction is not None and problem.reduced:
         near, sinks = options.reduction.outline.near, options.reduction.outline.sinks
     left, right = (None if x is None or x >= span else x for x in (options.left, options.right))
     return dataclasses.replace(

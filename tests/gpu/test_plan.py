@@ -7,7 +7,7 @@ import pytest
 
 import cudistr
 from cudistr import LSH, Energy, Projection, compiler, launch
-from tests.gpu.util import inputs, on_device, same_bits
+from tests.gpu.util import cp, inputs, on_device, same_bits
 from tests.strategies import random
 
 pytestmark = pytest.mark.gpu
@@ -60,32 +60,31 @@ def test_kernels_are_those_that_run(kind, family, monkeypatch):
     cudistr.attention(*given, **options, exact_if_faster=False)
     assert tuple(ran) == plan.kernels
     assert len(plan.tiles) == sum("flash_fwd" in name for name in ran)
-    assert plan.reduction == options["reduction"] or "all near" in kind
+    assert plan.reduction == options["reduction"]
 
 
 @pytest.mark.parametrize("kind", ["LSH", "near", "rank1", "Energy", "projection", "tolerance"])
 def test_exact_if_faster(kind):
-    # So few keys are too few for any reduction of 16-bit numbers.
+    # So few keys are too few for any reduction of 16-bit numbers. On normal data each loses far more than rounding does.
+    rounding = 2e-3  # above float16's 2^-11
     given, options = arguments(kind, np.float16)
-    causal = {"causal": True}
-    exact = cudistr.attention(*given, **causal, return_lse=True)
+    exact = cudistr.attention(*given, causal=True, return_lse=True)
     found = cudistr.attention(*given, **options, exact_if_faster=True, return_lse=True)
     for one, like in zip(found, exact, strict=True):
         same_bits(one, like)
     plan = cudistr.attention_plan(*given, **options, exact_if_faster=True)
     assert plan.reduction is None and "because it is faster" in plan.reason
     report = cudistr.attention_error(*given, **options, exact_if_faster=True)
-    assert report.output.value < 2e-3
+    assert report.output.value < rounding
     asked = cudistr.attention_plan(*given, **options, exact_if_faster=False)
     assert asked.reduction == options["reduction"] and "exact_if_faster=True takes it" in asked.reason
     report = cudistr.attention_error(*given, **options, exact_if_faster=False)
-    assert report.output.value > 2e-3
+    assert report.output.value > 10 * rounding
     # Left open, it is allowed with a tolerance alone.
     left = cudistr.attention_plan(*given, **options)
     assert (left.reduction is None) == ("tolerance" in options)
     found = cudistr.attention(*given, **options)
-    same = np.array_equal(*(np.asarray(getattr(x, "get", lambda x=x: x)()) for x in (found, exact[0])))
-    assert same == ("tolerance" in options)
+    assert (cp.asnumpy(found) == cp.asnumpy(exact[0])).all() == ("tolerance" in options)
 
 
 def test_a_tolerance_that_is_exact_says_so():

@@ -98,8 +98,8 @@ def test_a_captured_call():
     q, k, v, projection = arrays(np.float16)
     given = [on_device(x) for x in (q, k, v)]
     stream = cp.cuda.Stream(non_blocking=True)
-    options = {"causal": True, "reduction": projection, "tolerance": 0.05, "return_lse": True}
-    options["exact_if_faster"] = False
+    options = {"causal": True, "reduction": projection, "return_lse": True}
+    options |= {"tolerance": 0.05, "exact_if_faster": False}
     with stream:
         expected = cudistr.attention(*given, **options)
         stream.begin_capture()
