@@ -215,7 +215,8 @@ def _projected(
         factors = projection.factors(q.dtype, problem.device)
         made = launch.project(problem, q, k, factors, return_lse or kept, sketched=tolerance is not None)
         if tolerance is not None:
-            ranks, errors = launch.decide(problem, q, k, v, made, ranks, tolerance, reference.SPREAD)
+            known = projection.head_errors(problem.batch, problem.device)
+            ranks, errors = launch.decide(problem, q, k, v, made, ranks, known, tolerance, reference.SPREAD)
         own, replaced, reduced = projected_problem(problem, projection, q, k, v, made, ranks, tolerance)
         queries, keys = (made.queries, made.keys) if replaced else (q, k)
         result, lse = launch.attention(own, queries, keys, v, out, return_lse, None, None, reduced)

@@ -181,9 +181,9 @@ _PROBE = _parameters(
     ("scale", "f4"),
 )
 _DECIDE = _parameters(
-    ("factors outputs sums wanted ranks errors", "u8"),
+    ("factors outputs sums wanted known ranks errors", "u8"),
     ("splits parts", "i4"),
-    ("limit spread", "f4"),
+    ("limit spread share", "f4"),
 )
 _PREPARE_END = (
     ("q_batch q_head q_row k_batch k_head k_row order_units", "i8"),
@@ -1015,7 +1015,8 @@ def _decide_recipe(
         probe_kernel(problem), check_blocks(variants * splits * units), device, problem.device, _PROBE, values
     )
     of_row = splits * (variants - 1)
-    choice = {"splits": of_row, "parts": variants * splits, "limit": limit, "spread": spread}
+    choice: dict[str, Any] = {"splits": of_row, "parts": variants * splits, "limit": limit, "spread": spread}
+    choice["share"] = 1 / problem.seqlen_q
     kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
     choose = _launch(kernel, units, device, problem.device, _DECIDE, choice)
     return draw, probe, choose, variants * splits
@@ -1028,11 +1029,13 @@ def decide(
     v: Any,
     projected: Projected,
     wanted: Any,
+    known: Any,
     tolerance: float,
     spread: float,
 ) -> tuple[Any, Any]:
     """Which heads may use the ranks ``wanted``, int32 (batch, heads): the others are given head_dim.
 
+    ``known``, float32 (batch, heads, 2), is as :meth:`cudistr.Projection.known` has it.
     Returns the ranks, and the relative output error of each head as estimated from sampled rows, with its upper bound,
     float32 (batch, heads, 2). On the current device and stream; held if this is captured.
     """
@@ -1051,7 +1054,7 @@ def decide(
     shift = 0 if projected.shift is None else projected.shift.data.ptr
     drawn = [x.data.ptr for x in (wanted, rows, outputs, sums)]
     probe(*(x.data.ptr for x in (q, k, v, projected.queries, projected.keys)), shift, *drawn)
-    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, ranks, errors)))
+    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, known, ranks, errors)))
     return ranks, errors
 
 

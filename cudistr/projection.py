@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cudistr import launch, normalize, reference
 from cudistr.launch import Factors
-from cudistr.plan import PANEL_COLUMNS, PROJECT_GROUP
+from cudistr.plan import PANEL_COLUMNS, PROBE_ROWS, PROJECT_GROUP
 from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
 
 __all__ = ["Projection", "wide"]
@@ -26,7 +26,9 @@ NOISE = 1e-7
 SKETCH = 16  # random vectors; columns of one matrix instruction
 # Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
+ERROR_ROWS = 2048  # of a head and a batch entry, that errors are found of
 MAX_WEIGHTED = 2**23  # numbers at once in the sums that are weighted by the output: 32 MiB in float32
+MAX_CACHED = 2**18  # the same of what fits into a CPU's cache
 RANK_UNIT = 8  # what ranks are counted in where they are shared out: head_dim is a multiple of it
 
 
@@ -64,6 +66,9 @@ class Projection(Reduction):
     output_errors : float64 array (heads_kv, head_dim / 16 rounded up + 1)
         ``||O - Ohat|| / ||O||`` of each KV head on calibration rows that the fit has not seen, if it was fitted with
         v: for the ranks 0, 16, 32, ... and last head_dim. (heads_kv, 0) without v.
+    row_errors : float64 array of the same shape
+        ``||o - ohat||`` of the worst of these rows over the root mean square of ``||o||``; what a call with a tolerance
+        draws for certain counts less.
 
     Notes
     -----
@@ -106,7 +111,8 @@ class Projection(Reduction):
     mean: NDArray[np.float32] = field(repr=False, kw_only=True)  # of K, (heads_kv, head_dim)
     singular_values: NDArray[np.float64] = field(repr=False, kw_only=True)
     output_errors: NDArray[np.float64] = field(repr=False, kw_only=True)
-    _copies: dict[tuple[int, Any], Any] = field(default_factory=dict, repr=False, kw_only=True)
+    row_errors: NDArray[np.float64] = field(repr=False, kw_only=True)
+    _copies: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         outline = LowRank(
@@ -125,6 +131,7 @@ class Projection(Reduction):
             self.mean,
             self.singular_values,
             self.output_errors,
+            self.row_errors,
         ):
             array.setflags(write=False)
 
@@ -184,8 +191,8 @@ class Projection(Reduction):
         near, sinks : int, default 0
             As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
         rows : int, default 128
-            With v: query rows of each head and batch entry that are sampled for the weights, and as many others for
-            ``output_errors``; where there are no others, the same.
+            With v: query rows of each head and batch entry that are sampled for the weights. Errors are found of the
+            others, at most 2048; where there are no others, of the same.
         seed : int, default 0
             Of that sample, 0 to 2**32 - 1.
 
@@ -232,10 +239,13 @@ class Projection(Reduction):
             sums.add(*batch)
         full = sums.best()
         if v is not None:
-            errors = [sums.errors(full, *batch) for batch in batches]
-            total = np.maximum(np.sum([size for _, size in errors], axis=0), np.finfo(float).tiny)
+            of_batches = [sums.errors(full, *batch) for batch in batches]
+            *squares, worst = (np.stack(x) for x in zip(*of_batches, strict=True))
+            errors, sizes = (x.sum(axis=0) for x in squares)
             full = dataclasses.replace(
-                full, output_errors=np.sqrt(np.sum([e for e, _ in errors], axis=0) / total)
+                full,
+                output_errors=np.sqrt(errors / np.maximum(sizes, np.finfo(float).tiny)),
+                row_errors=np.sqrt(worst.max(axis=0)),
             )
         allowed = ranks_allowed(full.head_dim)
         if rank is None:
@@ -336,6 +346,7 @@ class Projection(Reduction):
                 mean=self.mean,
                 singular_values=self.singular_values,
                 output_errors=self.output_errors,
+                row_errors=self.row_errors,
             )
 
     @classmethod
@@ -357,8 +368,9 @@ class Projection(Reduction):
         heads, near, sinks = (int(x) for x in content["numbers"])
         ranks = tuple(int(x) for x in content["ranks"])
         heads_kv, head_dim, _ = content["queries"].shape
-        names = ("queries", "keys", "mean", "singular_values", "output_errors")
-        content.setdefault("output_errors", np.zeros((heads_kv, 0)))  # files of version 0.1 have none
+        names = ("queries", "keys", "mean", "singular_values", "output_errors", "row_errors")
+        for name in names[-2:]:
+            content.setdefault(name, np.zeros((heads_kv, 0)))  # files of version 0.1 have none
         arrays = {name: content[name] for name in names}
         return cls(heads, heads_kv, head_dim, ranks, near, sinks, **arrays)
 
@@ -420,6 +432,26 @@ class Projection(Reduction):
         vectors = np.random.RandomState(0).standard_normal((self.head_dim, SKETCH))
         a, b = (x.astype(np.float64) for x in (self.queries, self.keys))
         return vectors - a @ (b.swapaxes(1, 2) @ vectors)
+
+    def known(self) -> NDArray[np.float32]:
+        """Squares of each head's ``output_errors`` and ``row_errors`` at its rank, (heads, 2); 0 without them."""
+        if not self.output_errors.size or not self.row_errors.size:
+            return np.zeros((self.heads, 2), np.float32)
+        at = [ranks_allowed(self.head_dim).index(rank) for rank in self.ranks]
+        own = np.stack(
+            [x[np.arange(self.heads_kv), at] for x in (self.output_errors, self.row_errors)], axis=1
+        )
+        return np.repeat(np.square(own).astype(np.float32), self.heads // self.heads_kv, axis=0)
+
+    def head_errors(self, batch: int, index: int) -> Any:
+        """The same for each batch entry, (batch, heads, 2) on the current device; copied once."""
+        key = "errors", index, batch
+        if key not in self._copies:
+            import cupy
+
+            self._copies[key] = cupy.asarray(np.tile(self.known(), (batch, 1, 1)))
+            cupy.cuda.get_current_stream().synchronize()
+        return self._copies[key]
 
     def head_ranks(self, batch: int, index: int) -> Any:
         """Columns that each head of each batch entry uses, int32 (batch, heads) on the current device; copied once."""
@@ -563,19 +595,19 @@ class _Sums:
 
     def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
         """These rows, or a sample of them."""
-        return self._sample(self._seeing(problem), 0)
+        return self._sample(self._seeing(problem), 0, self.rows)
 
     def _held_out(self, problem: normalize.Problem) -> NDArray[np.intp]:
-        """As many that were not drawn, which the factors fit too well; the same ones if there are no others."""
+        """Those that were not drawn, which the factors fit too well; the same ones if there are no others."""
         seeing = self._seeing(problem)
-        drawn = self._sample(seeing, 0)
-        return self._sample(np.setdiff1d(seeing, drawn), 1) if len(drawn) < len(seeing) else drawn
+        drawn = self._sample(seeing, 0, self.rows)
+        return self._sample(np.setdiff1d(seeing, drawn), 1, ERROR_ROWS) if len(drawn) < len(seeing) else drawn
 
-    def _sample(self, rows: NDArray[np.intp], stream: int) -> NDArray[np.intp]:
-        if len(rows) <= self.rows:
+    def _sample(self, rows: NDArray[np.intp], stream: int, count: int) -> NDArray[np.intp]:
+        if len(rows) <= count:
             return rows
         random = np.random.RandomState([self.seed, stream])
-        return np.sort(random.choice(rows, self.rows, replace=False))
+        return np.sort(random.choice(rows, count, replace=False))
 
     def best(self) -> Projection:
         """The factors of these sums, all columns of them."""
@@ -613,19 +645,28 @@ class _Sums:
             mean=mean.astype(np.float32),
             singular_values=s,
             output_errors=np.zeros((first.heads_kv, 0)),
+            row_errors=np.zeros((first.heads_kv, 0)),
         )
 
     def errors(
         self, full: Projection, q: Any, k: Any, v: Any
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Squared output errors of the drawn rows (heads_kv, ranks), and squared outputs (heads_kv, 1)."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Of one batch and each KV head, over the rows that are held out.
+
+        Squared output errors (heads_kv, ranks), squared outputs (heads_kv, 1), and the largest squared error of a row
+        over the mean squared output (heads_kv, ranks).
+        """
         adopted = normalize.adopt(q=q, k=k, v=v)
         q, k, v = adopted.arrays
         problem = self.problem(q, k, v)
         allowed = ranks_allowed(problem.head_dim)
         found = np.zeros((problem.heads_kv, len(allowed) + 1))
+        worst = np.zeros((problem.heads_kv, len(allowed)))
         if problem.empty:
-            return found[:, :-1], found[:, -1:]
+            return found[:, :-1], found[:, -1:], worst
+        rows = self._held_out(problem)
+        chances = reference.chances(np.zeros(problem.seqlen_q), problem)
+        missed = 1 - np.minimum(1.0, PROBE_ROWS * chances[rows] / chances.sum())  # by a call's sample
         shared = problem.heads // problem.heads_kv
         xp = np if problem.device is None else importlib.import_module("cupy")
         with launch.placed(problem.device, adopted.stream):
@@ -633,10 +674,12 @@ class _Sums:
             for b, j in np.ndindex(problem.batch, problem.heads):
                 h = j // shared
                 own = [x[h] for x in factors]
-                found[h] += _host(
-                    _felt_ranks(q[b, j], k[b, h], v[b, h], own, allowed, problem, self._held_out, xp)
-                )
-        return found[:, :-1], found[:, -1:]
+                errors, size = _felt_ranks(q[b, j], k[b, h], v[b, h], own, allowed, problem, rows, xp)
+                found[h] += [*errors.sum(axis=1), size]
+                if size:
+                    largest = (errors * missed).max(axis=1)
+                    worst[h] = np.maximum(worst[h], largest * (len(rows) / size))
+        return found[:, :-1], found[:, -1:], worst
 
 
 def _single(array: Any, xp: Any) -> Any:
@@ -690,19 +733,19 @@ def _felt_ranks(
     factors: list[Any],
     allowed: list[int],
     problem: normalize.Problem,
-    drawn: Any,
+    every: NDArray[np.intp],
     xp: Any,
-) -> Any:
-    """Of one head and the drawn rows: squared output error for every rank, and the squared output at the end."""
+) -> tuple[NDArray[np.float64], float]:
+    """Of some rows of one head: squared output errors (ranks, rows), and the sum of all squared outputs."""
     a, b, mean = factors
     scale = np.float32(problem.scale)
     keys, values = _single(k, xp), _single(v, xp)
     khat = (keys - mean) @ b
-    every = drawn(problem)
-    total = xp.zeros(len(allowed) + 1)
-    step = max(1, MAX_WEIGHTED // problem.seqlen_k)
+    found = xp.zeros((len(allowed) + 1, len(every)), np.float32)
+    step = max(1, (MAX_CACHED if xp is np else MAX_WEIGHTED) // problem.seqlen_k)
     for start in range(0, len(every), step):
-        rows = xp.asarray(every[start : start + step])
+        some = slice(start, start + step)
+        rows = xp.asarray(every[some])
         queries = _single(q[rows], xp)
         qhat, shift = queries @ a, (queries @ mean)[:, None]
         unseen = ~reference.visible(rows, problem, xp)
@@ -712,9 +755,10 @@ def _felt_ranks(
         for i, rank in enumerate(allowed):
             scores = xp.where(kept, exact, scale * (qhat[:, :rank] @ khat[:, :rank].T + shift))
             error = _softmax(xp.where(unseen, np.float32(-np.inf), scores), xp) @ values - out
-            total[i] += (error**2).sum()
-        total[-1] += (out**2).sum()
-    return total
+            found[i, some] = (error**2).sum(axis=1)
+        found[-1, some] = (out**2).sum(axis=1)
+    *errors, sizes = _host(found)
+    return np.stack(errors), float(sizes.sum())
 
 
 def _mixed(plain: NDArray[np.float64], weighted: NDArray[np.float64], part: float) -> NDArray[np.float64]:

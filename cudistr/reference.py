@@ -390,23 +390,31 @@ def draw(residual: Float, problem: Problem) -> tuple[NDArray[np.intp], Float]:
     exact; and half by its residual, the energy that the reduction misses, if there are such keys. Points a constant
     apart are laid along the sum of all chances, so that a row which takes more than its share is drawn for certain.
     """
+    found = chances(residual, problem)
+    ends = np.cumsum(found)
+    points = (np.arange(PROBE_ROWS) + 0.5) / PROBE_ROWS * ends[-1]
+    rows = np.minimum(np.searchsorted(ends, points), len(residual) - 1)
+    return rows, ends[-1] / found[rows]
+
+
+def chances(residual: Float, problem: Problem) -> Float:
+    """Of each row, to be drawn: a sum that may stay below 1."""
     count = reduced_count(problem)
     keys = np.where(count > 0, 1.0 / np.maximum(count, 1), 0.0)
     missed = np.where(np.isfinite(residual) & (residual > 0) & (count > 0), residual, 0.0)
-    chances = np.full(len(residual), 0.25 / len(residual))
+    found = np.full(len(residual), 0.25 / len(residual))
     for share, weights in ((0.25, keys), (0.5, missed)):
         if weights.sum() > 0:
-            chances += share * weights / weights.sum()
-    ends = np.cumsum(chances)
-    points = (np.arange(PROBE_ROWS) + 0.5) / PROBE_ROWS * ends[-1]
-    rows = np.minimum(np.searchsorted(ends, points), len(residual) - 1)
-    return rows, ends[-1] / chances[rows]
+            found += share * weights / weights.sum()
+    return found
 
 
-def error_bound(errors: Float, sizes: Float) -> tuple[float, float]:
+def error_bound(errors: Float, sizes: Float, least: float = 0.0, missed: float = 0.0) -> tuple[float, float]:
     """Relative error from draws of squared errors and sizes, each times one over its chance; and its upper bound.
 
     The ratio of both sums, and SPREAD standard errors of its logarithm by linearisation. Not a number is no bound.
+    ``least`` and ``missed`` are squared relative errors: what the bound is at least, and what rows that were not drawn
+    may add.
     """
     if not errors.any():
         return 0.0, 0.0
@@ -414,7 +422,8 @@ def error_bound(errors: Float, sizes: Float) -> tuple[float, float]:
         ratio = errors.sum() / sizes.sum()
         influence = errors / errors.sum() - sizes / sizes.sum()
         deviation = np.sqrt((influence**2).sum() * len(errors) / (len(errors) - 1))
-        return float(np.sqrt(ratio)), float(np.sqrt(ratio * np.exp(SPREAD * deviation)))
+        bound = ratio * np.exp(SPREAD * deviation) + missed
+        return float(np.sqrt(ratio)), float(np.sqrt(np.maximum(bound, least)))
 
 
 def decide(
@@ -432,6 +441,7 @@ def decide(
     """
     shared = problem.heads // problem.heads_kv
     sketch = projection.sketch()
+    known = projection.known() / (1, problem.seqlen_q)  # one row of a head
     ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
     found = np.zeros((problem.batch, problem.heads, 2))
     for b, h in np.ndindex(*ranks.shape):
@@ -447,7 +457,7 @@ def decide(
             projected = _projected_scores(queries[rows], keys, projection, group, problem)
             reduced, _ = _attend(np.where(kept(rows, problem), scores, projected), values, seen)
             squares = [((x**2).sum(axis=1)) * factors for x in (reduced - exact, exact)]
-        found[b, h] = error_bound(squares[0], squares[1])
+        found[b, h] = error_bound(squares[0], squares[1], *known[h])
         if found[b, h, 1] <= tolerance:
             ranks[b, h] = projection.ranks[group]
     return ranks, found

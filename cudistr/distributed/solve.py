@@ -242,16 +242,13 @@ def _of_heads(reduction: Reduction | None, share: HeadShare) -> Reduction | None
     own = slice(*share.keys)
     arrays = {
         name: getattr(reduction, name)[own]
-        for name in ("queries", "keys", "mean", "singular_values", "output_errors")
+        for name in ("queries", "keys", "mean", "singular_values", "output_errors", "row_errors")
     }
-    ranks = reduction.ranks[own]
-    columns = max(ranks)
-    arrays |= {name: arrays[name][:, :, :columns] for name in ("queries", "keys")}
     return dataclasses.replace(
         reduction,
         heads=share.queries[1] - share.queries[0],
         heads_kv=share.keys[1] - share.keys[0],
-        ranks=ranks,
+        ranks=reduction.ranks[own],
         _copies={},
         **arrays,
     )

@@ -2,7 +2,8 @@
 // one head, a warp one row at a time. A head whose error may be larger is told to use all of its columns.
 //
 // The estimate is the ratio of the sums of squared errors and squared sizes, each row times one over its chance, as
-// measure.estimate has it; the bound is that of its logarithm, by linearisation.
+// measure.estimate has it; the bound is that of its logarithm, by linearisation. The data that the factors were found on
+// adds what a sample may miss: the worst of its rows once more, and the error is not taken to be smaller than there.
 //
 // Constants: HEAD_DIM, HEAD_DIM_V.
 #include "ptx/math.cuh"
@@ -13,12 +14,14 @@ struct DecideParams {
     const float* outputs;
     const float* sums;
     const i32* wanted;  // (batch, heads): ranks to decide on
+    const float* known;  // (batch, heads, 2): squared error there, and of the worst row, over the mean squared size
     i32* ranks;         // (batch, heads): those, or HEAD_DIM
     float* errors;      // (batch, heads, 2): relative error of the output as estimated, and its upper bound
     i32 splits;    // parts of a row: of the exact one the first, of the reduced one the last,
     i32 parts;     // of so many, at most one for each lane of a warp
     float limit;   // square of the tolerance
     float spread;  // standard errors of the logarithm that are added for the bound
+    float share;   // of a row: one over their number
 };
 
 namespace {
@@ -145,7 +148,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideP
     const float deviation = sqrtf(warp_sum(squares) * (float(kRows) / (kRows - 1)));
     const float ratio = errors / sizes;
     const bool same = errors == 0.f;  // whatever the sizes, and no number if they are zero
-    const float bound = same ? 0.f : ratio * expf(params.spread * deviation);
+    const float sampled = ratio * expf(params.spread * deviation) + params.known[head * 2 + 1] * params.share;
+    // Not a number stays, where fmaxf would leave it out.
+    const float bound = same ? 0.f : sampled < params.known[head * 2] ? params.known[head * 2] : sampled;
     if (lane == 0) {
         params.ranks[head] = bound <= params.limit ? rank : HEAD_DIM;  // not a number is no
         params.errors[head * 2] = same ? 0.f : sqrtf(ratio);

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import cudistr
 from cudistr import reference
-from cudistr.distributed import Group, Layout, connect
+from cudistr.distributed import Group, Layout, connect, solve
+from cudistr.distributed.schedule import HeadShare
 from tests.cpu.fakes import library
 from tests.cpu.ranks import Network, Threads, run_groups
+from tests.gpu.util import of_ranks
 from tests.strategies import BFLOAT16, Case, cases, naive_attention, random, with_exact_keys
 
 
@@ -184,6 +186,14 @@ def test_head_parallel_with_tolerance_decides_as_one_call():
     k[:, 1::2, :, 16:] = 0  # two heads that 16 columns hold
     projection = cudistr.Projection.fit(q, k, rank=16)
     check(2, q, k, v, Layout.split(200, 2), parallel="heads", reduction=projection, tolerance=0.05)
+
+
+def test_a_share_of_heads_that_use_no_columns_has_those_of_one_product():
+    q, k, v = arrays((100, 100), heads=4, heads_kv=4, head_dim=32)
+    whole = of_ranks(q, k, 0, 0, 32, 32)
+    own = solve._of_heads(whole, HeadShare((0, 2), (0, 2)))
+    assert own.ranks == (0, 0) and own.columns == 16 <= own.queries.shape[2] == own.keys.shape[2]
+    check(2, q, k, v, Layout.split(100, 2), parallel="heads", reduction=whole)
 
 
 def test_a_single_rank_gives_the_bits_of_one_call():

@@ -453,6 +453,36 @@ def test_output_errors_are_those_of_attention(causal, near, sinks):
             assert (found > 0).all()
 
 
+@pytest.mark.parametrize(("causal", "near"), [(False, 0), (True, 0), (True, 20), (False, 9)])
+def test_row_errors_are_those_of_the_worst_row(causal, near):
+    batches = [
+        (3 * decaying(s, 2, 4, 90, 48), 3 * decaying(s + 1, 2, 2, 90, 48), random(s + 2, 2, 2, 90, 32))
+        for s in (3, 7)
+    ]
+    # Of how many keys a query reduces goes a part of its chance to be drawn; see `reference.draw`.
+    position, keys = np.arange(90), np.arange(90)
+    reduced = np.abs(position[:, None] - keys) >= near
+    if causal:
+        reduced &= keys <= position[:, None]
+    count = reduced.sum(axis=1)
+    by_keys = np.where(count > 0, 1 / np.maximum(count, 1), 0.0)
+    chances = 1 / 90 + by_keys / by_keys.sum()
+    missed = 1 - np.minimum(1, 64 * chances / chances.sum())
+    for i, rank in enumerate((0, 16, 32)):
+        projection = Projection.fit(*zip(*batches, strict=True), rank=rank, causal=causal, near=near, rows=90)
+        worst = np.zeros(2)
+        for q, k, v in batches:
+            exact = cudistr.attention(q, k, v, causal=causal).astype(np.float64)
+            out = cudistr.attention(q, k, v, causal=causal, reduction=projection).astype(np.float64)
+            errors, sizes = (((x**2).sum(axis=3)) for x in (out - exact, exact))
+            relative = (errors * missed * (count > 0)).max(axis=2) / sizes[..., count > 0].mean(axis=2)
+            worst = np.maximum(worst, relative.reshape(2, 2, 2).max(axis=(0, 2)))
+        np.testing.assert_allclose(projection.row_errors[:, i] ** 2, worst, rtol=5e-3)
+        known = projection.known()
+        np.testing.assert_allclose(known[:, 1], np.repeat(worst, 2), rtol=5e-3)
+        np.testing.assert_allclose(known[:, 0], np.repeat(projection.output_errors[:, i] ** 2, 2), rtol=1e-6)
+
+
 def test_values_make_the_output_error_smaller():
     # The keys that hold most of K's energy, and so the score's, have scores that are low for every query.
     q, k, v = random(6, 1, 2, 200, 32), random(7, 1, 2, 200, 32), random(8, 1, 2, 200, 32)
@@ -527,12 +557,13 @@ def test_share_refuses_what_it_cannot_cut():
         Projection.share([3], 32)
 
 
-def test_output_errors_are_saved(tmp_path):
+@pytest.mark.parametrize("name", ["output_errors", "row_errors"])
+def test_errors_are_saved(tmp_path, name):
     projection = Projection.fit(Q, K, random(1, 1, 2, 7, 16), rank=16)
     projection.save(tmp_path / "new")
-    np.testing.assert_array_equal(Projection.load(tmp_path / "new").output_errors, projection.output_errors)
+    np.testing.assert_array_equal(getattr(Projection.load(tmp_path / "new"), name), getattr(projection, name))
     with np.load(tmp_path / "new") as file:
-        content = {name: file[name] for name in file if name != "output_errors"}
+        content = {other: file[other] for other in file if other != name}
     with open(tmp_path / "old", "wb") as file:
         np.savez(file, **content)
-    assert Projection.load(tmp_path / "old").output_errors.shape == (2, 0)
+    assert getattr(Projection.load(tmp_path / "old"), name).shape == (2, 0)

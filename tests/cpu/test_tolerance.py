@@ -96,6 +96,35 @@ def test_rows_are_drawn_where_the_error_is():
     assert 0.5 < factors.mean() / 300 < 2
 
 
+def rare(seed, seqlen, head_dim=64, pairs=24):
+    """q, k, v of low rank but for pairs of a query and a key: the query attends to it by what a projection leaves out.
+
+    All queries have as much of that, so that nothing in q by itself tells which they are. Returns the queries' places.
+    """
+    q, k, v = low_rank(1, 8, 0.0, seqlen=seqlen, heads=1, head_dim=head_dim)
+    generator = np.random.default_rng(seed)
+    beyond = np.linalg.svd(q[0, 0])[2][8:]
+    missed = generator.standard_normal((seqlen, head_dim - 8))
+    missed /= np.linalg.norm(missed, axis=1, keepdims=True)
+    rows, keys = generator.choice(seqlen, (2, pairs), replace=False)
+    q[0, 0] += missed @ beyond
+    k[0, 0, keys] = 80 * missed[rows] @ beyond
+    return q, k, v, rows
+
+
+def test_rows_that_no_sample_sees_are_known_from_calibration():
+    q, k, v, rows = rare(22, 2000)
+    *calibration, _ = rare(23, 2000)
+    exact = reference.attention(q, k, v)
+    for known in (False, True):
+        projection = Projection.fit(*calibration[: 2 + known], rank=16)
+        problem = cudistr.normalize.problem(q, k, v, reduction=projection)
+        missed = ((q[0, 0] @ projection.sketch()[0]) ** 2).sum(axis=1)
+        assert not np.isin(rows, reference.draw(missed, problem)[0]).any()
+        found = reference.attention(q, k, v, reduction=projection, tolerance=0.1)
+        assert (errors(found, exact).max() <= 0.1) == known
+
+
 def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():
     q, k, v = low_rank(4, 4, 0.1, seqlen=10, head_dim=24)
     np.testing.assert_array_equal(cudistr.attention(q, k, v, tolerance=0.02), cudistr.attention(q, k, v))

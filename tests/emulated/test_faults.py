@@ -489,6 +489,9 @@ FAULTS |= {
     "sampled rows that are not compared yet": Fault(
         DECIDE, f"{BARRIER}  // all rows are compared", "", f"read {RACE}", WITHIN
     ),
+    "the worst row of another head": Fault(DECIDE, "params.known[head * 2 + 1]", "params.known[(head ^ 2) * 2 + 1]", "[Nn]ot equal", WITHIN),
+    "no row is missed": Fault(DECIDE, "+ params.known[head * 2 + 1]", "+ 0.f", "[Nn]ot equal", WITHIN),
+    "a smaller error than was known": Fault(DECIDE, "? params.known[head * 2] :", "? sampled :", "[Nn]ot equal", WITHIN),
     "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
     "maxima of other scores": Fault(FLASH, "softmax.maximum[mt][half] -=", "softmax.maximum[mt][half] -= 0.f *", WRONG, KEPT),
     "a pass too few": Fault("tile/mask.cuh", "whole ? kWhole + 1 : count;", "whole ? kWhole + 1 : count - 1;", WRONG, KEPT),
@@ -863,6 +866,7 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         k += k.dtype.type(0.5)
         options["reduction"] = projection = util.of_ranks(q, k, *ranks).with_near(kept[0], sinks=kept[1])
     if "tolerance" in options:
+        projection = util.with_errors(projection)
         monkeypatch.setattr(Settings, "multiprocessors", 6)  # keys are split between several thread blocks
         arrays = [util.on_device(x) for x in (q, k, v)]
         problem = normalize.problem(*arrays, reduction=projection)

@@ -363,6 +363,7 @@ def test_probe(kernel: Kernel) -> None:
     q, k, v = util.inputs(6, dtype, batch=1, heads=2, lengths=(90, 100), head_dim=constants["HEAD_DIM"])
     v = np.concatenate([v] * (constants["HEAD_DIM_V"] // v.shape[3]), axis=3)
     projection = util.of_ranks(q, k, 16, 32).with_near(20 * constants["KEPT"], sinks=5 * constants["KEPT"])
+    projection = util.with_errors(projection)
     arrays = [util.on_device(x, layout) for x in (q, k, v)]
     problem = normalize.problem(*arrays, reduction=projection, causal=True)
     *_, ranks, errors = compose.within(problem, projection, *arrays, None, False, None, 0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,9 +36,12 @@ def arrays(dtype, seqlen=200, rank=16):
 def test_decisions_are_those_of_the_host(dtype, options, kept, rank):
     q, k, v, projection = arrays(dtype, rank=rank)
     projection = projection.with_near(kept[0], sinks=kept[1])
+    # As a fit with v knows the third head, which a sample finds to be good enough.
+    known = [[0.0], [0.0], [0.06]] * np.ones((3, 3))
+    projection = dataclasses.replace(projection, output_errors=known, row_errors=known)
     problem = normalize.problem(q, k, v, reduction=projection, **options)
     expected, wanted = reference.decide(q, k, v, problem, projection, 0.05)
-    assert expected[0, 0] == rank and expected[0, 1] == 32
+    assert expected.tolist() == [[rank, 32, 32]]
     given = [on_device(x) for x in (q, k, v)]
     problem = normalize.problem(*given, reduction=projection, **options)
     out, _, ranks, errors = compose.within(problem, projection, *given, None, False, None, 0.05)
@@ -61,7 +66,8 @@ def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypat
     held = []
     monkeypatch.setattr(launch, "hold", lambda *arrays: held.extend(arrays))
     made = launch.project(problem, *given[:2], projection.factors(q.dtype, 0), True, sketched=True)
-    launch.decide(problem, *given, made, projection.head_ranks(1, 0), 0.05, reference.SPREAD)
+    known = [x(1, 0) for x in (projection.head_ranks, projection.head_errors)]
+    launch.decide(problem, *given, made, *known, 0.05, reference.SPREAD)
     rows, factors = (
         next(cp.asnumpy(x) for x in held if x.shape == (1, 2, PROBE_ROWS) and x.dtype == dtype)
         for dtype in (np.int32, np.float32)

@@ -366,3 +366,14 @@ def of_ranks(q: np.ndarray, k: np.ndarray, *ranks: int) -> cudistr.Projection:
     return dataclasses.replace(
         projection, ranks=ranks, queries=projection.queries * own, keys=projection.keys * own
     )
+
+
+def with_errors(projection: cudistr.Projection) -> cudistr.Projection:
+    """The same, with errors of its own for every KV head and rank, as a fit with v knows them.
+
+    The first KV head has larger errors than any sample finds.
+    """
+    allowed = len(range(0, projection.head_dim, 16)) + 1
+    errors = np.arange(1.0, projection.heads_kv * allowed + 1).reshape(-1, allowed) / 100
+    errors[0] += 8.0
+    return dataclasses.replace(projection, output_errors=errors, row_errors=9 - errors)
