@@ -49,6 +49,7 @@ __all__ = [
     "interleave",
     "make_rows",
     "plain_attention",
+    "prepared",
     "run",
     "validate",
 ]
@@ -755,7 +756,8 @@ def make_factories(
     return factories
 
 
-def _prepared(methods: Iterable[str], arrays: Sequence[Any], case: Case) -> Prepared:
+def prepared(methods: Iterable[str], arrays: Sequence[Any], case: Case) -> Prepared:
+    """Of each method what makes its reduction and its tolerance, once, on the arrays of a case."""
     return {m: functools.cache(functools.partial(prepare, m, arrays, case.causal)) for m in methods}
 
 
@@ -830,8 +832,8 @@ HOST_CASE = Case("float16", 64, 64, 4, 4, 1, 128, 128, False)  # small: the devi
 
 def _measure_host(machine: Machine, methods: Sequence[str]) -> dict[str, float]:
     _, arrays = machine.inputs(HOST_CASE)
-    prepared = _prepared(methods, arrays, HOST_CASE)
-    calls = {method: _make_cudistr(arrays, HOST_CASE, prepared[method]) for method in methods}
+    made = prepared(methods, arrays, HOST_CASE)
+    calls = {method: _make_cudistr(arrays, HOST_CASE, made[method]) for method in methods}
     return {name: round(us, 3) for name, us in host_overhead(calls, machine.stream.synchronize).items()}
 
 
@@ -918,9 +920,9 @@ def run(args: argparse.Namespace) -> int:
             methods = [*chosen, "group"] if args.grouping else chosen
             for case in progress(cases(args), "case"):
                 tensors, arrays = machine.inputs(case)
-                prepared = _prepared(chosen, arrays, case)
-                kernels = {method: machine.family(arrays, case, method, prepared) for method in methods}
-                factories = make_factories(case, methods, prepared, peers, tensors, arrays, machine.cupy)
+                made = prepared(chosen, arrays, case)
+                kernels = {method: machine.family(arrays, case, method, made) for method in methods}
+                factories = make_factories(case, methods, made, peers, tensors, arrays, machine.cupy)
                 timings = interleave(factories, machine.timer, seconds=args.seconds, row_ms=ROW_MS)
                 rows += make_rows(case, kernels, timings, peers)
     record["rows"] = rows

@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": "run a vision transformer on a photograph, exact and with DistrAttention",
     "doctor": "say what is there, what is wrong and how to mend it",
     "bench": "measure attention beside its peers and write a record",
-    "tune": "find the fastest tiles for this GPU and keep them",
+    "tune": "find the fastest tiles for this GPU, or which reductions are faster than exact attention",
     "eval": "measure what a reduction does to pretrained models and write a record",
 }
 MODULES = {"eval": "evaluate"}  # where a command lives, if not in a module of its name

@@ -94,7 +94,8 @@ def settle(
     if problem.rank is not None:
         assert isinstance(reduction, Projection)
         columns = sum(reduction.ranks) / len(reduction.ranks)
-    found = worth(problem, launch.device_properties(problem.device), columns, tolerance is not None)
+    device, measured = launch.device_properties(problem.device), launch.break_even(problem.device)
+    found = worth(problem, device, columns, tolerance is not None, measured)
     if found.exact_is_faster and _may_be_exact(tolerance, exact_if_faster):
         return Settled(exact(problem), None, None, found)
     return Settled(problem, reduction, tolerance, found)

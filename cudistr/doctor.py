@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import platform
@@ -132,8 +133,8 @@ class Facts:
     """What :func:`gather` found. None means absent; ``errors`` says why something could not be found out.
 
     ``driver`` and ``runtime`` are CUDA versions (major, minor); ``driver`` is the newest CUDA that the
-    driver runs. ``sources`` counts the .cu and .cuh files. ``tiles`` are those that ``cudistr tune`` has kept for
-    the GPU of the self test. ``nccl`` and ``mpi`` are asked for where there are several GPUs.
+    driver runs. ``sources`` counts the .cu and .cuh files. ``tiles`` and ``break_even`` are what ``cudistr tune``
+    has kept for the GPU of the self test. ``nccl`` and ``mpi`` are asked for where there are several GPUs.
     """
 
     python: str = ""
@@ -150,6 +151,7 @@ class Facts:
     cache: Cache | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     tiles: tuple[str, ...] = ()
+    break_even: tuple[str, ...] = ()
     nccl: str | None = None
     mpi: str | None = None
     compiled: Compiled | None = None
@@ -300,8 +302,22 @@ def _tiles(gpu: Gpu | None) -> tuple[str, ...]:
     return tuple(
         f"{key.dtype} {f'lsh{key.group_size}' if key.group_size else 'exact'} {key.head_dim}: "
         f"{tile.block_m} x {tile.tile_k}"
-        for key, tile in tuned.read(device, gpu.name)
+        for key, tile in tuned.read_tiles(device, gpu.name)
     )
+
+
+def _break_even(gpu: Gpu | None) -> tuple[str, ...]:
+    """From how many keys on reductions were measured to be faster on a GPU, in words."""
+    from cudistr import plan, tuned
+
+    if gpu is None:
+        return ()
+    device = plan.Device(gpu.arch, gpu.shared_optin, gpu.multiprocessors)
+    columns: dict[tuned.Column, list[str]] = {}
+    for (kind, kept, within), column, keys in tuned.read_break_even(device, gpu.name):
+        name = kind + " near" * kept + " tolerance" * within
+        columns.setdefault(column, []).append(f"{name} {'never' if math.isinf(keys) else f'{keys:.0f}'}")
+    return tuple(f"{kernel} {dim}: {', '.join(found)}" for (kernel, dim), found in columns.items())
 
 
 def _compile(gpu: Gpu | None) -> Compiled:
@@ -406,7 +422,12 @@ def gather(self_test: bool = True) -> Facts:
     )
     if len(facts.gpus or ()) > 1:
         facts = dataclasses.replace(facts, nccl=ask("nccl", _nccl), mpi=ask("mpi", _mpi))
-    facts = dataclasses.replace(facts, tiles=ask("tiles", lambda: _tiles(facts.device)) or ())
+    gpu = facts.device
+    facts = dataclasses.replace(
+        facts,
+        tiles=ask("tiles", lambda: _tiles(gpu)) or (),
+        break_even=ask("break_even", lambda: _break_even(gpu)) or (),
+    )
     if not self_test:
         return facts
     device = facts.device
@@ -639,7 +660,7 @@ def check_environment(facts: Facts) -> list[Check]:
             found = "1: float32 products keep about 3 decimal digits (TF32)"
             lines.append(Check(name, "note", found, "Unset it for float32-grade results."))
         elif name == "CUDISTR_TUNED" and value == "0":
-            found = "0: the tiles of cudistr tune are left out"
+            found = "0: what cudistr tune has measured is left out"
             lines.append(Check(name, "note", found, "Unset it to use them."))
         elif name == "CUDISTR_KERNEL":
             lines.append(Check(name, "note", value, "Unset it to leave the choice of kernels to cudistr."))
@@ -661,6 +682,18 @@ def check_tiles(facts: Facts) -> list[Check]:
         return []
     listed = "; ".join(facts.tiles)
     return [Check("tiles", "ok", f"measured here: {listed}" if listed else "cudistr's own")]
+
+
+def check_break_even(facts: Facts) -> list[Check]:
+    """From how many keys on reductions are taken to be faster than exact attention."""
+    if "break_even" in facts.errors:
+        remedy = "Calls go by another GPU's table. Run `python -m cudistr tune --break-even` again, or with --clear."
+        return [Check("break-even", "note", facts.errors["break_even"], remedy)]
+    if facts.device is None:
+        return []
+    table = "the table of an NVIDIA H200; `python -m cudistr tune --break-even` measures this GPU"
+    listed = "; ".join(facts.break_even)
+    return [Check("break-even", "ok", f"measured here: {listed}" if listed else table)]
 
 
 def check_compiler(facts: Facts) -> list[Check]:
@@ -704,6 +737,7 @@ CHECKS: tuple[Callable[[Facts], list[Check]], ...] = (
     check_kernels,
     check_environment,
     check_tiles,
+    check_break_even,
     check_compiler,
     check_self_test,
 )

@@ -394,8 +394,14 @@ def device_properties(index: int) -> Device:
         raise _no_answer(index, error) from error
     found = _tiles.get(index)
     return dataclasses.replace(
-        device, tiles=tuned.load(device, device_name(index)) if found is None else found
+        device, tiles=tuned.load_tiles(device, device_name(index)) if found is None else found
     )
+
+
+@functools.cache
+def break_even(index: int) -> tuned.Kept:
+    """From how many keys on ``cudistr tune`` has measured reductions to be faster on a device."""
+    return tuned.Kept(tuned.load_break_even(device_properties(index), device_name(index)))
 
 
 _tiles: dict[int, tuple[tuple[TileKey, Tile], ...]] = {}  # in place of those that are kept
@@ -407,6 +413,7 @@ def use_tiles(index: int, tiles: tuple[tuple[TileKey, Tile], ...] | None) -> Non
     if tiles is not None:
         _tiles[index] = tiles
     device_properties.cache_clear()
+    break_even.cache_clear()
     _recipe.cache_clear()
 
 

@@ -4,6 +4,9 @@ For every kernel that the options span, the planner's own tile and the candidate
 :func:`cudistr.plan.candidate_tiles` that ptxas compiles without a spill take turns; each must give the result of the
 planner's tile. A winner holds for this GPU, this version of cudistr and these sources, whatever the lengths, so it is
 the one with the smallest product of times over all lengths and masks.
+
+With ``--break-even``, exact attention and every reduction take turns at two lengths instead, and from how many keys on
+a reduction is faster follows from both (:mod:`cudistr.worth`).
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from typing import Any
 import numpy as np
 
 import cudistr
-from cudistr import bench, compiler, launch, normalize, tuned
+from cudistr import bench, compiler, launch, normalize, tuned, worth
 from cudistr import plan as planner
 from cudistr.plan import Device, Tile, TileKey
 
-__all__ = ["Result", "add_arguments", "compare", "run", "search"]
+__all__ = ["Result", "add_arguments", "break_even", "compare", "run", "search"]
 
+LENGTHS = (4096, 16384)  # of --break-even, those of the table
 MAX_CANDIDATES = 10  # beyond the tenth the estimate has never been near
 GAIN = 0.98  # of the time of the planner's tile is what a winner may take at most: less is noise
 ROUNDS = 7
@@ -137,6 +141,13 @@ def spilled(problem: normalize.Problem, device: Device, tile: Tile) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cudistr tune``: the shapes of ``cudistr bench``."""
     bench.add_shapes(parser, seqlen=[2048, 8192])
+    parser.set_defaults(seqlen=None, method=None, dtype=None)
+    parser.add_argument(
+        "--break-even",
+        action="store_true",
+        help="measure from how many keys on reductions are faster than exact attention instead, at two --seqlen "
+        f"({' '.join(map(str, LENGTHS))}), with every --method of which that is known",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="of timing (%(default)s)")
     parser.add_argument("--clear", action="store_true", help="forget what was kept for this GPU, and stop")
 
@@ -191,8 +202,104 @@ def _line(result: Result) -> str:
     return f"{head}: {_describe(result.best)} takes {gain:.3f} of the time of {_describe(result.default)}"
 
 
+def break_even(
+    times: Mapping[str, Mapping[bool, Mapping[int, float]]], head_dim: int
+) -> dict[str, tuple[tuned.Kind, float]]:
+    """What each method is, and from how many keys on it is faster than exact attention under any of the masks.
+
+    Parameters
+    ----------
+    times : mapping
+        Milliseconds by method, mask (whether it is causal) and seqlen, those of "exact" among them. A method that lacks
+        one of them is left out.
+    """
+    exact, found = times["exact"], {}
+    for method, of_masks in times.items():
+        kind = worth.kind_of(method, head_dim)
+        if kind is None or any(of_masks.get(causal, {}).keys() != ms.keys() for causal, ms in exact.items()):
+            continue
+        keys = max(worth.faster_from(ms, of_masks[causal], causal) for causal, ms in exact.items())
+        found[method] = kind, worth.rounded(keys)
+    return found
+
+
+def _methods(args: argparse.Namespace, head_dim: int) -> list[str]:
+    """Those that take turns with exact attention."""
+    if args.method is None:
+        return [x.format(half=head_dim // 2, quarter=head_dim // 4) for x in worth.METHODS]
+    return [method for method in args.method if method != "exact"]
+
+
+def _break_even(args: argparse.Namespace) -> int:
+    """Measure, print what was found, and keep it."""
+    args.seqlen, args.dtype = args.seqlen or list(LENGTHS), args.dtype or ["bfloat16", "float32"]
+    if len(set(args.seqlen)) != 2 or args.seqlen_q:
+        raise ValueError(f"--break-even takes two different --seqlen and no --seqlen-q, got {args.seqlen}.")
+    for head_dim, method in ((d, m) for d in args.head_dim for m in _methods(args, d)):
+        bench.method_of(method)
+        if args.method is not None and worth.kind_of(method, head_dim) is None:
+            raise ValueError(f"--break-even has no place for {method} at head_dim {head_dim}. Leave it away.")
+    with bench.Machine() as machine:
+        device, name = launch.device_properties(machine.index), machine.device
+        try:
+            kept = {(kind, column): keys for kind, column, keys in tuned.read_break_even(device, name)}
+        except (OSError, ValueError) as error:
+            print(f"what was kept cannot be read, and is replaced: {error}", file=sys.stderr)
+            kept = {}
+        found: dict[tuple[tuned.Kind, tuned.Column], float] = {}
+        times: dict[tuple[str, int], dict[str, dict[bool, dict[int, float]]]] = {}
+        columns = {}
+        cases = bench.cases(args)
+        for case in bench.progress(cases, "case"):
+            tensors, arrays = machine.inputs(case)
+            methods = ["exact", *_methods(args, case.head_dim)]
+            prepared = bench.prepared(methods, arrays, case)
+            calls = bench.make_factories(case, methods, prepared, (), tensors, arrays, machine.cupy)
+            timings = bench.interleave(
+                calls, machine.timer, seconds=0.0, min_rounds=args.rounds, row_ms=bench.ROW_MS
+            )
+            key = case.dtype, case.head_dim
+            columns[key] = worth.column(_problem(arrays, case, "exact"), device)
+            for method, ms in timings.ms.items():
+                of_masks = times.setdefault(key, {}).setdefault(method, {})
+                of_masks.setdefault(case.causal, {})[case.seqlen_k] = ms
+            for method, why in timings.failed.items():
+                bench.say(f"{case.dtype} {case.head_dim}, {case.seqlen_k} keys: {method} failed: {why}")
+        for (dtype, head_dim), of_methods in times.items():
+            column = columns[dtype, head_dim]
+            bench.say(f"{dtype} {head_dim}, against exact attention of {_name(column)}:")
+            for method, (kind, keys) in break_even(of_methods, head_dim).items():
+                bench.say(f"  {method}: {_from(keys)}")
+                found[kind, column] = max(keys, found.get((kind, column), 0.0))
+        kept |= found
+        place = tuned.save_break_even(
+            device, name, tuple((kind, column, keys) for (kind, column), keys in kept.items())
+        )
+        launch.break_even.cache_clear()
+    print(
+        f"{name}: {len(kept)} numbers of keys in {place}; CUDISTR_TUNED=0 leaves them out, --clear forgets them"
+    )
+    return 0
+
+
+def _name(column: tuned.Column) -> str:
+    kernel, head_dim = column
+    kind = {"hopper": "the Hopper kernel", "portable": "the portable kernel"}.get(kernel, kernel)
+    return f"{kind}, head_dim {'up to 64' if head_dim == 64 else 'beyond 64'}"
+
+
+def _from(keys: float) -> str:
+    return (
+        "never faster" if math.isinf(keys) else f"faster from {keys:.0f} keys on" if keys else "always faster"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure, print what was found, and keep the winners."""
+    """Measure, print what was found, and keep it."""
+    if args.break_even and not args.clear:
+        return _break_even(args)
+    args.seqlen, args.dtype = args.seqlen or [2048, 8192], args.dtype or ["bfloat16"]
+    args.method = args.method or ["exact", "lsh2", "lsh4"]
     for method in args.method:
         bench.reduction_of(method)  # refuse a wrong name before anything is timed
     with bench.Machine() as machine, _portable():
@@ -212,7 +319,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace, machine: Any, device: Device, name: str) -> int:
     try:
-        kept = dict(tuned.read(device, name))
+        kept = dict(tuned.read_tiles(device, name))
     except (OSError, ValueError) as error:
         print(f"what was kept cannot be read, and is replaced: {error}", file=sys.stderr)
         kept = {}
@@ -238,6 +345,6 @@ def _tune(args: argparse.Namespace, machine: Any, device: Device, name: str) -> 
         kept.pop(key, None)
         if result.best != default:
             kept[key] = result.best
-        place = tuned.save(device, name, kept)  # after each: an interrupted run keeps what it has
+        place = tuned.save_tiles(device, name, kept)  # after each: an interrupted run keeps what it has
     print(f"{name}: {len(kept)} tiles in {place}; CUDISTR_TUNED=0 leaves them out, --clear forgets them")
     return 0

@@ -1,9 +1,14 @@
-"""Whether a reduction is worth its error: from how many keys on it is faster than exact attention."""
+"""Whether a reduction is worth its error: from how many keys on it is faster than exact attention.
+
+There is a table of one GPU, and ``cudistr tune --break-even`` measures another's.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +16,24 @@ import numpy as np
 from cudistr.normalize import Problem, exact
 from cudistr.plan import Device, hopper_kernel
 from cudistr.reductions import LSH
+from cudistr.tuned import Column, Kept, Kind
 
-__all__ = ["BREAK_EVEN", "COLUMNS", "Worth", "worth"]
+__all__ = [
+    "BREAK_EVEN",
+    "COLUMNS",
+    "METHODS",
+    "Worth",
+    "column",
+    "faster_from",
+    "kind_of",
+    "rounded",
+    "table",
+    "worth",
+]
 
 NEVER = math.inf
 # Of BREAK_EVEN: the kernel that exact attention has, and head_dim, the second for all beyond 64.
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("hopper", 64),
     ("hopper", 128),
     ("portable", 64),
@@ -24,9 +41,7 @@ COLUMNS = (
     ("float32", 64),
     ("float32", 128),
 )
-# What a reduction is: its kind, and whether it leaves keys exact and keeps to a tolerance. "half" and "quarter" are
-# projections and the part of head_dim that they leave, and "energy" keeps half.
-Kind = tuple[str, bool, bool]
+# Of the kinds, "half" and "quarter" are projections and the part of head_dim that they leave, and "energy" keeps half.
 # Keys that a query sees on average, from which on the reduction is faster than exact attention. The time of a token is
 # taken for a constant and a part that grows with its keys; both follow from calls with 4096 and with 16384 keys, 16384
 # tokens, and heads of 2048 columns in all; of the two masks, the larger number counts. Beyond 2^16 is never, and None
@@ -47,7 +62,68 @@ BREAK_EVEN: dict[Kind, tuple[float | None, ...]] = {
     ("quarter", True, False): (13000, 8400, 3200, 4400, None, 2200),
     ("quarter", True, True): (None, NEVER, None, 6400, None, None),
 }
+# The same as methods of cudistr bench. A tolerance is one that no head exceeds.
+METHODS = (
+    "lsh2",
+    "lsh:2,near=256,sinks=64",
+    "lsh4",
+    "lsh:4,near=256,sinks=64",
+    "lsh:2,representative=rank1",
+    "energy:{half}",
+    "energy:{half},near=256,sinks=64",
+    "projection:{half}",
+    "projection:{half},tolerance=0.99",
+    "projection:{half},near=256,sinks=64",
+    "projection:{half},near=256,sinks=64,tolerance=0.99",
+    "projection:{quarter}",
+    "projection:{quarter},near=256,sinks=64",
+    "projection:{quarter},near=256,sinks=64,tolerance=0.99",
+)
+MOST_KEYS = 2**16  # beyond them a reduction counts as never faster
 ROWS = 4096  # queries that are looked at for the average, at most
+
+
+def kind_of(method: str, head_dim: int) -> Kind | None:
+    """What a method of cudistr bench is, None for exact attention and for what has no row in the table."""
+    name, *options = method.split(",")
+    name, _, number = name.replace("lsh:", "lsh").partition(":")
+    more = (any(x.startswith("near=") for x in options), any(x.startswith("tolerance=") for x in options))
+    if "representative=rank1" in options:
+        return ("rank1", *more)
+    if name in ("lsh2", "lsh4"):
+        return (name, *more)
+    if name == "energy" and 2 * int(number) == head_dim:
+        return ("energy", *more)
+    parts = {2: "half", 4: "quarter"}
+    if name == "projection" and head_dim % int(number) == 0 and head_dim // int(number) in parts:
+        return (parts[head_dim // int(number)], *more)
+    return None
+
+
+def faster_from(exact: Mapping[int, float], reduced: Mapping[int, float], causal: bool) -> float:
+    """Keys of a query, on average, from which on a reduction is faster, from milliseconds at two lengths."""
+    (short, long), share = sorted(exact), 2 if causal else 1  # under the mask a query sees half of them
+    over = (reduced[short] - exact[short]) * long - (reduced[long] - exact[long]) * short
+    gain = (exact[long] - exact[short]) - (reduced[long] - reduced[short])
+    keys = over / gain / share if gain > 0 else math.inf
+    return math.inf if keys > MOST_KEYS else max(0.0, keys)
+
+
+def rounded(keys: float) -> float:
+    """Two digits of a number of keys, rounded up."""
+    if not 0 < keys < math.inf:
+        return keys
+    unit = 10 ** max(0, math.floor(math.log10(keys)) - 1)
+    return float(math.ceil(keys / unit) * unit)
+
+
+def table(found: Iterable[tuple[Kind, Column, float]]) -> dict[Kind, tuple[float | None, ...]]:
+    """Numbers of keys in the form of BREAK_EVEN; of several in one place the largest."""
+    of_kinds: dict[Kind, dict[Column, float]] = {}
+    for kind, place, keys in found:
+        of_kind = of_kinds.setdefault(kind, {})
+        of_kind[place] = max(keys, of_kind.get(place, 0.0))
+    return {kind: tuple(x.get(place) for place in COLUMNS) for kind, x in of_kinds.items()}
 
 
 @dataclass(frozen=True)
@@ -61,10 +137,13 @@ class Worth:
     least : float or None
         From how many on the reduction was measured to be faster than exact attention; infinity for never, None if
         nothing like it was measured.
+    here : bool
+        Whether that was measured on this GPU, at least in part.
     """
 
     keys: float
     least: float | None
+    here: bool = False
 
     @property
     def exact_is_faster(self) -> bool:
@@ -75,9 +154,10 @@ class Worth:
         seen = f"a query sees {self.keys:.0f} keys on average"
         if self.least is None:
             return f"{seen}; from how many on it is faster than exact attention was not measured"
+        where = "measured on this GPU" if self.here else "measured on an NVIDIA H200"
         if math.isinf(self.least):
-            return f"{seen}; it is not faster than exact attention for any number of them"
-        return f"{seen}; it is faster than exact attention from about {self.least:.0f} on"
+            return f"{seen}; it is not faster than exact attention for any number of them ({where})"
+        return f"{seen}; it is faster than exact attention from about {self.least:.0f} on ({where})"
 
 
 def _visible_keys(problem: Problem) -> float:
@@ -91,11 +171,13 @@ def _visible_keys(problem: Problem) -> float:
     return float(np.maximum(last - first + 1, 0).mean())
 
 
-def _family(problem: Problem, device: Device) -> str:
-    """The kernel that exact attention has."""
+def column(problem: Problem, device: Device) -> Column:
+    """Of the table: the kernel that exact attention has, and the head_dim that stands for the problem's."""
     if hopper_kernel(exact(problem), device) is not None:
-        return "hopper"
-    return "float32" if problem.dtype == "float32" and not problem.tf32 else "portable"
+        family = "hopper"
+    else:
+        family = "float32" if problem.dtype == "float32" and not problem.tf32 else "portable"
+    return family, 64 if problem.head_dim <= 64 else 128
 
 
 def _kind(problem: Problem, columns: float) -> str:
@@ -107,8 +189,16 @@ def _kind(problem: Problem, columns: float) -> str:
     return "quarter" if columns <= problem.head_dim / 4 else "half"
 
 
+NOTHING = Kept()
+
+
+@functools.lru_cache(maxsize=16)
+def _own(measured: Kept) -> dict[Kind, tuple[float | None, ...]]:
+    return table(measured.found)
+
+
 @functools.lru_cache(maxsize=1024)
-def worth(problem: Problem, device: Device, columns: float, within: bool) -> Worth:
+def worth(problem: Problem, device: Device, columns: float, within: bool, measured: Kept = NOTHING) -> Worth:
     """Whether a reduced problem on a device, which is not empty, takes less time than exact attention.
 
     Parameters
@@ -121,24 +211,31 @@ def worth(problem: Problem, device: Device, columns: float, within: bool) -> Wor
         Of a projection, those that are left of a head's on average.
     within : bool
         Whether it keeps to a tolerance. Heads that turn out to be exact save nothing, which is not known here.
+    measured : Kept
+        What was measured on this device, in place of the table.
     """
     keys = _visible_keys(problem)
-    family = _family(problem, device)
+    place = column(problem, device)
     kept = bool(problem.near or problem.sinks)
     kind = _kind(problem, columns)
-    if family == "hopper" and kind.startswith("lsh") and not kept and hopper_kernel(problem, device) is None:
+    plain = dataclasses.replace(problem, near=0, sinks=0) if kept else problem
+    if place[0] == "hopper" and kind.startswith("lsh") and hopper_kernel(plain, device) is None:
         return Worth(keys, NEVER)  # the portable kernel beside the exact Hopper kernel
-    column = COLUMNS.index((family, 64 if problem.head_dim <= 64 else 128))
+    index, own = COLUMNS.index(place), _own(measured)
+    unknown = (None,) * len(COLUMNS)
     # What comes on top takes time: where it was not measured, the number without it is a bound, but a bound alone.
-    least, known = 0.0, False
+    least, known, here = 0.0, False, False
     for more in {(False, False), (kept, False), (False, within), (kept, within)}:
-        measured = BREAK_EVEN.get((kind, *more), (None,) * len(COLUMNS))[column]
-        if measured is not None:
-            least = max(least, measured)
+        found = own.get((kind, *more), unknown)[index]
+        here |= found is not None
+        if found is None:
+            found = BREAK_EVEN.get((kind, *more), unknown)[index]
+        if found is not None:
+            least = max(least, found)
             known |= more == (kept, within)
     if kind == "half":  # more columns save less, for the same cost
         saved = 1 - columns / problem.head_dim
         least = NEVER if saved <= 0 else least * max(1.0, 0.5 / saved)
     # What is made of K serves this call alone: few queries pay more for it.
     least *= max(1.0, problem.seqlen_k / problem.seqlen_q)
-    return Worth(keys, least if known or keys < least else None)
+    return Worth(keys, least if known or keys < least else None, here)

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cudistr import bench, evaluate, normalize, plan, worth  # noqa: E402
+from cudistr import bench, evaluate, normalize, plan, tuned, worth  # noqa: E402
 
 RECORDS = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
@@ -133,37 +133,10 @@ def reductions(folder: Path = RECORDS) -> str:
 
 
 BREAK_EVEN = "break-even*.json"  # records of the same calls at two lengths
-MOST_KEYS = 2**16  # beyond them a reduction counts as never faster
 
 
-def kind_of(method: str, head_dim: int) -> worth.Kind | None:
-    """What a method of a record is for `cudistr.worth`, None for exact attention and for what has no row there."""
-    name, *options = method.split(",")
-    name, _, number = name.replace("lsh:", "lsh").partition(":")
-    more = (any(x.startswith("near=") for x in options), any(x.startswith("tolerance=") for x in options))
-    if "representative=rank1" in options:
-        return ("rank1", *more)
-    if name in ("lsh2", "lsh4"):
-        return (name, *more)
-    if name == "energy" and 2 * int(number) == head_dim:
-        return ("energy", *more)
-    parts = {2: "half", 4: "quarter"}
-    if name == "projection" and head_dim % int(number) == 0 and head_dim // int(number) in parts:
-        return (parts[head_dim // int(number)], *more)
-    return None
-
-
-def faster_from(exact: dict[int, float], reduced: dict[int, float], causal: bool) -> float:
-    """Keys of a query, on average, from which on a reduction is faster, from milliseconds at two lengths."""
-    (short, long), share = sorted(exact), 2 if causal else 1  # under the mask a query sees half of them
-    over = (reduced[short] - exact[short]) * long - (reduced[long] - exact[long]) * short
-    gain = (exact[long] - exact[short]) - (reduced[long] - reduced[short])
-    keys = over / gain / share if gain > 0 else math.inf
-    return math.inf if keys > MOST_KEYS else max(0.0, keys)
-
-
-def break_even(folder: Path = RECORDS) -> dict[worth.Kind, tuple[float | None, ...]]:
-    """`cudistr.worth.BREAK_EVEN`, from the records: two digits, rounded up, and of the two masks the larger."""
+def break_even(folder: Path = RECORDS) -> dict[tuned.Kind, tuple[float | None, ...]]:
+    """`cudistr.worth.BREAK_EVEN`, from the records: of the two masks the larger number."""
     ms: dict[Any, dict[int, float]] = {}
     for path, record in records(folder):
         for row in record["rows"] if path.match(BREAK_EVEN) else ():
@@ -171,17 +144,11 @@ def break_even(folder: Path = RECORDS) -> dict[worth.Kind, tuple[float | None, .
             key = ((family, row["head_dim"]), row["method"], row["causal"])
             ms.setdefault(key, {})[row["seqlen_k"]] = row["ms"]["cudistr"]
     exact = {(column, causal): x for (column, method, causal), x in ms.items() if method == "exact"}
-    found: dict[worth.Kind, dict[Any, float]] = {}
-    for (column, method, causal), reduced in ms.items():
-        kind = kind_of(method, column[1])
-        if kind is not None:
-            keys = faster_from(exact[column, causal], reduced, causal)
-            if 0 < keys < math.inf:
-                unit = 10 ** max(0, math.floor(math.log10(keys)) - 1)
-                keys = float(math.ceil(keys / unit) * unit)
-            of_kind = found.setdefault(kind, {})
-            of_kind[column] = max(keys, of_kind.get(column, 0.0))
-    return {kind: tuple(x.get(column) for column in worth.COLUMNS) for kind, x in found.items()}
+    return worth.table(
+        (kind, column, worth.rounded(worth.faster_from(exact[column, causal], reduced, causal)))
+        for (column, method, causal), reduced in ms.items()
+        if (kind := worth.kind_of(method, column[1])) is not None
+    )
 
 
 def break_even_table() -> str:

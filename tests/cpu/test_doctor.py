@@ -290,6 +290,15 @@ def test_self_test_on_numpy_compares_with_something_else(monkeypatch: pytest.Mon
     assert doctor._self_test(None).errors["exact"] > doctor.SELF_TEST_BOUND
 
 
+def test_break_even_line() -> None:
+    assert "tune --break-even` measures this GPU" in line(ON_GPU, "break-even").found
+    assert line(changed(break_even=("hopper 64: lsh2 900",)), "break-even").found.endswith(
+        "hopper 64: lsh2 900"
+    )
+    damaged = line(changed(errors={"break_even": "ValueError: an entry"}), "break-even")
+    assert damaged.status == "note" and "--clear" in damaged.remedy
+
+
 def test_compile_line() -> None:
     assert line(ON_GPU, "compile").found == "sm80_flash_fwd for sm_90 in 1.50 s"
     facts = changed(compiled=None, errors={"compiled": "CompileError: sm80_flash_fwd did not compile"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -107,33 +108,33 @@ def test_the_estimate_has_the_order_that_was_measured(head_dim: int, faster: Til
 
 
 def test_what_is_kept_comes_back(folder: pathlib.Path) -> None:
-    assert tuned.read(AMPERE, "A") == () and not tuned.clear(AMPERE, "A")
-    place = tuned.save(AMPERE, "A", TILES)
+    assert tuned.read_tiles(AMPERE, "A") == () and not tuned.clear(AMPERE, "A")
+    place = tuned.save_tiles(AMPERE, "A", TILES)
     assert place.parent == folder and [x.name for x in folder.iterdir()] == [place.name]
-    assert tuned.read(AMPERE, "A") == tuned.load(AMPERE, "A") == tuple(TILES.items())
-    tuned.save(AMPERE, "A", {KEY: Tile(64, 32, 1)})
-    assert dict(tuned.load(AMPERE, "A")) == {KEY: Tile(64, 32, 1)}
-    assert tuned.clear(AMPERE, "A") and tuned.load(AMPERE, "A") == ()
+    assert tuned.read_tiles(AMPERE, "A") == tuned.load_tiles(AMPERE, "A") == tuple(TILES.items())
+    tuned.save_tiles(AMPERE, "A", {KEY: Tile(64, 32, 1)})
+    assert dict(tuned.load_tiles(AMPERE, "A")) == {KEY: Tile(64, 32, 1)}
+    assert tuned.clear(AMPERE, "A") and tuned.load_tiles(AMPERE, "A") == ()
 
 
 def test_it_is_kept_for_one_gpu_version_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned.save(AMPERE, "A", TILES)
-    assert tuned.load(AMPERE, "B") == ()
+    tuned.save_tiles(AMPERE, "A", TILES)
+    assert tuned.load_tiles(AMPERE, "B") == ()
     for change in ({"capability": 86}, {"multiprocessors": 7}, {"shared_bytes": 1}):
-        assert tuned.load(dataclasses.replace(AMPERE, **change), "A") == ()
+        assert tuned.load_tiles(dataclasses.replace(AMPERE, **change), "A") == ()
     # What the device is planned with does not matter.
-    assert tuned.load(dataclasses.replace(AMPERE, tiles=tuple(TILES.items())), "A")
+    assert tuned.load_tiles(dataclasses.replace(AMPERE, tiles=tuple(TILES.items())), "A")
     with monkeypatch.context() as changed:
         changed.setattr("cudistr.__version__", "99")
-        assert tuned.load(AMPERE, "A") == ()
+        assert tuned.load_tiles(AMPERE, "A") == ()
     monkeypatch.setattr(compiler, "source_digest", lambda kernel: "other sources")
-    assert tuned.load(AMPERE, "A") == ()
+    assert tuned.load_tiles(AMPERE, "A") == ()
 
 
 def test_a_variable_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned.save(AMPERE, "A", TILES)
+    tuned.save_tiles(AMPERE, "A", TILES)
     monkeypatch.setenv("CUDISTR_TUNED", "0")
-    assert tuned.load(AMPERE, "A") == () and tuned.read(AMPERE, "A")
+    assert tuned.load_tiles(AMPERE, "A") == () and tuned.read_tiles(AMPERE, "A")
 
 
 DAMAGED: dict[str, Any] = {
@@ -143,11 +144,11 @@ DAMAGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_no_file(content: Any) -> None:
-    place = tuned.save(AMPERE, "A", TILES)
+    place = tuned.save_tiles(AMPERE, "A", TILES)
     place.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert tuned.load(AMPERE, "A") == ()
+    assert tuned.load_tiles(AMPERE, "A") == ()
     with pytest.raises((ValueError, RecursionError)):
-        tuned.read(AMPERE, "A")
+        tuned.read_tiles(AMPERE, "A")
 
 
 @pytest.mark.parametrize(
@@ -165,20 +166,80 @@ def test_a_damaged_file_is_no_file(content: Any) -> None:
     ],
 )
 def test_a_file_of_another_form_is_no_file(spoil: Any) -> None:
-    place = tuned.save(AMPERE, "A", TILES)
+    place = tuned.save_tiles(AMPERE, "A", TILES)
     stored = json.loads(place.read_text())
     spoil(stored)
     place.write_text(json.dumps(stored))
-    assert tuned.load(AMPERE, "A") == ()
+    assert tuned.load_tiles(AMPERE, "A") == ()
     with pytest.raises(ValueError, match="must|has|is not about"):
-        tuned.read(AMPERE, "A")
+        tuned.read_tiles(AMPERE, "A")
 
 
 def test_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "cache_folder", lambda: None)
-    assert tuned.load(AMPERE, "A") == () and not tuned.clear(AMPERE, "A")
+    assert tuned.load_tiles(AMPERE, "A") == () and not tuned.clear(AMPERE, "A")
     with pytest.raises(OSError, match="set CUDISTR_CACHE_DIR"):
-        tuned.save(AMPERE, "A", TILES)
+        tuned.save_tiles(AMPERE, "A", TILES)
+
+
+# From how many keys on reductions are faster
+
+FOUND: tuned.Measured = (
+    (("lsh2", False, False), ("portable", 64), 900.0),
+    (("half", True, True), ("hopper", 128), math.inf),
+)
+
+
+def test_numbers_of_keys_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.save_tiles(AMPERE, "A", TILES)
+    place = tuned.save_break_even(AMPERE, "A", FOUND)
+    assert json.loads(place.read_text())["break-even"][1]["keys"] is None
+    assert tuned.read_break_even(AMPERE, "A") == tuned.load_break_even(AMPERE, "A") == FOUND
+    assert tuned.load_break_even(AMPERE, "B") == ()
+    assert tuned.load_tiles(AMPERE, "A")  # a file of its own
+    with monkeypatch.context() as changed:
+        changed.setenv("CUDISTR_TUNED", "0")
+        assert tuned.load_break_even(AMPERE, "A") == ()
+    with monkeypatch.context() as changed:  # any kernel of which has other sources
+        digest = compiler.source_digest
+        changed.setattr(
+            compiler, "source_digest", lambda kernel: digest(kernel) + "x" * (kernel == "smxx_draw")
+        )
+        assert tuned.load_break_even(AMPERE, "A") == () and tuned.load_tiles(AMPERE, "A")
+    assert tuned.clear(AMPERE, "A")
+    assert tuned.load_break_even(AMPERE, "A") == tuned.load_tiles(AMPERE, "A") == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"keys": "7"}, {"keys": -1}, {"keys": True}, {"keys": 1e999}, {"kind": 2}, {"exact_keys": 1}, {"head_dim": "64"},
+     {"more": 1}],
+)  # fmt: skip
+def test_numbers_of_keys_of_another_form_are_none(change: dict[str, Any]) -> None:
+    place = tuned.save_break_even(AMPERE, "A", FOUND)
+    stored = json.loads(place.read_text())
+    stored["break-even"][0].update(change)
+    place.write_text(json.dumps(stored))
+    assert tuned.load_break_even(AMPERE, "A") == ()
+    with pytest.raises(ValueError, match="must"):
+        tuned.read_break_even(AMPERE, "A")
+
+
+def test_numbers_of_keys_from_times() -> None:
+    exact = {False: {4: 1.0, 16: 4.0}, True: {4: 1.0, 16: 4.0}}
+    times = {
+        "exact": exact,
+        "lsh2": {False: {4: 1.5, 16: 3.5}, True: {4: 1.5, 16: 3.5}},
+        "lsh4": {False: {4: 1.5, 16: 3.5}, True: {4: 1.5, 16: 4.6}},
+        "projection:32": {False: {4: 0.5, 16: 2.0}, True: {4: 0.5, 16: 2.0}},
+        "projection:16": {False: {4: 0.5, 16: 2.0}, True: {4: 0.5}},  # failed in one case
+        "projection:48": exact,  # has no place
+    }
+    assert tune.break_even(times, 64) == {
+        "lsh2": (("lsh2", False, False), 10.0),
+        "lsh4": (("lsh4", False, False), math.inf),
+        "projection:32": (("half", False, False), 0.0),
+    }
 
 
 # The search
@@ -257,6 +318,6 @@ def test_spills_are_seen() -> None:
 
 
 def test_names_of_the_cache_do_not_collide(folder: pathlib.Path) -> None:
-    tuned.save(AMPERE, "A", TILES)
-    tuned.save(DEVICES[90], "A", TILES)
+    tuned.save_tiles(AMPERE, "A", TILES)
+    tuned.save_tiles(DEVICES[90], "A", TILES)
     assert len(os.listdir(folder)) == 2

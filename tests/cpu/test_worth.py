@@ -11,7 +11,8 @@ import pytest
 import cudistr
 from cudistr import normalize
 from cudistr.plan import Device
-from cudistr.worth import BREAK_EVEN, COLUMNS, Worth, worth
+from cudistr.tuned import Kept
+from cudistr.worth import BREAK_EVEN, COLUMNS, METHODS, Worth, faster_from, kind_of, rounded, worth
 from tests.cpu.test_records import make_tables
 
 HOPPER, AMPERE = Device(90, 227 * 1024), Device(86, 99 * 1024)
@@ -37,8 +38,8 @@ def test_the_table_is_that_of_the_records():
 )
 def test_where_two_lines_meet(exact, reduced, keys):
     times = [dict(zip((4, 16), x, strict=True)) for x in (exact, reduced)]
-    assert make_tables.faster_from(*times, causal=False) == pytest.approx(keys)
-    assert make_tables.faster_from(*times, causal=True) == pytest.approx(keys / 2)
+    assert faster_from(*times, causal=False) == pytest.approx(keys)
+    assert faster_from(*times, causal=True) == pytest.approx(keys / 2)
 
 
 def test_keys_that_a_query_sees():
@@ -70,6 +71,8 @@ def test_the_kernel_of_exact_attention_decides(device, dtype, head_dim, column):
 def test_the_portable_kernel_is_never_faster_than_exact_attention_on_hopper():
     blocks = cudistr.LSH(4, block_q=64)  # which the Hopper kernel does not have
     assert worth(problem(50000, reduction=blocks), HOPPER, 0, False).least == math.inf
+    kept = cudistr.LSH(2, block_q=64, near=256, sinks=64)
+    assert worth(problem(50000, reduction=kept), HOPPER, 0, False).least == math.inf
     assert worth(problem(50000, reduction=blocks), AMPERE, 0, False).least < 50000
 
 
@@ -97,9 +100,45 @@ def test_what_was_not_measured_is_not_refused():
 
 def test_a_sentence():
     assert str(Worth(100.0, 4700.0)).endswith(
-        "100 keys on average; it is faster than exact attention from about 4700 on"
+        "100 keys on average; it is faster than exact attention from about 4700 on (measured on an NVIDIA H200)"
     )
-    assert "for any number" in str(Worth(100.0, math.inf))
+    assert str(Worth(100.0, math.inf, True)).endswith("for any number of them (measured on this GPU)")
+
+
+def test_what_was_measured_here_takes_the_place_of_the_table():
+    kept = cudistr.LSH(2, near=256, sinks=64)
+    column = ("hopper", 128)
+    measured = Kept(
+        (
+            (("lsh2", False, False), column, 50.0),
+            (("lsh2", False, False), ("portable", 128), 70.0),
+            (("lsh4", False, False), column, math.inf),
+        )
+    )
+    assert worth(problem(3000), HOPPER, 0, False, measured) == Worth(3000, 50.0, True)
+    assert worth(problem(3000), AMPERE, 0, False, measured) == Worth(3000, 70.0, True)
+    assert worth(problem(3000, reduction=cudistr.LSH(4)), HOPPER, 0, False, measured).least == math.inf
+    # What was not measured here is that of the table, and so is what comes on top of it.
+    table = BREAK_EVEN["lsh2", True, False][COLUMNS.index(column)]
+    assert worth(problem(30000, reduction=kept), HOPPER, 0, False, measured) == Worth(30000, table, True)
+    other = cudistr.LSH(2, representative="rank1")
+    assert worth(problem(3000, reduction=other), HOPPER, 0, False, measured).here is False
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_kind_has_a_method(head_dim):
+    kinds = [kind_of(x.format(half=head_dim // 2, quarter=head_dim // 4), head_dim) for x in METHODS]
+    assert kinds == list(BREAK_EVEN)
+    assert (
+        kind_of("exact", head_dim) is kind_of("lsh8", head_dim) is kind_of("projection:48", head_dim) is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"), [(0.0, 0.0), (7.2, 8.0), (123.0, 130.0), (6543.0, 6600.0), (math.inf, math.inf)]
+)
+def test_two_digits(keys, found):
+    assert rounded(keys) == found
 
 
 def test_plans_of_numpy_arrays():

@@ -22,7 +22,7 @@ SHAPES = [
 
 
 class FakeMachine:
-    index, device = 0, "Emulated GPU"
+    index, device, cupy = 0, "Emulated GPU", util.cp
 
     def __enter__(self) -> FakeMachine:
         return self
@@ -44,7 +44,7 @@ class FakeMachine:
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(bench, "Machine", FakeMachine)
-    monkeypatch.setattr(tuned, "path", lambda device, name: tmp_path / "tiles.json")
+    monkeypatch.setattr(tuned, "path", lambda device, name, what: tmp_path / f"{what}.json")
     monkeypatch.setattr(tune, "spilled", lambda problem, device, tile: tile == SPILLS)
     monkeypatch.setattr(tune, "MAX_CANDIDATES", 1)
     monkeypatch.setattr(tune.planner, "tile_clocks", lambda problem, device, tile: tile not in (FAST, SPILLS))
@@ -99,6 +99,51 @@ def test_a_damaged_file_fails_no_call(folder: pathlib.Path, capsys: pytest.Captu
     tune.run(parse(*SHAPES, "--method", "exact"))
     assert "cannot be read, and is replaced" in capsys.readouterr().err
     assert len(launch.device_properties(0).tiles) == 1
+
+
+def test_numbers_of_keys_are_kept_and_used(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {
+        "exact": (1.0, 4.0),
+        "lsh2": (1.5, 3.5),
+        "projection:32,tolerance=0.99": (9.0, 99.0),
+        "lsh4": (2, 3),
+    }
+
+    def interleave(factories: Any, timer: Any, **options: Any) -> bench.Timings:
+        case = factories["exact"].args[1]
+        for factory in factories.values():
+            factory()()
+        ms = {name: times[name][case.seqlen_k > 100] for name in factories}
+        failed = {"lsh4": "an error"} if case.seqlen_k > 100 else {}
+        return bench.Timings({name: x for name, x in ms.items() if name not in failed}, failed)
+
+    monkeypatch.setattr(bench, "interleave", interleave)
+    monkeypatch.setenv("CUDISTR_KERNEL", "portable")
+    shapes = [*SHAPES, "--seqlen", "80", "160", "--break-even"]
+    assert tune.run(parse(*shapes, "--method", *times)) == 0
+    printed = capsys.readouterr().out
+    assert "float16 64, against exact attention of the portable kernel, head_dim up to 64:" in printed
+    assert "lsh2: faster from 120 keys on" in printed and "tolerance=0.99: never faster" in printed
+    assert "160 keys: lsh4 failed: an error" in printed and "2 numbers of keys in" in printed
+    arrays = [util.on_device(x) for x in util.inputs(1, np.float16, batch=1, heads=2, lengths=(130, 130))]
+    for reduction, reason in (
+        (cudistr.LSH(2), "about 120 on (measured on this GPU)"),
+        (cudistr.LSH(4), "H200"),
+    ):
+        plan = cudistr.attention_plan(*arrays, reduction=reduction, exact_if_faster=True)
+        assert reason in plan.reason and (plan.reduction == reduction) == (reduction.group_size == 2)
+    device = launch.device_properties(0)
+    gpu = doctor.Gpu(0, "Emulated GPU", (9, 0), 1 << 30, device.multiprocessors, device.shared_bytes)
+    assert doctor._break_even(gpu) == ("portable 64: lsh2 120, half tolerance never",)
+
+    tune.run(parse("--clear"))
+    assert "Emulated GPU: forgotten" in capsys.readouterr().out
+    assert "H200" in cudistr.attention_plan(*arrays, reduction=cudistr.LSH(2), exact_if_faster=True).reason
+    for wrong in (["--seqlen", "80"], ["--method", "lsh8"], ["--seqlen-q", "9"]):
+        with pytest.raises(ValueError, match="--break-even"):
+            tune.run(parse(*shapes, *wrong))
 
 
 def test_the_command_line(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
