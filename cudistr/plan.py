@@ -376,10 +376,10 @@ def half_limit(problem: Problem) -> float:
 def fuses_in_shared(problem: Problem, device: Device) -> bool:
     """Whether the columns of a group are summed within shared memory, rather than on the way from there to the product.
 
-    On the way, nothing waits for Khat, but every warp makes the sums anew, and an operand takes group_size reads. On an
-    H100 (bfloat16, 16k tokens, hidden size 2048; N = 4k / 16k), in shared memory and on the way: LSH(2), 128 columns,
-    1.875 / 6.42 and 1.725 / 5.94 ms; 64 columns 2.00 / 6.76 and 1.86 / 6.43 ms; LSH(4), 64 columns, 1.71 / 5.89 and
-    1.75 / 6.16 ms.
+    This is for what cannot be summed ahead. On the way, nothing waits for Khat, but every warp makes the sums anew, and
+    an operand takes group_size reads. On an H100 (bfloat16, 16k tokens, hidden size 2048; N = 4k / 16k), in shared
+    memory and on the way: LSH(2), 128 columns, 1.875 / 6.42 and 1.725 / 5.94 ms; 64 columns 2.00 / 6.76 and 1.86 / 6.43
+    ms; LSH(4), 64 columns, 1.71 / 5.89 and 1.75 / 6.16 ms.
     """
     reduction = problem.reduction
     if not isinstance(reduction, LSH):
@@ -389,14 +389,35 @@ def fuses_in_shared(problem: Problem, device: Device) -> bool:
     return problem.dtype == "float32" or reduction.group_size > 2 or crowded
 
 
+def fuses_ahead(problem: Problem, device: Device, tile: Tile) -> bool:
+    """Whether Khat of a tile of keys is made beside the product of the tile before, in two tiles of shared memory.
+
+    Each sum is made once, nothing waits for it, and there is one barrier a step. Parts of the time on the way or within
+    shared memory, of whole calls (one H200, 8k tokens, full): bfloat16 LSH(2), 128 columns 0.87, 64 columns 0.97;
+    LSH(4) 0.89 and 0.93; float16 0.85, 0.93, 0.86 and 0.99. Larger groups, weights and, from sm_120 on, bfloat16 have
+    no registers for it.
+    """
+    columns, wide = problem.head_dim_v, problem.dtype == "bfloat16"
+    if not 2 <= _group(problem) <= 4 or _weighted(problem) or ITEMSIZE[problem.dtype] != 2:
+        return False
+    return (
+        problem.aligned and tile.block_m >= 128 and columns <= 128 and not (wide and device.capability >= 120)
+    )
+
+
+def fusion(problem: Problem, device: Device, tile: Tile) -> int:
+    """Where the columns of a group are summed: FUSE_IN_SHARED of the portable kernel."""
+    return 2 if fuses_ahead(problem, device, tile) else int(fuses_in_shared(problem, device))
+
+
 def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
     """Tiles of V in shared memory.
 
     With two, the values of the next step are copied while those of this one are multiplied, instead of while its keys
     are, which takes less time than a copy. Parts of the time with one (one H100, bfloat16, N = 4k / 16k, full): exact,
     64 columns 0.94 / 0.93, 128 columns 0.98 / 0.99; LSH(2), 64 columns 0.96 / 0.96; LSH(4), 128 columns 0.96 / 0.97,
-    but 64 columns 1.04 / 1.04; exact, N = 4k, 192 columns 1.07, 256 columns 1.02. LSH(2) with 128 columns spills, and
-    exact with 128 before sm_90. As many thread blocks have to fit as with one. Two tiles of K too were slower.
+    but 64 columns 1.04 / 1.04; exact, N = 4k, 192 columns 1.07, 256 columns 1.02. Exact with 128 columns spills before
+    sm_90, and LSH(2) summed on the way. As many thread blocks have to fit as with one. Two tiles of K too were slower.
     """
     columns = problem.head_dim_v
     if ITEMSIZE[problem.dtype] != 2 or tile.block_m < 128 or columns > 128:
@@ -404,7 +425,11 @@ def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
     if problem.ranked is not None or _keep(problem) or not problem.aligned:
         return 1
     wide = columns > 64
-    if _group(problem) and wide != fuses_in_shared(problem, device):
+    if (
+        _group(problem)
+        and not fuses_ahead(problem, device, tile)
+        and wide != fuses_in_shared(problem, device)
+    ):
         return 1
     if not _group(problem) and wide and device.capability < 90:
         return 1
@@ -440,8 +465,9 @@ def _shared_bytes(problem: Problem, device: Device, tile: Tile, stages: int) -> 
         keys = head_dim * (tile.tile_k + 8) * itemsize
         table = head_dim * 8 + (head_dim - keep + tile.tile_k) * 4
     elif group:
-        keys = (members + fuses_in_shared(problem, device)) * depth * (tile.tile_k + 8) * itemsize
-        table = members * depth * (8 + _weighted(problem) * itemsize)
+        keys = (members + fusion(problem, device, tile)) * depth * (tile.tile_k + 8) * itemsize
+        place = 4 if fuses_ahead(problem, device, tile) else 8
+        table = members * depth * (place + _weighted(problem) * itemsize)
     else:
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0
@@ -575,7 +601,7 @@ def step_clocks(problem: Problem, device: Device, tile: Tile) -> dict[str, float
     warps = tile.block_m // (16 * tile.row_tiles)
     bytes_loaded = tile.block_m * terms * itemsize  # by warps, for products
     bytes_fused = 0
-    if fuses_in_shared(problem, device):
+    if fusion(problem, device, tile):
         fused = tile.tile_k * terms * itemsize
         bytes_fused = tile.tile_k * problem.head_dim * itemsize + fused
         bytes_loaded += warps * (fused + tile.tile_k * problem.head_dim_v * itemsize)
@@ -645,17 +671,21 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     return hopper_kernel(problem, device) or portable_kernel(problem, device)
 
 
-def _crowded(problem: Problem, device: Device) -> bool:
+def _crowded(problem: Problem, device: Device, tile: Tile) -> bool:
     """Whether ptxas at its own level hoists so many loads that a kernel spills; at level 1 it does not.
 
-    On one H200 (bfloat16, 8k tokens) level 1 costs nothing with 128 exact columns and gains 4% with LSH(2) of 128; it
-    would cost 4% with 64 exact columns and 8% with LSH(4) of 128, which do not spill.
+    On one H200 (8k tokens) level 1 gains 5% with 128 exact columns of bfloat16, and 4% with LSH(4) of 64; it costs 4 to
+    9% with up to 96 exact columns, and 4 to 5% with groups of 128.
     """
     columns, capability, group = problem.head_dim_v, device.capability, _group(problem)
     softcap, ranked = problem.softcap is not None, problem.ranked is not None
     if problem.dtype == "float32":
         return ranked or (columns > 32 and (capability >= 120 or (softcap and capability == 100)))
     wide = problem.dtype == "bfloat16"  # whose kernels may do a tile of queries twice
+    if fuses_ahead(problem, device, tile):
+        if columns > 96:
+            return wide and capability == 80 and group == 2
+        return columns > 32 and tile.tile_k == 128
     if columns > 128:
         return wide and capability == 90 and not problem.aligned
     if ranked:  # the pass and the number of columns take registers too
@@ -667,9 +697,9 @@ def _crowded(problem: Problem, device: Device) -> bool:
         return True
     if group:
         return wide and columns <= 64 and capability not in (90, 100)
-    if not wide or columns <= 64 or _keep(problem):
+    if columns <= 96 or _keep(problem):
         return False
-    return softcap or capability == 90 or (capability in (86, 89) and columns < 128)
+    return softcap or (wide and (capability == 90 or (capability in (86, 89) and columns < 128)))
 
 
 def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) -> tuple[Kernel, Tile]:
@@ -686,7 +716,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "GROUP": _group(problem),
-        "FUSE_IN_SHARED": int(fuses_in_shared(problem, device)),
+        "FUSE_IN_SHARED": fusion(problem, device, tile),
         "MEAN": int(_mean(problem)),
         "WEIGHTED": int(_weighted(problem)),
         "HALF": int(_half(problem)),
@@ -702,7 +732,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
     }
-    options = ("-Xptxas=-O1",) if _crowded(problem, device) else ()
+    options = ("-Xptxas=-O1",) if _crowded(problem, device, tile) else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options)
 

@@ -8,11 +8,11 @@
 //   DTYPE       0 float16, 1 bfloat16, 2 float32
 //   HEAD_DIM    columns of Q and K; HEAD_DIM_V columns of V
 //   GROUP       0 exact; otherwise columns per group, and K comes transposed as (batch, heads_kv, HEAD_DIM, key_columns)
-//   FUSE_IN_SHARED  1: the columns of a group are summed in shared memory, once for all warps; 0: on the way from there
-//               to the product, by every warp
+//   FUSE_IN_SHARED  0: the columns of a group are summed on the way from shared memory to the product, by every warp; 1:
+//               in shared memory, once for all warps; 2: the same a step ahead, beside the product of the tile before
 //   MEAN        1: a group is represented by the mean of its Q columns instead of its first
 //   WEIGHTED    1: by their weighted mean, and columns of K are summed with weights too
-//   HALF        1: with FUSE_IN_SHARED, of bfloat16: K comes in float16, unless params.wide says otherwise; see
+//   HALF        1: with FUSE_IN_SHARED 1 or 2, of bfloat16: K comes in float16, unless params.wide says otherwise; see
 //               smxx_lsh_prepare.cu
 //   KEEP        0, or with GROUP 1: the first KEEP columns of the permutation are multiplied, and for the others the
 //               means of Q's columns stand in the place of Q
@@ -100,16 +100,25 @@ constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
 constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so that not all maxima need be found
-typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8> Softmax;  // of the others some would spill
+// Whether weights are made between products. Parts of the time if not (one H200, 4k and 8k tokens): bfloat16, 64 columns
+// 0.96, 96 columns 0.98; float16, 64 columns 0.93, 96 columns 0.91, 128 columns 0.97 to 0.98. Of more, and in groups, it is
+// up to 4% slower.
+constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && HEAD_DIM_V <= (kWide ? 96 : 128);
+typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
 // How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; summed
-// within shared memory first; or some columns as they are, the others summed to one number for each key.
-enum Fusion { kExact, kOnTheWay, kInShared, kKept };
-constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : FUSE_IN_SHARED ? kInShared : kOnTheWay;
+// within shared memory first, before the product or a tile ahead of it; or some columns as they are, the others summed
+// to one number for each key.
+enum Fusion { kExact, kOnTheWay, kInShared, kAhead, kKept };
+constexpr Fusion kFusions[] = {kOnTheWay, kInShared, kAhead};
+constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : kFusions[FUSE_IN_SHARED];
 static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are fused in shared memory");
-static_assert(!HALF || (kFusion == kInShared && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns");
+static_assert(!HALF || (FUSE_IN_SHARED && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns");
+static_assert(kFusion != kAhead || (sizeof(T) == 2 && !kWeighted), "no registers for these sums beside the product");
+static_assert(kFusion != kAhead || kThreads >= 128, "a slice for a step");
+static_assert(kFusion != kAhead || (!kSmall && ALIGNED), "every warp has a product, and copies are in order");
 static_assert(!KEEP || (kGroup == 1 && KEEP % 16 == 0 && KEEP < HEAD_DIM), "whole matrix instructions, and a rest");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
@@ -152,6 +161,14 @@ struct LoopShared<kInShared> : RowWeights<kWeighted> {
     const T* key_row[kMembers * kDepth];
 };
 template <>
+struct LoopShared<kAhead> {
+    QueryTile q;
+    RawKeyTile k;
+    FusedKeyTile khat[2];  // of this tile and of the next
+    ValueTile v[kValueStages];
+    u32 key_chunk[kDepth][kMembers];  // where the rows of a group begin in the transposed K, in chunks
+};
+template <>
 struct LoopShared<kKept> {
     QueryTile q;
     RawKeyTile k;
@@ -179,7 +196,13 @@ static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel di
 template <class Shared>
 DEVICE void find_key_rows(Shared& shared, const T* k, i64 row_stride, const u8* permutation, const float* weights,
                           int thread) {
-    if constexpr (KEEP) {
+    if constexpr (kFusion == kAhead) {
+        for (int row = thread; row < kMembers * kDepth; row += kThreads) {
+            const int group = row / kMembers;
+            const int column = group < kGroups ? permutation[row] : 0;
+            shared.key_chunk[group][row % kMembers] = static_cast<u32>(column * (row_stride / kElements));
+        }
+    } else if constexpr (KEEP) {
         for (int row = thread; row < HEAD_DIM; row += kThreads) {
             shared.key_row[row] = k + permutation[row] * row_stride;
             if (row >= KEEP) shared.mean[row - KEEP] = weights[row];
@@ -267,6 +290,108 @@ DEVICE void copy_transposed_keys(Shared& shared, int key, int key_columns, int t
         }
     }
 }
+
+// A thread's part in making Khat, in slices of rows, beside the product of another tile of keys. It copies what it sums,
+// so that it waits for its own copies alone, and starts the next ones when it has read these. kHalves: see sum_halves.
+template <bool kHalves>
+struct MakeKhat {
+    typedef CopyShape<kThreads, TILE_K / kElements> Shape;
+    static constexpr int kRows = Shape::kRowsPerPass;
+    static constexpr int kSlices = (kDepth + kRows - 1) / kRows;
+    static constexpr int kAcross = Shape::kAcross * kElements;
+    static constexpr bool kUnroll = true;
+    static constexpr int kTogether = TILE_K == 64 ? 4 : 2;  // longer tiles have no registers for more
+    static constexpr bool kReadAhead = TILE_K > 16 && TILE_K <= 64;
+
+    LoopShared<kAhead>& shared;
+    const Chunk* from;  // where its first chunk of the next raw keys would be in column 0 of K
+    T* raw;         // its first chunk of raw keys
+    T* khat;        // and of Khat
+    int row, column, columns_left;
+    u32 places[kMembers];
+    Chunk chunks[Shape::kPassesAcross][kMembers];
+
+    // Of a tile of keys into one of the two of Khat; copies are for the tile that begins with a key, if it is wanted.
+    DEVICE MakeKhat(LoopShared<kAhead>& shared, int which, const T* k, int key, int key_columns, bool wanted)
+        : shared(shared) {
+        row = thread_index() / Shape::kAcross;
+        column = thread_index() % Shape::kAcross * kElements;
+        raw = &shared.k.at(row, column);
+        khat = &shared.khat[which].at(row, column);
+        from = reinterpret_cast<const Chunk*>(anew(reinterpret_cast<i64>(k + (key + column))));
+        columns_left = wanted ? key_columns - key - column : 0;
+    }
+
+    static DEVICE constexpr bool whole() { return kDepth % kRows == 0 && TILE_K % kAcross == 0; }
+    DEVICE bool inside(int slice, int pass) const {
+        return whole() || (row + slice * kRows < kDepth && column + pass * kAcross < TILE_K);
+    }
+    static DEVICE constexpr int offset(int slice, int pass) {
+        return slice * kRows * RawKeyTile::kPitch + pass * kAcross;
+    }
+
+    DEVICE void copy(int slice) const {
+        const u32 to = shared_address(raw);
+        const bool padding = kGroups < kDepth && row + slice * kRows >= kGroups;
+#pragma unroll
+        for (int member = 0; member < kMembers; ++member) {
+            const Chunk* source = from + places[member];
+#pragma unroll
+            for (int pass = 0; pass < Shape::kPassesAcross; ++pass) {
+                if (!inside(slice, pass)) continue;
+                const int place = offset(slice, pass) + member * kDepth * RawKeyTile::kPitch;
+                const bool valid = !padding && pass * kAcross < columns_left;
+                cp_async_chunk(to + place * int(sizeof(T)), source + pass * Shape::kAcross, valid);
+            }
+        }
+    }
+
+    DEVICE void find(int slice) {
+        const int group = kDepth % kRows == 0 ? row + slice * kRows : min(row + slice * kRows, kDepth - 1);
+#pragma unroll
+        for (int member = 0; member < kMembers; ++member) places[member] = shared.key_chunk[group][member];
+    }
+
+    DEVICE void read(int slice) {
+        find(slice);
+#pragma unroll
+        for (int pass = 0; pass < Shape::kPassesAcross; ++pass) {
+            if (!inside(slice, pass)) continue;
+#pragma unroll
+            for (int member = 0; member < kMembers; ++member) {
+                const int place = offset(slice, pass) + member * kDepth * RawKeyTile::kPitch;
+                chunks[pass][member] = *reinterpret_cast<const Chunk*>(raw + place);
+            }
+        }
+    }
+
+    DEVICE void sum(int slice) const {
+#pragma unroll
+        for (int pass = 0; pass < Shape::kPassesAcross; ++pass) {
+            if (!inside(slice, pass)) continue;
+            Chunk& to = *reinterpret_cast<Chunk*>(khat + offset(slice, pass));
+            to = kHalves ? sum_halves(chunks[pass]) : sum_chunks<T>(chunks[pass]);
+        }
+    }
+
+    // After one of the products of a step. What is read is used a step later.
+    DEVICE void run(int step, int pair) {
+        if (pair == 0 && step < kSlices) {
+            if (!kReadAhead) read(step);
+            sum(step);
+            copy(step);
+        }
+        if (kReadAhead && pair == (kMembers > 2 ? kTogether - 1 : 1) && step + 1 < kSlices) read(step + 1);
+    }
+    DEVICE void all() {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            read(slice);
+            sum(slice);
+            copy(slice);
+        }
+    }
+};
 
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, QueryTile> QueryCopy;
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, PlainKeyTile> KeyCopy;
@@ -422,6 +547,9 @@ template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
                         Softmax& softmax, u32 known) {
     constexpr bool kGrouped = kHow != kExact;
+    // Without a branch between exponentials and products with values, they go side by side. With fewer columns there are
+    // fewer products, and no gain.
+    constexpr bool kApplyFirst = kBeside || (kHow == kAhead && kGroup > 2 && HEAD_DIM_V > 64);
     LoopShared<kHow>& shared = storage.loop;
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
@@ -511,7 +639,17 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         KeyCopy key_copy;
         ValueCopy value_copy;
         if constexpr (kGrouped) {
-            if (tile >= first_tile) copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
+            if constexpr (kHow == kAhead) {
+                MakeKhat<false> make(shared, 0, k, tile * TILE_K, params.key_columns, tile >= first_tile);
+#pragma unroll
+                for (int slice = 0; slice < make.kSlices; ++slice) {
+                    make.find(slice);
+                    make.copy(slice);
+                }
+                cp_async_commit();
+            } else if (tile >= first_tile) {
+                copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
+            }
             gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
         } else {
             key_copy.open(k + tile * (TILE_K * k_row), k_row);
@@ -526,6 +664,16 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             value_copy.move(-TILE_K * params.v_row);
         }
         cp_async_commit();
+        if constexpr (kHow == kAhead) {
+            cp_async_wait<1>();
+            const int next = tile - 1;
+            if (HALF && !wide) {
+                MakeKhat<true>(shared, tile & 1, k, next * TILE_K, params.key_columns, next >= first_tile).all();
+            } else {
+                MakeKhat<false>(shared, tile & 1, k, next * TILE_K, params.key_columns, next >= first_tile).all();
+            }
+            cp_async_commit();
+        }
 
         const u32 queries = left_address<T>(shared.q, warp_row, lane);
         const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
@@ -533,7 +681,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         for (; tile >= first_tile; --tile) {
             const int key = tile * TILE_K;
             cp_async_wait<0>();
-            __syncthreads();  // the keys have landed, and every warp is done with the values of the last tile
+            __syncthreads();  // the keys have landed, or Khat is there, and every warp is done with the last tile
             if constexpr (kValueStages == 1) {
                 value_copy.run(shared.v[0], params.v_row, keys_left);
                 value_copy.move(-TILE_K * params.v_row);
@@ -565,6 +713,31 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 if constexpr (kValueStages == 1) {
                     cp_async_wait<1>();
                     __syncthreads();  // the values have landed, and every warp is done with Khat
+                }
+            } else if constexpr (kHow == kAhead) {
+                const FusedKeyTile& khat = shared.khat[tile & 1];
+                const bool wanted = tile - 2 >= first_tile;
+                const int next = key - 2 * TILE_K;
+                constexpr int kPitch = QueryTile::kPitch;
+                if (HALF && !wide) {
+                    MakeKhat<true> beside(shared, ~tile & 1, k, next, params.key_columns, wanted);
+                    if (beside.kReadAhead) beside.read(0);
+                    multiply_queries_keys<f16, kSplit, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
+                } else {
+                    MakeKhat<false> beside(shared, ~tile & 1, k, next, params.key_columns, wanted);
+                    if (beside.kReadAhead) beside.read(0);
+                    multiply_queries_keys<T, kSplit, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
+                }
+                if constexpr (kValueStages == 2) {
+                    if (tile > first_tile) {
+                        value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
+                        value_copy.move(-TILE_K * params.v_row);
+                    }
+                }
+                cp_async_commit();
+                if constexpr (kValueStages == 1) {
+                    cp_async_wait<1>();
+                    __syncthreads();  // the values have landed
                 }
             } else {
                 if constexpr (kHow == kKept) {
@@ -610,10 +783,18 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 if (softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale)) softmax.apply(rescale, output);
             } else {
                 softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
+                if constexpr (kApplyFirst) softmax.apply(rescale, output);
             }
-            softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
-            if constexpr (!kWide) softmax.apply(rescale, output);
-            multiply_weights_values<T, kSplit, kGrouped>(output, scores, shared.v[tile % kValueStages], lane);
+            const ValueTile& values = shared.v[tile % kValueStages];
+            if constexpr (kBeside) {
+                Softmax::Beside<kKeyTiles> beside(softmax, scores, params.score_scale);
+                multiply_weights_values<T, kSplit, kGrouped>(output, scores, values, lane, beside);
+                beside.end(rescale);
+            } else {
+                softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
+                if constexpr (!kWide && !kApplyFirst) softmax.apply(rescale, output);
+                multiply_weights_values<T, kSplit, kGrouped>(output, scores, values, lane);
+            }
             if constexpr (kWide) {
                 softmax.begin(rescale);
                 if (softmax.follow<Traits<T>::kLarge>(softmax.sum, rescale)) {

@@ -119,6 +119,39 @@ struct OnlineSoftmax {
         known = __any_sync(kFullWarp, least == kNone) ? known | kUnsettled : known & ~kUnsettled;
     }
 
+    // Scores to weights two at a time, and their sums in the end, for products that run in between.
+    template <int kKeyTiles>
+    struct Beside {
+        static constexpr bool kMakes = true;
+
+        OnlineSoftmax& softmax;
+        float (&scores)[kRowTiles][kKeyTiles][4];
+        const float score_scale;
+        float total[kRowTiles][2][kParts];
+
+        DEVICE Beside(OnlineSoftmax& softmax, float (&scores)[kRowTiles][kKeyTiles][4], float score_scale)
+            : softmax(softmax), scores(scores), score_scale(score_scale), total{} {}
+
+        DEVICE void run(int mt, int nt, int half) {
+            float& low = scores[mt][nt][half * 2];
+            float& high = scores[mt][nt][half * 2 + 1];
+            low = exp2_approx(fmaf(low, score_scale, -softmax.maximum[mt][half]));
+            high = exp2_approx(fmaf(high, score_scale, -softmax.maximum[mt][half]));
+            total[mt][half][nt % kParts] += low + high;
+        }
+        DEVICE void end(const float (&rescale)[kRowTiles][2]) {
+#pragma unroll
+            for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float(&parts)[kParts] = total[mt][half];
+                    const float of_tile = kParts == 2 ? parts[0] + parts[kParts - 1] : parts[0];
+                    softmax.sum[mt][half] = fmaf(softmax.sum[mt][half], rescale[mt][half], of_tile);
+                }
+            }
+        }
+    };
+
     // Scores to weights, in place, and their sums: short sums of short sums round less than one long sum.
     // ptxas would compute all differences before the first exponential, while the units for exponentials have nothing to do.
     // Adding 0 times a weight that came two parts before makes differences wait for their turn, in gaps between exponentials.

@@ -38,8 +38,11 @@ PROJECT = "kernels/smxx_project.cu"
 DRAW = "kernels/smxx_draw.cu"
 PROBE = "kernels/smxx_probe.cu"
 DECIDE = "kernels/smxx_decide.cu"
-GROUPED = {"reduction": cudistr.LSH(2)}  # summed on the way to the product
-FUSED = {"reduction": cudistr.LSH(4)}  # summed in shared memory
+GROUPED = {
+    "reduction": cudistr.LSH(2)
+}  # on the portable kernel summed ahead, or in tiles of 64 queries on the way
+HALVES = {"reduction": cudistr.LSH(4)}  # of bfloat16 in float16, ahead too
+FUSED = {"reduction": cudistr.LSH(8)}  # summed in shared memory
 RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
 RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
@@ -86,6 +89,27 @@ FAULTS = {
         "run(shared.v[tile % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-TILE_K * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
         RACE,
     ),
+    "no barrier between sums ahead and their readers": Fault(
+        FLASH, f"{BARRIER}  // the keys have landed", "// the keys have landed", RACE, GROUPED
+    ),
+    "raw keys summed before they have landed": Fault(
+        FLASH, "cp_async_wait<1>();\n            const int next", "const int next", "has not landed", GROUPED
+    ),
+    "Khat made where it is read": Fault(
+        FLASH, "MakeKhat<false> beside(shared, ~tile & 1", "MakeKhat<false> beside(shared, tile & 1", RACE, GROUPED
+    ),
+    "Khat of another tile": Fault(
+        FLASH, "next = key - 2 * TILE_K;", "next = key - TILE_K;", WRONG, GROUPED, lengths=(161, 500)
+    ),
+    "the last tile is not copied ahead": Fault(
+        FLASH, "tile - 2 >= first_tile", "tile - 2 > first_tile", WRONG, GROUPED, lengths=(161, 500)
+    ),
+    "a member counted twice ahead": Fault(
+        FLASH, "shared.key_chunk[group][member];", "shared.key_chunk[group][0];", WRONG, GROUPED
+    ),
+    "a slice that is not summed": Fault(
+        FLASH, "step < kSlices)", "step < kSlices - 1)", f"nothing wrote|{WRONG}", GROUPED, lengths=(161, 500)
+    ),
     "no barrier between fusion and its readers": Fault(
         FLASH, f"{BARRIER}  // Khat is complete", "// Khat is complete", RACE, FUSED
     ),
@@ -93,10 +117,10 @@ FAULTS = {
         FLASH, f"{BARRIER}  // the values have landed, and every warp is done with Khat", "", RACE, FUSED
     ),
     "K as it is where float16 is read": Fault(
-        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, FUSED, dtype=BFLOAT16
+        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, HALVES, dtype=BFLOAT16
     ),
     "K as it is where float16 is read, Hopper": Fault(
-        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, FUSED, dtype=BFLOAT16, family="hopper"
+        PREPARE, "    if (*params.wide == 0) return;\n", "", WRONG, HALVES, dtype=BFLOAT16, family="hopper"
     ),
     "products of queries that others still turn into float16": Fault(
         HOPPER, "        named_barrier_sync(1 + kConsumers + group, kGroupThreads);\n", "", f"wgmma {RACE}",
@@ -207,7 +231,11 @@ FAULTS = {
         "asynchronous copy of thread .* has not landed"
     ),
     "a wait that leaves one copy too many": Fault(
-        FLASH, "cp_async_wait<1>();", "cp_async_wait<2>();", "asynchronous copy of thread .* has not landed", FUSED
+        FLASH,
+        f"cp_async_wait<1>();\n                    {BARRIER}  // the values have landed, and every warp is done with Khat",
+        f"cp_async_wait<2>();\n                    {BARRIER}",
+        "asynchronous copy of thread .* has not landed",
+        FUSED,
     ),
     "a copy that is never committed": Fault(
         FLASH,
@@ -251,13 +279,13 @@ FAULTS = {
         "permutation[group * kMembers + row / kDepth]",
         "permutation[row / kDepth * kGroups + group]",
         WRONG,
-        GROUPED,
+        FUSED,
     ),
     "the wrong member of a group": Fault(
         "tile/fuse.cuh", "member * FusedTile::kRows * FusedTile::kPitch;", "member * FusedTile::kPitch;", WRONG, FUSED
     ),
     "the wrong member on the way to the product": Fault(
-        "tile/product.cuh", "address + kHalf * kStride);", "address);", WRONG, GROUPED
+        "tile/product.cuh", "address + kHalf * kStride);", "address);", WRONG, GROUPED, lengths=(60, 173)
     ),
     "the padding of transposed keys not written": Fault(
         PREPARE, "min(kTile, params.key_columns - key)", "min(kTile, params.seqlen_k / 8 * 8 - key)",
@@ -341,7 +369,7 @@ FAULTS = {
         "tile/softmax.cuh", "__shfl_xor_sync(kFullWarp, total, 2)", "__shfl_xor_sync(kFullWarp, total, 4)", WRONG
     ),
     "a float32 operand of the wrong row": Fault(
-        "tile/product.cuh", "i % 2 * 4) * Tile::kPitch", "i % 2 * 2) * Tile::kPitch", WRONG, GROUPED, dtype=np.float32
+        "tile/product.cuh", "j % 2 * 4) * Tile::kPitch", "j % 2 * 2) * Tile::kPitch", WRONG, GROUPED, dtype=np.float32
     ),
     # Numbers
     "minus infinity taken from itself": Fault(

@@ -529,7 +529,7 @@ def test_small_masks(dtype, group_size, options):
 
 @pytest.mark.small
 @each_dtype
-@pytest.mark.parametrize(("head_dim", "group_size"), [(8, 1), (24, 3), (256, 1)])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(8, 1), (24, 3), (128, 2), (256, 1)])
 def test_small_head_dims(dtype, head_dim, group_size):
     small(dtype, cudistr.LSH(group_size), head_dim=head_dim)
 
