@@ -68,7 +68,7 @@ class Projection(Reduction):
         v: for the ranks 0, 16, 32, ... and last head_dim. (heads_kv, 0) without v.
     row_errors : float64 array of the same shape
         ``||o - ohat||`` of the worst of these rows over the root mean square of ``||o||``; what a call with a tolerance
-        draws for certain counts less.
+        draws for certain counts less. Both are of the ``near`` and ``sinks`` of the fit.
 
     Notes
     -----

@@ -210,13 +210,18 @@ def break_even(
     Parameters
     ----------
     times : mapping
-        Milliseconds by method, mask (whether it is causal) and seqlen, those of "exact" among them. A method that lacks
-        one of them is left out.
+        Milliseconds by method, mask (whether it is causal) and seqlen, those of "exact" among them. What lacks one of
+        them, since a call failed, is left out.
     """
-    exact, found = times["exact"], {}
+    exact = {causal: ms for causal, ms in times.get("exact", {}).items() if len(ms) == 2}
+    found = {}
     for method, of_masks in times.items():
         kind = worth.kind_of(method, head_dim)
-        if kind is None or any(of_masks.get(causal, {}).keys() != ms.keys() for causal, ms in exact.items()):
+        if (
+            kind is None
+            or not exact
+            or any(of_masks.get(causal, {}).keys() != ms.keys() for causal, ms in exact.items())
+        ):
             continue
         keys = max(worth.faster_from(ms, of_masks[causal], causal) for causal, ms in exact.items())
         found[method] = kind, worth.rounded(keys)

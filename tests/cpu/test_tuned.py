@@ -240,6 +240,8 @@ def test_numbers_of_keys_from_times() -> None:
         "lsh4": (("lsh4", False, False), math.inf),
         "projection:32": (("half", False, False), 0.0),
     }
+    assert tune.break_even({"exact": {False: {4: 1.0}}, "lsh2": {False: {4: 1.5}}}, 64) == {}
+    assert tune.break_even({"lsh2": exact}, 64) == {}
 
 
 # The search
