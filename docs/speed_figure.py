@@ -19,13 +19,13 @@ import make_tables
 STYLES = {"cudistr": "-", "peer": "--"}
 
 
-def series(rows: list[dict[str, Any]]) -> dict[tuple[int, bool], dict[str, list[tuple[int, float]]]]:
-    """(head_dim, causal) to the points (N, milliseconds) of each method and peer, where Q is as long as K."""
-    panels: dict[tuple[int, bool], dict[str, dict[int, float]]] = {}
+def series(rows: list[dict[str, Any]]) -> dict[tuple[str, int, bool], dict[str, list[tuple[int, float]]]]:
+    """(dtype, head_dim, causal) to the points (N, milliseconds) of each method and peer, where Q is as long as K."""
+    panels: dict[tuple[str, int, bool], dict[str, dict[int, float]]] = {}
     for row in rows:
         if row["method"] == "group" or row["seqlen_q"] != row["seqlen_k"]:
             continue
-        lines = panels.setdefault((row["head_dim"], row["causal"]), {})
+        lines = panels.setdefault((row["dtype"], row["head_dim"], row["causal"]), {})
         for name, ms in row["ms"].items():
             shown = make_tables.method_name(row["method"]) if name == "cudistr" else make_tables.PEERS[name]
             lines.setdefault(shown, {})[row["seqlen_k"]] = ms
@@ -39,7 +39,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
     names.sort(key=lambda name: name in make_tables.PEERS.values())
     figure = Figure(figsize=(10, 3.2 * -(-len(panels) // 2) + 0.8), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
-    for axis, ((head_dim, causal), lines) in zip(axes, sorted(panels.items()), strict=False):
+    for axis, ((dtype, head_dim, causal), lines) in zip(axes, sorted(panels.items()), strict=False):
         for i, name in enumerate(names):
             if name in lines:
                 kind = "peer" if name in make_tables.PEERS.values() else "cudistr"
@@ -52,7 +52,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
         for along in (axis.xaxis, axis.yaxis):
             along.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(f"{head_dim} columns, {'causal' if causal else 'no mask'}", fontsize=11)
+        axis.set_title(f"{dtype}, {head_dim} columns, {'causal' if causal else 'no mask'}", fontsize=11)
         axis.set_xlabel("N")
         axis.set_ylabel("ms")
         axis.grid(alpha=0.3, which="both")

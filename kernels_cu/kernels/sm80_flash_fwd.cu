@@ -100,10 +100,10 @@ constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
 constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so that not all maxima need be found
-// Whether weights are made between products. Parts of the time if not (one H200, 4k and 8k tokens): bfloat16, 64 columns
-// 0.96, 96 columns 0.98; float16, 64 columns 0.93, 96 columns 0.91, 128 columns 0.97 to 0.98. Of more, and in groups, it is
-// up to 4% slower.
-constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && HEAD_DIM_V <= (kWide ? 96 : 128);
+// Whether weights are made between products. Parts of the time if they are (one H200, 4k and 8k tokens): float16, 64
+// columns 0.93, 96 columns 0.91, 128 columns 0.97 to 0.98, 160 to 256 columns 0.89 to 0.93; bfloat16, 64 columns 0.96, 96
+// columns 0.98, 128 columns 1.02, more 1.00. In groups it is up to 5% slower.
+constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && (!kWide || HEAD_DIM_V <= 96);
 typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
