@@ -189,14 +189,14 @@ def test_the_page_says_what_the_profile_says() -> None:
     (record,) = (r for _, r in make_tables.records() if "profile" in r)
     grouped, exact = record["profile"]["lsh2"], record["profile"]["exact"]
     busy = [grouped["tensor_percent"], grouped["shared_percent"], 25 * grouped["instructions_per_clock"]]
-    assert max(busy) < 60 and exact["tensor_percent"] < 60  # no unit is at work all the time
+    assert max(busy) < 55 and exact["tensor_percent"] < 65  # no unit is at work all the time
     assert grouped["registers"] >= 250 and grouped["warps_per_scheduler"] == 2
     assert grouped["attention_ms"] < grouped["call_ms"]
 
 
 def test_the_rate_of_products_follows_from_the_records() -> None:
-    files = ("nvidia-h200/portable.json", "nvidia-h100-80gb-hbm3/profile.json")  # of as many multiprocessors
-    times, profile = (json.loads((make_tables.RECORDS / file).read_text()) for file in files)
+    folder = make_tables.RECORDS / "nvidia-h200"
+    times, profile = (json.loads((folder / f"{name}.json").read_text()) for name in ("portable", "profile"))
     case = profile["case"]
     (ms,) = (
         row["ms"]["cudistr"]
@@ -209,7 +209,7 @@ def test_the_rate_of_products_follows_from_the_records() -> None:
     def in_a_clock(ms: float) -> float:
         return products / (1e-3 * ms) / (132 * 1.755e9)
 
-    # The profile is of an older build, and has the time of its own.
+    # Under the profiler the GPU is not at its limit of power, and calls take less time.
     exact = profile["profile"]["exact"]
     rate = in_a_clock(exact["call_ms"]) / (exact["tensor_percent"] / 100)
     assert abs(rate / plan.MMA_PER_CLOCK["bfloat16"] - 1) < 0.02
