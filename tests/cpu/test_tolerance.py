@@ -96,33 +96,34 @@ def test_rows_are_drawn_where_the_error_is():
     assert 0.5 < factors.mean() / 300 < 2
 
 
-def rare(seed, seqlen, head_dim=64, pairs=24):
-    """q, k, v of low rank but for pairs of a query and a key: the query attends to it by what a projection leaves out.
+def rare(seed, seqlen=2000, head_dim=128, pairs=24):
+    """q, k, v of rank 8 but for pairs of a query and a key: the query attends to it by what a projection leaves out.
 
     All queries have as much of that, so that nothing in q by itself tells which they are. Returns the queries' places.
     """
-    q, k, v = low_rank(1, 8, 0.0, seqlen=seqlen, heads=1, head_dim=head_dim)
     generator = np.random.default_rng(seed)
-    beyond = np.linalg.svd(q[0, 0])[2][8:]
-    missed = generator.standard_normal((seqlen, head_dim - 8))
+    q, k, v = generator.standard_normal((3, 1, 1, seqlen, head_dim))
+    missed = q[0, 0, :, 8:]  # the columns that no other key has
     missed /= np.linalg.norm(missed, axis=1, keepdims=True)
     rows, keys = generator.choice(seqlen, (2, pairs), replace=False)
-    q[0, 0] += missed @ beyond
-    k[0, 0, keys] = 80 * missed[rows] @ beyond
-    return q, k, v, rows
+    q[..., :8] *= 2
+    k[..., :8] *= 2
+    k[..., 8:] = 0
+    k[0, 0, keys, 8:] = 100 * missed[rows]
+    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32), rows
 
 
 def test_rows_that_no_sample_sees_are_known_from_calibration():
-    q, k, v, rows = rare(22, 2000)
-    *calibration, _ = rare(23, 2000)
+    q, k, v, rows = rare(24)
+    *calibration, _ = rare(25)
     exact = reference.attention(q, k, v)
     for known in (False, True):
         projection = Projection.fit(*calibration[: 2 + known], rank=16)
         problem = cudistr.normalize.problem(q, k, v, reduction=projection)
         missed = ((q[0, 0] @ projection.sketch()[0]) ** 2).sum(axis=1)
         assert not np.isin(rows, reference.draw(missed, problem)[0]).any()
-        found = reference.attention(q, k, v, reduction=projection, tolerance=0.1)
-        assert (errors(found, exact).max() <= 0.1) == known
+        found = reference.attention(q, k, v, reduction=projection, tolerance=0.3)
+        assert (errors(found, exact).max() <= 0.3) == known
 
 
 def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():
