@@ -117,10 +117,11 @@ def attention(
     stay exact, and by how much of the query the projection misses. The squared error is estimated from them by the
     ratio of weighted sums, and four standard errors of its logarithm are added before it is held against the tolerance.
     If the projection was fitted with v, so is one row as bad as the worst of the calibration data (``row_errors``),
-    since a query that attends to one far key by what the projection misses is rare, and no rule favours it. The
-    decision is made on the device, without synchronisation, and can be captured. It is a statement about a sample and
-    about calibration data: an error that sits in a few rows out of thousands, unlike any of the calibration data, can
-    escape it. :func:`attention_error` with the same arguments says what was chosen, and measures it with other rows.
+    since a query that attends to one far key by what the projection misses is rare, and no rule favours it; and no head
+    is taken to be better than it was on that data (``output_errors``). The decision is made on the device, without
+    synchronisation, and can be captured. It is a statement about a sample and about calibration data: an error that
+    sits in a few rows out of thousands, unlike any of the calibration data, can escape it. :func:`attention_error` with
+    the same arguments says what was chosen, and measures it with other rows.
 
     References
     ----------

@@ -675,25 +675,26 @@ def check_environment(facts: Facts) -> list[Check]:
 
 def check_tiles(facts: Facts) -> list[Check]:
     """Tiles that were measured on this GPU."""
-    if "tiles" in facts.errors:
-        remedy = "Calls use cudistr's own tiles. Run `python -m cudistr tune` again, or with --clear."
-        return [Check("tiles", "note", facts.errors["tiles"], remedy)]
-    if facts.device is None:
-        return []
-    listed = "; ".join(facts.tiles)
-    return [Check("tiles", "ok", f"measured here: {listed}" if listed else "cudistr's own")]
+    own = "cudistr's own"
+    return _measured(facts, "tiles", own, f"Calls use {own} tiles.", "tune")
 
 
 def check_break_even(facts: Facts) -> list[Check]:
     """From how many keys on reductions are taken to be faster than exact attention."""
-    if "break_even" in facts.errors:
-        remedy = "Calls go by another GPU's table. Run `python -m cudistr tune --break-even` again, or with --clear."
-        return [Check("break-even", "note", facts.errors["break_even"], remedy)]
+    table = "the table of an NVIDIA H200; `python -m cudistr tune --break-even` measures this GPU"
+    return _measured(facts, "break-even", table, "Calls go by another GPU's table.", "tune --break-even")
+
+
+def _measured(facts: Facts, name: str, otherwise: str, meanwhile: str, command: str) -> list[Check]:
+    """What a command has measured and kept, or what is in force without it."""
+    fact = name.replace("-", "_")
+    if fact in facts.errors:
+        remedy = f"{meanwhile} Run `python -m cudistr {command}` again, or with --clear."
+        return [Check(name, "note", facts.errors[fact], remedy)]
     if facts.device is None:
         return []
-    table = "the table of an NVIDIA H200; `python -m cudistr tune --break-even` measures this GPU"
-    listed = "; ".join(facts.break_even)
-    return [Check("break-even", "ok", f"measured here: {listed}" if listed else table)]
+    found: tuple[str, ...] = getattr(facts, fact)
+    return [Check(name, "ok", f"measured here: {'; '.join(found)}" if found else otherwise)]
 
 
 def check_compiler(facts: Facts) -> list[Check]:

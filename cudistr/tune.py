@@ -239,7 +239,11 @@ def _break_even(args: argparse.Namespace) -> int:
     """Measure, print what was found, and keep it."""
     args.seqlen, args.dtype = args.seqlen or list(LENGTHS), args.dtype or ["bfloat16", "float32"]
     if len(set(args.seqlen)) != 2 or args.seqlen_q:
-        raise ValueError(f"--break-even takes two different --seqlen and no --seqlen-q, got {args.seqlen}.")
+        came = f"--seqlen {' '.join(map(str, args.seqlen))}" + " and --seqlen-q" * bool(args.seqlen_q)
+        raise ValueError(
+            f"--break-even takes two different --seqlen and no --seqlen-q, got {came}. Leave both away, or pass "
+            f"--seqlen {' '.join(map(str, LENGTHS))}."
+        )
     for head_dim, method in ((d, m) for d in args.head_dim for m in _methods(args, d)):
         bench.method_of(method)
         if args.method is not None and worth.kind_of(method, head_dim) is None:
@@ -258,8 +262,8 @@ def _break_even(args: argparse.Namespace) -> int:
         for case in bench.progress(cases, "case"):
             tensors, arrays = machine.inputs(case)
             methods = ["exact", *_methods(args, case.head_dim)]
-            prepared = bench.prepared(methods, arrays, case)
-            calls = bench.make_factories(case, methods, prepared, (), tensors, arrays, machine.cupy)
+            made = bench.prepared(methods, arrays, case)
+            calls = bench.make_factories(case, methods, made, (), tensors, arrays, machine.cupy)
             timings = bench.interleave(
                 calls, machine.timer, seconds=0.0, min_rounds=args.rounds, row_ms=bench.ROW_MS
             )

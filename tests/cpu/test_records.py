@@ -184,6 +184,15 @@ def test_a_profile_of_another_form_is_refused(change: dict[str, Any]) -> None:
         make_tables.profile({**PROFILE, **change})
 
 
+def test_what_the_page_says_of_tolerances() -> None:
+    """Every head of every evaluation keeps to its tolerance."""
+    rows = [row for _, record in make_tables.records() if "evaluated" in record for row in record["rows"]]
+    found = [
+        (x["error_worst"], x["method"].split("tolerance=")[1]) for x in rows if "tolerance=" in x["method"]
+    ]
+    assert len(found) >= 2 and all(error <= float(text.split(",")[0]) for error, text in found)
+
+
 def test_the_page_says_what_the_profile_says() -> None:
     """Its sentences hold for the committed profile."""
     (record,) = (r for _, r in make_tables.records() if "profile" in r)

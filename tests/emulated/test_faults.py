@@ -38,11 +38,9 @@ PROJECT = "kernels/smxx_project.cu"
 DRAW = "kernels/smxx_draw.cu"
 PROBE = "kernels/smxx_probe.cu"
 DECIDE = "kernels/smxx_decide.cu"
-GROUPED = {
-    "reduction": cudistr.LSH(2)
-}  # on the portable kernel summed ahead, or in tiles of 64 queries on the way
-HALVES = {"reduction": cudistr.LSH(4)}  # of bfloat16 in float16, ahead too
-FUSED = {"reduction": cudistr.LSH(8)}  # summed in shared memory
+# On the portable kernel summed ahead, or in tiles of 64 queries on the way; ahead too, of bfloat16 in float16; and in
+# shared memory before the product.
+GROUPED, HALVES, FUSED = ({"reduction": cudistr.LSH(size)} for size in (2, 4, 8))
 RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
 RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
