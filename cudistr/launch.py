@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cudistr import compiler, reference, tuned
 from cudistr.errors import CudaUnavailableError
@@ -25,7 +26,6 @@ from cudistr.plan import (
     HOPPER_GROUP_ROWS,
     ITEMSIZE,
     MAX_PASSES,
-    MERGE_ROWS,
     PROBE_ROWS,
     Device,
     Kernel,
@@ -47,8 +47,8 @@ from cudistr.plan import (
     key_energy,
     key_spans,
     merge_kernel,
+    merge_rows,
     merge_shard_kernel,
-    merge_shard_rows,
     panel_columns,
     passes,
     plan,
@@ -186,9 +186,9 @@ _DECIDE = _parameters(
     ("limit spread share", "f4"),
 )
 _PREPARE_END = (
-    ("q_batch q_head q_row k_batch k_head k_row order_units", "i8"),
+    ("q_batch q_head q_row k_batch k_head k_row", "i8"),
     (
-        "order_blocks spacing heads seqlen_q block_q group_blocks heads_kv seqlen_k key_columns key_blocks",
+        "order_units order_blocks heads seqlen_q block_q group_blocks heads_kv seqlen_k key_columns key_blocks",
         "i4",
     ),
     ("code_bits", "u4"),
@@ -725,7 +725,6 @@ def _prepare_launch(
         **dict(zip(("q_batch", "q_head", "q_row"), strides, strict=True)),
         "order_units": chosen.order_units,
         "order_blocks": chosen.order_blocks,
-        "spacing": chosen.spacing,
         "heads": lengths[0],
         "seqlen_q": lengths[1],
         "block_q": reduction.rows_per_block,
@@ -742,7 +741,8 @@ def _prepare_launch(
     layout = _PREPARE if again is None else _PREPARE_HALF
     launch = _launch(kernel, chosen.blocks, device, index, layout, values)
     second = None if again is None else _launch(again.kernel, again.blocks, device, index, layout, values)
-    vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, index)
+    dtype = list(DTYPE_NUMBER)[dict(kernel.constants)["DTYPE"]]
+    vectors = _device_projections(reduction.n_proj, reduction.rows_per_block, reduction.seed, dtype, index)
     return launch, second, vectors
 
 
@@ -792,14 +792,37 @@ def _group_recipe(
     return _columns((order, again), vectors, steps, shape, strides, reduction, index, more)
 
 
+def _projection_parts(padded: NDArray[np.float32], bfloat: bool) -> NDArray[np.uint32]:
+    """Projections, (rows, 16), as operands of mma.m16n8k16: (rows / 16, parts, 32 lanes, 4 words of two numbers).
+
+    Word ``2 * i + j`` of lane ``l`` has rows ``8 * j + 2 * (l % 4)`` and the next, of projection ``8 * i + l // 4``.
+    float16 holds them as they are; of bfloat16 there are two, whose sum they are.
+    """
+    high = padded.astype(np.float16).view(np.uint16)
+    parts = [high]
+    if bfloat:
+        bits = (padded.view(np.uint32) + 0x8000) & 0xFFFF0000
+        low = padded - bits.view(np.float32)
+        parts = [(x >> 16).astype(np.uint16) for x in (bits, low.view(np.uint32))]
+    # (turn, j, l % 4, of a pair, i, l // 4, part) to (turn, part, l // 4, l % 4, i, j, of a pair)
+    split = np.stack(parts, axis=-1).reshape(-1, 2, 4, 2, 2, 8, len(parts)).transpose(0, 6, 5, 2, 4, 1, 3)
+    return np.ascontiguousarray(split).view(np.uint32).reshape(-1, len(parts), 32, 4)
+
+
 @functools.lru_cache(maxsize=64)
-def _device_projections(n_proj: int, block_q: int, seed: int, index: int) -> Any:
-    """The projections on the current device as (block_q, 16), padded with zero vectors, whose bits are zero."""
+def _device_projections(n_proj: int, block_q: int, seed: int, dtype: str, index: int) -> Any:
+    """The projections on the current device as (block_q, 16), padded with zero vectors, whose bits are zero.
+
+    There are rows of zeros up to a multiple of 16; behind them, for types of 16 bits, are ``_projection_parts``.
+    """
     import cupy
 
-    padded = np.zeros((block_q, MAX_PROJ), np.float32)
-    padded[:, :n_proj] = projections(n_proj, block_q, seed).T
-    vectors = cupy.asarray(padded)
+    padded = np.zeros((-(-block_q // 16) * 16, MAX_PROJ), np.float32)
+    padded[:block_q, :n_proj] = projections(n_proj, block_q, seed).T
+    parts = []
+    if dtype != "float32":
+        parts = [_projection_parts(padded, dtype == "bfloat16").view(np.float32)]
+    vectors = cupy.asarray(np.concatenate([x.ravel() for x in (padded, *parts)]))
     cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
     return vectors
 
@@ -1170,12 +1193,13 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], return_lse: bool, stream: An
         if rows:
             given = {id(x) for x in (*outs, *lses)}
             outs = [cupy.ascontiguousarray(x) for x in outs]
+            outs = [x.copy() if x.data.ptr % 16 else x for x in outs]
             lses = [cupy.ascontiguousarray(x) for x in lses]
             hold(*(x for x in (*outs, *lses) if id(x) not in given))
             unused = [0] * (MAX_SHARDS - len(outs))
             addresses = [x.data.ptr for x in outs] + unused + [x.data.ptr for x in lses] + unused
             kernel = merge_kernel(_dtype_name(first), first.shape[3])
-            blocks = check_blocks(-(-rows // MERGE_ROWS))
+            blocks = check_blocks(-(-rows // merge_rows(first.shape[3], 16 // first.itemsize)))
             launch = _launch(kernel, blocks, device, index, _MERGE, {"rows": rows, "shards": len(outs)})
             launch(*addresses, out.data.ptr, 0 if merged is None else merged.data.ptr)
         return out, merged
@@ -1217,7 +1241,7 @@ def merge_shard(
         values = {"rows": count, "seqlen": seqlen, "start": start, "span": span}
         values |= {"first": rows[0], "last": rows[1]}
         kernel = merge_shard_kernel(_dtype_name(part), _dtype_name(found), _dtype_name(out), head_dim_v)
-        blocks = check_blocks(-(-count // merge_shard_rows(head_dim_v)))
+        blocks = check_blocks(-(-count // merge_rows(head_dim_v, 4)))
         launch = _launch(kernel, blocks, device, index, _MERGE_SHARD, values)
         launch(*(x.data.ptr for x in (found, found_lse, part, part_lse, out, found_lse)))
     return out

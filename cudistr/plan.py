@@ -34,8 +34,8 @@ __all__ = [
     "key_energy",
     "key_spans",
     "merge_kernel",
+    "merge_rows",
     "merge_shard_kernel",
-    "merge_shard_rows",
     "merge_splits_kernel",
     "passes",
     "plan",
@@ -59,7 +59,9 @@ MAX_BLOCKS = 2**31 - 1  # thread blocks along grid.x
 DTYPE_NUMBER = {"float16": 0, "bfloat16": 1, "float32": 2}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 PREPARE_THREADS = 128  # of a thread block of smxx_lsh_prepare.cu
-TRANSPOSE_TILE = 64  # keys and columns that one of them transposes
+TRANSPOSE_TILE = 64  # keys and columns of the tiles that they transpose
+PREPARE_BLOCKS = 512  # thread blocks that keep a large GPU busy, before one transposes more than a tile
+PREPARE_TILES = 8  # that a thread block transposes at most, if others are as many
 AGAIN_BLOCKS = 4  # for each multiprocessor, of what transposes once more if it must
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
 WEIGHTS_THREADS = 128  # of smxx_lsh_weights.cu
@@ -73,8 +75,7 @@ PROJECT_GROUP = 32  # columns that it makes at once
 PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
 PROJECT_TILES = 8  # of rows that one of them makes one after another, at most
 PROJECT_BLOCKS = 6  # of them for a multiprocessor, at least, if they have more than one tile
-MERGE_ROWS = 8  # rows of a thread block of smxx_merge.cu
-MERGE_WARPS = 8  # of a thread block of smxx_merge_splits.cu and smxx_merge_shard.cu
+MERGE_WARPS = 8  # of a thread block of smxx_merge.cu, smxx_merge_splits.cu and smxx_merge_shard.cu
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,11 @@ class Prepare:
     order_units, order_blocks : int
         Blocks of queries in all whose columns are ordered by hash, and the thread blocks that order them.
     key_columns, key_blocks : int
-        Row length of the transposed K, and thread blocks along it; 0 if K is not transposed.
-    spacing : int
-        Every spacing-th thread block orders, until all have come.
+        Row length of the transposed K, and tiles along it; 0 if K is not transposed.
+    tiles : int
+        Tiles of K to transpose, shared out evenly over the thread blocks.
     blocks : int
-        Thread blocks in all.
+        Thread blocks in all. The first order columns.
     """
 
     group_blocks: int
@@ -170,13 +171,8 @@ class Prepare:
     order_blocks: int
     key_columns: int
     key_blocks: int
-    spacing: int
+    tiles: int
     blocks: int
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of K to transpose, one for each other thread block."""
-        return self.blocks - self.order_blocks
 
 
 @dataclass(frozen=True)
@@ -952,15 +948,15 @@ def prepare(
     group_blocks = -(-seqlen_q // block_q)
     order_units = batch * heads * group_blocks if hashed else 0
     order_blocks = -(-order_units // (PREPARE_THREADS // _round_up(head_dim // 2, 32)))
-    key_columns = key_blocks = transpose_blocks = 0
+    key_columns = key_blocks = tiles = 0
     if keys is not None:
         key_columns = _round_up(keys[1], KEY_COLUMNS_MULTIPLE)
         key_blocks = -(-key_columns // TRANSPOSE_TILE)
-        transpose_blocks = key_blocks * -(-head_dim // TRANSPOSE_TILE) * batch * keys[0]
-    # Among the first blocks one in five orders: enough of them to keep the arithmetic busy from the start.
-    spacing = 1 + min(4, transpose_blocks // max(order_blocks, 1))
-    blocks = check_blocks(order_blocks + transpose_blocks)
-    return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, spacing, blocks)
+        tiles = key_blocks * -(-head_dim // TRANSPOSE_TILE) * batch * keys[0]
+    check_blocks(max(order_units, tiles))
+    share = max(1, min(PREPARE_TILES, tiles // PREPARE_BLOCKS))
+    blocks = max(order_blocks, -(-tiles // share))
+    return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, tiles, blocks)
 
 
 def weights(dtype: str, head_dim: int, group_size: int, units: int) -> Step:
@@ -1024,7 +1020,9 @@ def copied_queries(problem: Problem) -> tuple[Step, int]:
 
 def merge_kernel(dtype: str, head_dim_v: int) -> Kernel:
     """The kernel that merges shards of the keys."""
-    return Kernel("smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_ROWS * 32)
+    return Kernel(
+        "smxx_merge", (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM_V", head_dim_v)), MERGE_WARPS * 32
+    )
 
 
 def merge_shard_kernel(dtype: str, found: str, out: str, head_dim_v: int) -> Kernel:
@@ -1038,9 +1036,9 @@ def merge_shard_kernel(dtype: str, found: str, out: str, head_dim_v: int) -> Ker
     return Kernel("smxx_merge_shard", constants, MERGE_WARPS * 32)
 
 
-def merge_shard_rows(head_dim_v: int) -> int:
-    """Rows of a thread block of that kernel: as many lanes share one as have four elements each, if they divide it."""
-    vectors = head_dim_v // (4 if head_dim_v % 4 == 0 else 1)
+def merge_rows(head_dim_v: int, elements: int) -> int:
+    """Rows of a thread block that merges: as many lanes share one as it has vectors of so many elements, or of one."""
+    vectors = head_dim_v // (elements if head_dim_v % elements == 0 else 1)
     lanes = min(32, max(2, 1 << (vectors - 1).bit_length()))
     return MERGE_WARPS * 32 // lanes
 

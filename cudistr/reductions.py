@@ -295,8 +295,8 @@ class Energy(Reduction):
 def projections(n_proj: int, block_q: int, seed: int) -> NDArray[np.float32]:
     """Gaussian vectors of the hash, shape (n_proj, block_q), float32, read-only.
 
-    Rounded to odd multiples of 1/128, none of which is zero: their products with numbers of 16 bits have at most 21
-    significant bits, so that a fused multiply-add rounds only the sum.
+    Rounded to odd multiples of 1/128, none of which is zero and all of at most ten bits: their products with numbers of
+    16 bits are exact in float32, and each is a number of float16, or the sum of two of bfloat16.
 
     Drawn with ``numpy.random.RandomState``: NumPy guarantees that its stream never changes, which it does
     not for ``default_rng``, so equal seeds give equal groups on every machine and NumPy version.

@@ -145,7 +145,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def check_conversions(run: Run) -> None:
-    """Every conversion, sum and product of ``ptx/math.cuh``, special numbers and ties included."""
+    """Every conversion, sum, product and maximum of ``ptx/math.cuh``, special numbers and ties included."""
     random = np.random.default_rng(2)
     halves = np.uint32(1) << np.arange(32, dtype=np.uint32) % 24
     for round_ in range(20):
@@ -156,7 +156,7 @@ def check_conversions(run: Run) -> None:
         if round_ == 1:  # numbers whose dropped bits are one and zeros: ties, for some of the formats
             x = (bits(np.ones(32)) + halves).view(np.float32)
         pair_words = random.integers(0, 2**32, (32, 3), np.uint32)
-        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 11)
+        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 12)
         low = np.ascontiguousarray(found & 0xFFFF).astype(np.uint16)
 
         with np.errstate(all="ignore"):
@@ -196,6 +196,9 @@ def check_conversions(run: Run) -> None:
                 factors = (x.copy().view(dtype) for x in (one, two, three))
                 packed = np.ascontiguousarray(found[:, column]).view(np.uint16).reshape(32, 2)
                 same_numbers(packed.view(dtype), fused(*factors))
+            magnitudes = ((x & 0x7FFF).view(ml_dtypes.bfloat16).astype(np.float32) for x in (one, two))
+            packed = np.ascontiguousarray(found[:, 11]).view(np.uint16).reshape(32, 2)
+            same_numbers(packed.view(ml_dtypes.bfloat16), np.fmax(*magnitudes).astype(ml_dtypes.bfloat16))
 
 
 def check_cp_async(run: Run) -> None:

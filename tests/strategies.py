@@ -41,6 +41,25 @@ def near_ties(seed: int, rows: int, head_dim: int, reduction: cudistr.LSH) -> np
     return block
 
 
+def lost_sums(seed: int, rows: int, head_dim: int, reduction: cudistr.LSH, dtype: Any) -> np.ndarray:
+    """A block of 16-bit numbers, (rows, head_dim), each column of which has a hash sum that is zero in float32.
+
+    A large number, a small one, which the sum loses, and what cancels the large one. The exact sum is positive.
+    """
+    vectors = projections(reduction.n_proj, reduction.block_q, reduction.seed)
+    large, small = (2.0**7, 2.0**-20) if dtype == np.float16 else (2.0**26, 1.0)
+    rng = np.random.default_rng(seed)
+    block = np.zeros((rows, head_dim))
+    for c in range(head_dim):
+        odd = vectors[c % reduction.n_proj, :rows] * 128
+        (usual,) = np.nonzero((abs(odd) > 32) & (abs(odd) < 256))  # neither lost nor of more than eight bits
+        first, last = rng.choice(usual[: len(usual) // 2]), usual[-1]
+        between = rng.integers(first + 1, last)
+        block[first, c], block[last, c] = odd[last] * large, -odd[first] * large
+        block[between, c] = np.sign(odd[between]) * small
+    return block.astype(dtype)
+
+
 # Memory layouts. Each takes values and returns a contiguous buffer and the view of it that has them, so that a
 # test can send the buffer to a GPU and take the same view there. What lies between the values is NaN: a read
 # outside the array shows.

@@ -73,3 +73,10 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
 }
+
+// max.bf16x2: of a number and a NaN the number.
+DEVICE u32 max_bf16x2(u32 a, u32 b) {
+    u32 y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}

@@ -321,18 +321,17 @@ def test_every_task_of_the_preparation_has_one_thread_block(
     batch: int, heads: int, seqlen_q: int, head_dim: int, block_q: int, keys: tuple[int, int] | None
 ) -> None:
     chosen = planner.prepare(batch, heads, seqlen_q, head_dim, block_q, keys)
-    orders: list[int] = []
-    transposes: list[int] = []
-    for block in range(chosen.blocks):  # as smxx_lsh_prepare shares them out
-        if block < chosen.order_blocks * chosen.spacing and block % chosen.spacing == 0:
-            orders.append(block // chosen.spacing)
-        else:
-            transposes.append(block - min(chosen.order_blocks, block // chosen.spacing + 1))
-    assert orders == list(range(chosen.order_blocks))
+    assert chosen.blocks > 0 and chosen.order_blocks <= chosen.blocks
+    shares = [
+        len(range(block, chosen.tiles, chosen.blocks)) for block in range(chosen.blocks)
+    ]  # as the kernel does
     tiles_per_head = chosen.key_blocks * math.ceil(head_dim / planner.TRANSPOSE_TILE)
-    assert chosen.tiles == (0 if keys is None else tiles_per_head * batch * keys[0])
-    assert transposes == list(range(chosen.tiles))
-    # A thread has two columns, a warp one block of queries.
+    assert sum(shares) == chosen.tiles == (0 if keys is None else tiles_per_head * batch * keys[0])
+    assert max(shares) <= planner.PREPARE_TILES
+    # Few tiles have a thread block each, and none has neither.
+    assert max(shares) <= 1 or chosen.tiles >= 2 * planner.PREPARE_BLOCKS
+    assert chosen.blocks == chosen.order_blocks or min(shares) > 0
+    # A warp has 64 columns of one block of queries.
     per_block = planner.PREPARE_THREADS // (32 * math.ceil(head_dim / 64))
     assert chosen.order_units == batch * heads * math.ceil(seqlen_q / block_q)
     assert chosen.order_blocks == math.ceil(chosen.order_units / per_block)
@@ -343,8 +342,7 @@ def test_the_sums_of_the_preparation_stay_in_32_bits(one: Problem, device: Devic
     assume(small_enough(one))
     chosen = plan(one, device).prepare
     assert chosen is not None
-    assert (chosen.order_blocks - 1) * chosen.spacing < chosen.blocks <= planner.MAX_BLOCKS
-    assert chosen.order_blocks * chosen.spacing < 2**32
+    assert max(chosen.order_units, chosen.tiles, chosen.blocks) <= planner.MAX_BLOCKS
 
 
 @given(problems(reduced=True), devices)
@@ -795,23 +793,21 @@ def test_threads_and_tasks_of_the_preparation(asserting: Callable[..., None], he
     )
 
 
-def test_threads_and_rows_of_merging(asserting: Callable[..., None]) -> None:
-    merge = planner.merge_kernel("float16", 64)
+@pytest.mark.parametrize("head_dim_v", [1, 6, 8, 12, 20, 32, 40, 64, 100, 128, 130, 256])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_threads_and_rows_of_merging(asserting: Callable[..., None], dtype: str, head_dim_v: int) -> None:
+    merge = planner.merge_kernel(dtype, head_dim_v)
     asserting(
         merge,
         f"kWarps * kWarpSize == {merge.threads}",
-        f"kWarps == {planner.MERGE_ROWS}",
+        f"kRows == {planner.merge_rows(head_dim_v, 16 // planner.ITEMSIZE[dtype])}",
         f"kMaxShards == {normalize.MAX_SHARDS}",
     )
-
-
-@pytest.mark.parametrize("head_dim_v", [1, 6, 8, 12, 20, 32, 40, 64, 100, 128, 130, 256])
-def test_threads_and_rows_of_merging_a_shard(asserting: Callable[..., None], head_dim_v: int) -> None:
-    merge = planner.merge_shard_kernel("float16", "float16", "float32", head_dim_v)
+    shard = planner.merge_shard_kernel(dtype, dtype, "float32", head_dim_v)
     asserting(
-        merge,
-        f"kWarps * kWarpSize == {merge.threads}",
-        f"kRows == {planner.merge_shard_rows(head_dim_v)}",
+        shard,
+        f"kWarps * kWarpSize == {shard.threads}",
+        f"kRows == {planner.merge_rows(head_dim_v, 4)}",
     )
 
 

@@ -21,7 +21,7 @@ import cudistr
 from cudistr import compiler, compose, launch, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
-from tests.strategies import BFLOAT16, near_ties, random
+from tests.strategies import BFLOAT16, lost_sums, near_ties, random
 
 FLASH = "kernels/sm80_flash_fwd.cu"
 HOPPER = "kernels/sm90_flash_fwd.cu"
@@ -152,26 +152,14 @@ FAULTS = {
     "no barrier before the output is copied": Fault(
         FLASH, f"    {BARRIER}\n\n    constexpr int kOutChunks", "    constexpr int kOutChunks", RACE
     ),
-    "no barrier before the transposed keys are read": Fault(
-        PREPARE,
-        f"    {BARRIER}\n\n    T* out = params.transposed",
-        "    T* out = params.transposed",
-        RACE,
-        GROUPED,
+    "no barrier before keys and queries are read that other threads copied": Fault(
+        PREPARE, f"        cp_async_wait<0>();\n        {BARRIER}\n", "        cp_async_wait<0>();\n", RACE, GROUPED
+    ),
+    "keys and queries that are read before they have landed": Fault(
+        PREPARE, f"        cp_async_wait<0>();\n        {BARRIER}\n", f"        {BARRIER}\n", "has not landed", GROUPED
     ),
     "no barrier before columns are compared": Fault(
-        PREPARE,
-        f"    {BARRIER}\n    if (!active) return;",
-        "    if (!active) return;",
-        RACE,
-        GROUPED,
-    ),
-    "no barrier before the projections are overwritten": Fault(
-        PREPARE,
-        f"const int staged = min(kStageRows, longest - start);\n        {BARRIER}",
-        "const int staged = min(kStageRows, longest - start);",
-        RACE,
-        GROUPED,
+        PREPARE, f"    {BARRIER}\n    sort_columns", "    sort_columns", RACE, GROUPED
     ),
     "a barrier that one warp does not reach": Fault(
         FLASH,
@@ -180,8 +168,7 @@ FAULTS = {
         "wait at different barriers",
     ),
     "a thread that returns before a barrier": Fault(
-        PREPARE, "    float sums[2][kProjections] = {};", "    if (thread == 5) return;\n    float sums[2][kProjections] = {};",
-        "others have returned", GROUPED
+        PREPARE, "    Order order;\n", "    if (thread_index() == 5) return;\n    Order order;\n", "others have returned", GROUPED
     ),
     "an instruction of the warp that a lane skips": Fault(
         "tile/softmax.cuh",
@@ -286,7 +273,7 @@ FAULTS = {
         "tile/product.cuh", "address + kHalf * kStride);", "address);", WRONG, GROUPED, lengths=(60, 173)
     ),
     "the padding of transposed keys not written": Fault(
-        PREPARE, "min(kTile, params.key_columns - key)", "min(kTile, params.seqlen_k / 8 * 8 - key)",
+        PREPARE, "min(kTile, params.key_columns - key())", "min(kTile, params.seqlen_k / 8 * 8 - key())",
         "cp.async of an array .* which nothing wrote", GROUPED
     ),
     "rows of a merge beyond the last": Fault(MERGE, "if (row >= params.rows) return;", "", "read of 4 bytes outside", merge="shards"),
@@ -382,11 +369,24 @@ FAULTS = {
         WRONG, {"scale": 60.0}, dtype=BFLOAT16
     ),
     "a hash with products and sums rounded together": Fault(
-        PREPARE, "sizeof(T) == 2 ? fmaf", "true ? fmaf",
+        PREPARE, "__fadd_rn(sums[i][b], __fmul_rn(r, pair.element[i]))", "fmaf(r, pair.element[i], sums[i][b])",
         "Mismatched", {"near_ties": True}, dtype=np.float32
     ),
+    "bits of a hash that are not certain": Fault(
+        PREPARE, "(kParts == 2 ? 96.f : 64.f)", "0.f", "Mismatched", {"near_ties": True}
+    ),
+    "bits of a hash that are not certain, of two parts": Fault(
+        PREPARE, "(kParts == 2 ? 96.f : 64.f)", "0.f", "Mismatched", {"near_ties": True}, dtype=BFLOAT16
+    ),
+    "the second part of projections left out": Fault(
+        PREPARE, "part < kParts; ++part) {\n                    const u32", "part < 1; ++part) {\n                    const u32",
+        "Mismatched", {"near_ties": True}, dtype=BFLOAT16
+    ),
+    "a sum made anew from the wrong row": Fault(
+        PREPARE, "start + i * kWarpSize + Unit::lane()", "start + i * kWarpSize + 31 - Unit::lane()", "Mismatched", {"near_ties": True}
+    ),
     "vector loads where rows are not aligned": Fault(
-        PREPARE, "if (ALIGNED) {", "if (true) {", "not a multiple of 16", GROUPED, layout="shifted"
+        PREPARE, "copy_chunk<ALIGNED>", "copy_chunk<true>", "not a multiple of 16", GROUPED, layout="shifted"
     ),
     "an index that overflows": Fault(
         FLASH, "place.out_row(params, row) + column", "place.out_row(params, row) + column * 0x7fffffff", "a product that overflows at .*sm80_flash_fwd.cu"
@@ -879,7 +879,9 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if "near_ties" in fault.options:
         reduction = cudistr.LSH(2)
-        q = near_ties(0, 128, 64, reduction)[None, None]
+        one_by_one = fault.dtype == np.float32
+        q = near_ties(0, 128, 64, reduction) if one_by_one else lost_sums(0, 128, 64, reduction, fault.dtype)
+        q = q[None, None]
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
     options = dict(fault.options)

@@ -160,6 +160,12 @@ void vote_any(Operands (&lanes)[kWarpLanes]) {
     for (const Operands& lane : lanes) *static_cast<int*>(lane.out) = any;
 }
 
+void vote_ballot(Operands (&lanes)[kWarpLanes]) {
+    u32 votes = 0;
+    for (unsigned i = 0; i < kWarpLanes; ++i) votes |= (*static_cast<const int*>(lanes[i].in) != 0 ? 1u : 0u) << i;
+    for (const Operands& lane : lanes) *static_cast<u32*>(lane.out) = votes;
+}
+
 void load_matrices(Operands (&lanes)[kWarpLanes]) { load_matrices_as(lanes, false, "ldmatrix"); }
 void load_matrices_transposed(Operands (&lanes)[kWarpLanes]) { load_matrices_as(lanes, true, "ldmatrix.trans"); }
 

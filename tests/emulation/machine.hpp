@@ -48,6 +48,7 @@ void copy_wait(int pending);
 void shuffle_xor(Operands (&lanes)[kWarpLanes]);    // in {value, mask}, out value
 void shuffle_index(Operands (&lanes)[kWarpLanes]);  // in {value, lane}, out value
 void vote_any(Operands (&lanes)[kWarpLanes]);       // in, out int
+void vote_ballot(Operands (&lanes)[kWarpLanes]);    // in int, out unsigned
 void load_matrices(Operands (&lanes)[kWarpLanes]);  // in address, out u32[4]
 void load_matrices_transposed(Operands (&lanes)[kWarpLanes]);
 struct Product {
@@ -147,6 +148,13 @@ inline int __any_sync(unsigned, int predicate) {
     ::machine::together("__any_sync", ::machine::vote_any, &predicate, &out);
     return out;
 }
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    unsigned out;
+    ::machine::together("__ballot_sync", ::machine::vote_ballot, &predicate, &out);
+    return out;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // Stands at the end of a kernel's translation unit: how machine.cpp calls the kernel and finds its shared memory.
 namespace machine {

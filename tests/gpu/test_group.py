@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import cudistr
 from cudistr import launch, reference
 from tests.gpu.util import cp, on_device, same_bits
-from tests.strategies import DTYPES, LAYOUTS, near_ties, random
+from tests.strategies import BFLOAT16, DTYPES, LAYOUTS, lost_sums, near_ties, random
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +53,33 @@ def test_sums_that_nearly_cancel(rows, block_q, n_proj):
     reduction = cudistr.LSH(2, block_q=block_q, n_proj=n_proj)
     q = np.stack([near_ties(seed, rows, 128, reduction) for seed in range(4)])[None]
     check(q, reduction)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize(("rows", "block_q"), [(64, 64), (50, 64), (128, 128), (333, 384)])
+@pytest.mark.parametrize("n_proj", [16, 5])
+@pytest.mark.parametrize("head_dim", [24, 128])
+def test_sums_that_float32_loses(dtype, rows, block_q, n_proj, head_dim):
+    # Matrix instructions may find these positive.
+    reduction = cudistr.LSH(1, block_q=block_q, n_proj=n_proj)
+    lost = np.stack([lost_sums(seed, rows, head_dim, reduction, dtype) for seed in range(3)])
+    q = random(rows, 1, 4, rows, head_dim, dtype=dtype)
+    q[0, :3] = lost
+    q[0, 3, :, ::3] = lost[0, :, ::3]
+    check(q, reduction)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
+def test_the_smallest_and_largest_numbers(dtype):
+    numbers = ml_dtypes.finfo(dtype)
+    q = random(1, 1, 4, 130, 64)
+    q[0, 0] = np.sign(q[0, 0]) * float(numbers.smallest_subnormal)
+    q[0, 1] *= float(numbers.smallest_normal)
+    q[0, 2] = np.clip(q[0, 2] / 3, -1, 1) * float(numbers.max)  # products overflow, and sums
+    q[0, 3] *= 2.0 ** np.linspace(-120, 120, 64)
+    with np.errstate(over="ignore"):
+        q = q.astype(dtype)
+        check(q, cudistr.LSH(2))
 
 
 @each_dtype

@@ -67,3 +67,10 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     }
     return floats_to_bf16x2(y[0], y[1]);
 }
+
+// Unlike fmaxf of the host, which makes a NaN of a signalling one.
+DEVICE float larger_number(float a, float b) { return a != a ? b : b != b ? a : a < b ? b : a; }
+DEVICE u32 max_bf16x2(u32 a, u32 b) {
+    return floats_to_bf16x2(larger_number(__uint_as_float(a << 16), __uint_as_float(b << 16)),
+                            larger_number(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u)));
+}
