@@ -763,15 +763,15 @@ def _group_recipe(
     """
     check_device(device_properties(index), index)
     batch, heads, seqlen_q, head_dim = shape
-    units = batch * heads * -(-seqlen_q // reduction.rows_per_block)
+    blocks = -(-seqlen_q // reduction.rows_per_block)
     steps: tuple[Step | None, Step | None] = (None, None)
     more: dict[str, Any] = {}
     if keys is not None:
         heads_kv, seqlen_k, k_strides = keys
         last = (
-            energy_order(dtype, head_dim, units)
+            energy_order(dtype, head_dim, batch * heads * blocks)
             if isinstance(reduction, Energy)
-            else weights(dtype, head_dim, reduction.group_size, units)
+            else weights(dtype, head_dim, reduction.group_size, batch * heads, blocks)
         )
         steps = (key_energy(dtype, head_dim, batch * heads_kv, seqlen_k), last)
         more = {

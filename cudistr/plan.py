@@ -64,7 +64,8 @@ PREPARE_BLOCKS = 512  # thread blocks that keep a large GPU busy, before one tra
 PREPARE_TILES = 8  # that a thread block transposes at most, if others are as many
 AGAIN_BLOCKS = 4  # for each multiprocessor, of what transposes once more if it must
 KEY_COLUMNS_MULTIPLE = 8  # rows of the transposed K are whole 16-byte chunks for 16-bit types
-WEIGHTS_THREADS = 128  # of smxx_lsh_weights.cu
+WEIGHTS_WARPS = 4  # of smxx_lsh_weights.cu, or as many as a block of queries takes
+WEIGHTS_PRODUCTS = 36  # that one of its threads may have in registers
 ENERGY_KEYS = 256  # keys that a thread of smxx_key_energy.cu sums
 KEY_ENERGY_THREADS = 128
 ENERGY_ORDER_THREADS = 256
@@ -959,10 +960,19 @@ def prepare(
     return Prepare(group_blocks, order_units, order_blocks, key_columns, key_blocks, tiles, blocks)
 
 
-def weights(dtype: str, head_dim: int, group_size: int, units: int) -> Step:
-    """What finds the weights and shares of the columns of each group, for so many blocks of queries."""
-    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("GROUP", group_size))
-    return Step(Kernel("smxx_lsh_weights", constants, WEIGHTS_THREADS), check_blocks(units))
+def weights(dtype: str, head_dim: int, group_size: int, heads: int, group_blocks: int) -> Step:
+    """What finds the weights and shares of the columns of each group.
+
+    For so many heads over all batches, and blocks of queries of a head.
+    """
+    lanes = next(n for n in range(1, group_size + 1) if group_size**2 <= n * WEIGHTS_PRODUCTS and group_size % n == 0)
+    warps = -(-(head_dim // group_size) // (32 // lanes))  # for a block of queries
+    units = max(1, WEIGHTS_WARPS // warps)
+    constants = (
+        ("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("GROUP", group_size), ("LANES", lanes),
+    )  # fmt: skip
+    blocks = check_blocks(heads * -(-group_blocks // units))
+    return Step(Kernel("smxx_lsh_weights", constants, units * warps * 32), blocks)
 
 
 def key_spans(seqlen_k: int) -> int:
@@ -1369,14 +1379,14 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reduction is None:
         return chosen
     dtype, head_dim = problem.dtype, problem.head_dim
-    units = problem.batch * problem.heads * -(-problem.seqlen_q // reduction.rows_per_block)
+    heads, group_blocks = problem.batch * problem.heads, -(-problem.seqlen_q // reduction.rows_per_block)
     again, energy, columns = None, None, None
     if reduction.by_keys:
         energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, problem.seqlen_k)
     if isinstance(reduction, Energy):
-        columns = energy_order(dtype, head_dim, units)
+        columns = energy_order(dtype, head_dim, heads * group_blocks)
     elif reduction.by_keys:
-        columns = weights(dtype, head_dim, reduction.group_size, units)
+        columns = weights(dtype, head_dim, reduction.group_size, heads, group_blocks)
     half = _half(problem)
     first = prepare(
         problem.batch,

@@ -221,7 +221,7 @@ def kernels(capability: int) -> dict[str, Kernel]:
                     found[name] = planner.prepare_kernel(dtype, d, aligned, half=half)
         for d in _few(dtype, RANK1):
             found[f"smxx_lsh_weights {dtype} {d} lsh{RANK1[d]}"] = planner.weights(
-                dtype, d, RANK1[d], 1
+                dtype, d, RANK1[d], 1, 1
             ).kernel
         for d in _few(dtype, KEPT):
             found[f"smxx_key_energy {dtype} {d}"] = planner.key_energy(dtype, d, 1, 1).kernel

@@ -14,6 +14,12 @@ DEVICE void cp_async_chunk(u32 destination, const void* source, bool valid) {
                  : "memory");
 }
 
+// cp.async.ca.shared.global, 4 bytes.
+DEVICE void cp_async_word(u32 destination, const void* source) {
+    const u64 global = __cvta_generic_to_global(source);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(destination), "l"(global) : "memory");
+}
+
 // cp.async.commit_group: the copies that this thread issued since the last commit become one group.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

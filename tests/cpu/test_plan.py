@@ -813,8 +813,13 @@ def test_threads_and_rows_of_merging(asserting: Callable[..., None], dtype: str,
 
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 256])
 def test_threads_and_units_of_columns(asserting: Callable[..., None], head_dim: int) -> None:
-    weights = planner.weights("float16", head_dim, 1, 7)
-    asserting(weights.kernel, f"kThreads == {weights.kernel.threads}", f"{weights.blocks} == 7")
+    for group_size in (n for n in range(1, head_dim // 8 + 1) if head_dim % (8 * n) == 0):
+        weights = planner.weights("float16", head_dim, group_size, 5, 7)
+        asserting(
+            weights.kernel,
+            f"kThreads == {weights.kernel.threads}",
+            f"5 * ((7 + kUnits - 1) / kUnits) == {weights.blocks}",
+        )
     sums, order = (
         planner.key_energy("float16", head_dim, 1000, 513),
         planner.energy_order("float16", head_dim, 1000),
@@ -871,7 +876,7 @@ LAYOUTS = {
     "AttentionParams": (planner.attention_kernel(problem(), AMPERE)[0], launch._ATTENTION),
     "HopperParams": (planner.attention_kernel(problem(), HOPPER)[0], launch._HOPPER),
     "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
-    "WeightsParams": (planner.weights("float16", 64, 2, 1).kernel, launch._WEIGHTS),
+    "WeightsParams": (planner.weights("float16", 64, 2, 1, 1).kernel, launch._WEIGHTS),
     "KeyEnergyParams": (planner.key_energy("float16", 64, 1, 1).kernel, launch._KEY_ENERGY),
     "EnergyOrderParams": (planner.energy_order("float16", 64, 1).kernel, launch._ENERGY_ORDER),
     "ProjectParams": (planner.project_kernel(problem(), 48), launch._PROJECT),

@@ -48,6 +48,7 @@ enum State { kReady, kAtInstruction, kAtBlockBarrier, kAtWarpBarrier, kAtNamedBa
 struct Copy {
     u32 destination;
     const void* source;
+    u32 bytes;
     bool valid;
 };
 

@@ -90,22 +90,22 @@ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(a - m.shared_start) + kSharedWindow;
 }
 
-void copy_async(unsigned destination, const void* source, bool valid) {
+void copy_async(unsigned destination, const void* source, unsigned bytes, bool valid) {
     const void* caller = __builtin_return_address(0);
     ++m.statistics.instructions[kCopyAsync];
     const address_t to = shared_pointer(destination);
     const address_t from = reinterpret_cast<address_t>(source);
-    if (destination % 16 || (valid && from % 16)) {
-        fail(caller, "cp.async of 16 bytes %s an address that is not a multiple of 16, by %s",
-             destination % 16 ? "to" : "from", place_of(m.running).c_str());
+    if (destination % bytes || (valid && from % bytes)) {
+        fail(caller, "cp.async of %u bytes %s an address that is not a multiple of %u, by %s", bytes,
+             destination % bytes ? "to" : "from", bytes, place_of(m.running).c_str());
     }
-    if (valid) check_global(m.running, from, 16, false, caller, "cp.async");
+    if (valid) check_global(m.running, from, bytes, false, caller, "cp.async");
     const Clock& known = m.clocks[m.running];
-    check_shared(m.running, known[m.running], known, to, 16, true, caller, "cp.async");
+    check_shared(m.running, known[m.running], known, to, bytes, true, caller, "cp.async");
     // Until it lands, what stood there is gone and what will stand there has not come.
-    memset(reinterpret_cast<void*>(to), 0xff, 16);
-    for (int i = 0; i < 16; ++i) m.in_flight[to - m.shared_start + i] = m.running + 1;
-    running().open.push_back({destination, source, valid});
+    memset(reinterpret_cast<void*>(to), 0xff, bytes);
+    for (unsigned i = 0; i < bytes; ++i) m.in_flight[to - m.shared_start + i] = m.running + 1;
+    running().open.push_back({destination, source, bytes, valid});
 }
 
 void copy_commit() {
@@ -121,11 +121,11 @@ void copy_wait(int pending) {
             const size_t first = shared_pointer(copy.destination) - m.shared_start;
             void* to = reinterpret_cast<void*>(m.shared_start + first);
             if (copy.valid) {
-                memcpy(to, copy.source, 16);
+                memcpy(to, copy.source, copy.bytes);
             } else {
-                memset(to, 0, 16);
+                memset(to, 0, copy.bytes);
             }
-            for (size_t i = first; i < first + 16; ++i) {
+            for (size_t i = first; i < first + copy.bytes; ++i) {
                 m.in_flight[i] = 0;
                 m.writes[i] = {m.clocks[m.running][m.running], m.running};
             }

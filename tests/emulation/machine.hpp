@@ -40,7 +40,7 @@ int block_vote(bool mine, const char* file, int line);
 void warp_barrier();
 
 unsigned shared_address(const void* pointer);
-void copy_async(unsigned destination, const void* source, bool valid);
+void copy_async(unsigned destination, const void* source, unsigned bytes, bool valid);
 void copy_commit();
 void copy_wait(int pending);
 

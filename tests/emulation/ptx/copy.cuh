@@ -4,8 +4,9 @@
 
 DEVICE u32 shared_address(const void* pointer) { return machine::shared_address(pointer); }
 DEVICE void cp_async_chunk(u32 destination, const void* source, bool valid) {
-    machine::copy_async(destination, source, valid);
+    machine::copy_async(destination, source, 16, valid);
 }
+DEVICE void cp_async_word(u32 destination, const void* source) { machine::copy_async(destination, source, 4, true); }
 DEVICE void cp_async_commit() { machine::copy_commit(); }
 template <int kPending>
 DEVICE void cp_async_wait() {
