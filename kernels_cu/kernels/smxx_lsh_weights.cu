@@ -38,17 +38,18 @@ constexpr int kUnitWarps = (kGroups + kWarpGroups - 1) / kWarpGroups;
 constexpr int kUnits = kUnitWarps < 4 ? 4 / kUnitWarps : 1;
 constexpr int kUnitThreads = kUnitWarps * kWarpSize;
 constexpr int kThreads = kUnits * kUnitThreads;
+// On a multiprocessor: of 64 registers a thread, or 128.
+constexpr int kBlocks = (GROUP <= 4 ? 1024 : 512) / kThreads;
 constexpr int kSquarings = 10;
 constexpr float kLeastSpread = 1.f / 64.f;       // of a column, as a part of the largest in its group
 constexpr float kLeastWeight = 1.f / 16384.f;    // smaller ones are 0; the others every dtype has exactly
 
 // Rows of Q are staged in words, while those before are multiplied: so many that a multiprocessor of 100 KB has room for
-// three thread blocks.
+// four thread blocks.
 constexpr int kWordElements = 4 / int(sizeof(T));
 constexpr int kWords = HEAD_DIM / kWordElements;  // of a row
-constexpr int kRoom = 28 * 1024 / (2 * kUnits * 4 * (kWords + 1));
-constexpr int kStageRows = kRoom < 32 ? kRoom / 4 * 4 : 32;
-static_assert(kStageRows > 0, "a stage has room for some rows");
+constexpr int kRoom = 20 * 1024 / (2 * kUnits * 4 * (kWords + 1));
+constexpr int kStageRows = kRoom >= 32 ? 32 : kRoom >= 16 ? 16 : kRoom >= 8 ? 8 : 4;
 typedef OddTile<T, 2 * kStageRows, HEAD_DIM> Stages;
 
 struct Storage {
@@ -217,26 +218,27 @@ struct Source {
     DEVICE void load(Stages& stages, int to, int start) const {
         const int warp = thread / kWarpSize;
         const int lane = thread % kWarpSize;
-        const int count = min(kCount, rows - start);
+        const int count = min(kCount, rows - start) - warp;
         const T* row = q + (start + warp) * q_row;
         if (words) {
             const u32 address = shared_address(&stages.at(to + warp, lane * kWordElements));
+            row += lane * kWordElements;
 #pragma unroll
             for (int n = 0; n < kCount; n += kUnitWarps) {
 #pragma unroll
                 for (int word = 0; word < kWords; word += kWarpSize) {
-                    if (n + warp < count && (kWords % kWarpSize == 0 || word + lane < kWords)) {
-                        cp_async_word(address + 4 * (n * (kWords + 1) + word), row + (word + lane) * kWordElements);
+                    if (n < count && (kWords % kWarpSize == 0 || word + lane < kWords)) {
+                        cp_async_word(address + 4 * (n * (kWords + 1) + word), row + word * kWordElements);
                     }
                 }
                 row += kUnitWarps * q_row;
             }
         } else {
-            for (int n = warp; n < count; n += kUnitWarps) {
+            for (int n = 0; n < count; n += kUnitWarps) {
 #pragma unroll
                 for (int column = 0; column < HEAD_DIM; column += kWarpSize) {
                     if (HEAD_DIM % kWarpSize == 0 || column + lane < HEAD_DIM) {
-                        stages.at(to + n, column + lane) = row[column + lane];
+                        stages.at(to + warp + n, column + lane) = row[column + lane];
                     }
                 }
                 row += kUnitWarps * q_row;
@@ -268,8 +270,7 @@ DEVICE float find_shift(const Storage& shared, const WeightsParams& params, int 
 
 }  // namespace
 
-// The 1 stops ptxas from spilling for the sake of one more thread block per multiprocessor.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_lsh_weights(const WeightsParams params) {
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) smxx_lsh_weights(const WeightsParams params) {
     __shared__ Storage shared;
     const int unit = threadIdx.x / kUnitThreads;
     const int unit_blocks = (params.group_blocks + kUnits - 1) / kUnits;  // thread blocks of a head

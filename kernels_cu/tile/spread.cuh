@@ -13,7 +13,7 @@ template <int kColumns>
 DEVICE KeyColumn key_column(const float* sums, int spans, int keys) {
     float sum = 0.f;
     float square = 0.f;
-#pragma unroll 8  // loads in flight
+#pragma unroll 16  // loads in flight
     for (int span = 0; span < spans; ++span) {
         sum = __fadd_rn(sum, sums[0]);
         square = __fadd_rn(square, sums[kColumns]);

@@ -103,7 +103,7 @@ def test_zeros_ties_and_what_is_not_a_number(dtype):
 @each_dtype
 @pytest.mark.parametrize(
     ("head_dim", "group_size", "options"),
-    [(64, 2, {"n_proj": 5}), (96, 3, {"block_q": 64}), (256, 32, {})],
+    [(64, 2, {"n_proj": 5}), (96, 3, {"block_q": 64}), (56, 7, {}), (128, 8, {"block_q": 64}), (256, 32, {})],
     ids=str,
 )
 def test_weights(dtype, head_dim, group_size, options):
