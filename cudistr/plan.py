@@ -965,7 +965,9 @@ def weights(dtype: str, head_dim: int, group_size: int, heads: int, group_blocks
 
     For so many heads over all batches, and blocks of queries of a head.
     """
-    lanes = next(n for n in range(1, group_size + 1) if group_size**2 <= n * WEIGHTS_PRODUCTS and group_size % n == 0)
+    lanes = next(
+        n for n in range(1, group_size + 1) if group_size**2 <= n * WEIGHTS_PRODUCTS and group_size % n == 0
+    )
     warps = -(-(head_dim // group_size) // (32 // lanes))  # for a block of queries
     units = max(1, WEIGHTS_WARPS // warps)
     constants = (

@@ -11,13 +11,24 @@ struct KeyColumn {
 // and sum rounded apart: the same bits as NumPy's.
 template <int kColumns>
 DEVICE KeyColumn key_column(const float* sums, int spans, int keys) {
+    constexpr int kLoads = 16;  // spans in flight; zeros behind the last change no bit of a sum
     float sum = 0.f;
     float square = 0.f;
-#pragma unroll 16  // loads in flight
-    for (int span = 0; span < spans; ++span) {
-        sum = __fadd_rn(sum, sums[0]);
-        square = __fadd_rn(square, sums[kColumns]);
-        sums += 2 * kColumns;
+    for (int start = 0; start < spans; start += kLoads) {
+        float found[kLoads][2] = {};
+#pragma unroll
+        for (int span = 0; span < kLoads; ++span) {
+            if (start + span < spans) {
+                found[span][0] = sums[span * 2 * kColumns];
+                found[span][1] = sums[span * 2 * kColumns + kColumns];
+            }
+        }
+        sums += kLoads * 2 * kColumns;
+#pragma unroll
+        for (int span = 0; span < kLoads; ++span) {
+            sum = __fadd_rn(sum, found[span][0]);
+            square = __fadd_rn(square, found[span][1]);
+        }
     }
     const float mean = __fdiv_rn(sum, static_cast<float>(keys));
     square = __fadd_rn(square, -__fmul_rn(sum, mean));

@@ -44,6 +44,7 @@ GROUPED, HALVES, FUSED = ({"reduction": cudistr.LSH(size)} for size in (2, 4, 8)
 RANK1 = {"reduction": cudistr.LSH(2, representative="rank1")}
 RANK1_OF_FOUR = {"reduction": cudistr.LSH(4, representative="rank1")}
 RESTORED = {"reduction": cudistr.LSH(2, representative="rank1", sinks=40)}
+RESTORED_OF_EIGHT = {"reduction": cudistr.LSH(8, representative="rank1", sinks=40)}
 ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=0)}
 RESTORED_ENERGY = {"reduction": cudistr.Energy(32, near=0, sinks=40)}
 COPIED_ENERGY = {"reduction": cudistr.Energy(32, near=40, sinks=9), "copied": True}
@@ -179,24 +180,24 @@ FAULTS = {
     "no barrier before the sums of the rest are read": Fault(
         FLASH, f"{BARRIER}  // the sums are complete", "", RACE, ENERGY
     ),
-    "no barrier before new products of a group": Fault(
-        WEIGHTS, f"    {BARRIER}\n    own.each(", "    own.each(", RACE, RANK1
-    ),
-    "no barrier before products of a group are read": Fault(
-        WEIGHTS, f"= value; }});\n    {BARRIER}", "= value; });", RACE, RANK1
-    ),
-    "no barrier before rows are overwritten": Fault(
-        WEIGHTS, f"{BARRIER}  // every thread is done with the rows before", "", RACE,
-        {"reduction": cudistr.LSH(2, representative="rank1", block_q=256)}, lengths=(300, 130)
+    "no barrier before rows of a group are overwritten": Fault(
+        WEIGHTS, f"{BARRIER}  // every thread is done with the rows before", "", RACE, RESTORED
     ),
     "no barrier before rows of products are read": Fault(
-        WEIGHTS, f"        }}\n    }}\n    {BARRIER}\n}}\n\n// What the lse", "        }\n    }\n}\n\n// What the lse", RACE, RANK1
+        WEIGHTS, f"{BARRIER}  // rows are there, and every thread is done with those before", "", RACE, RANK1
+    ),
+    "rows of products that are not waited for": Fault(
+        WEIGHTS, f"cp_async_wait<0>();\n        {BARRIER}  // rows are there, and every",
+        f"{BARRIER}  // rows are there, and every", "has not landed", RANK1
     ),
     "no barrier before weights of all groups are read": Fault(
-        WEIGHTS, f"{BARRIER}  // all weights and shares are there", "", RACE, RESTORED
+        WEIGHTS, f"{BARRIER}  // rows are there, and all weights and shares", "", RACE, RESTORED
+    ),
+    "shares of a group that are not waited for": Fault(
+        WEIGHTS, "__syncwarp();  // all of the group are there", "", RACE, RESTORED_OF_EIGHT
     ),
     "no barrier before energies of a group are read": Fault(
-        WEIGHTS, f"{BARRIER}\n    find_spread", "find_spread", RACE, RANK1
+        WEIGHTS, f"{BARRIER}  // all energies are there", "", RACE, RANK1
     ),
     "no barrier before energies are compared": Fault(
         ENERGY_ORDER, f"    {BARRIER}\n    if (active) {{\n        const u32 own", "    if (active) {\n        const u32 own", RACE, ENERGY
@@ -304,12 +305,15 @@ FAULTS = {
         PREPARE, "if constexpr (SIGNED) rank", "if constexpr (false) rank", WRONG, RANK1
     ),
     "a group's columns in the old order": Fault(
-        WEIGHTS, "permutation[place]", "permutation[first + member]", WRONG, RANK1
+        WEIGHTS, "permutation[block + place]", "permutation[block + first + member]", WRONG, RANK1
     ),
     "weights that go by the keys of another head": Fault(
         WEIGHTS, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, RANK1
     ),
-    "shares that are weights": Fault(WEIGHTS, "shares[place] = share;", "shares[place] = weight;", WRONG, RANK1),
+    "shares that are weights": Fault(
+        WEIGHTS, "params.shares[block + place] = share;", "params.shares[block + place] = weight;", WRONG, RANK1
+    ),
+    "products of another group": Fault(WEIGHTS, "own, first_lane + a / kRows", "own, a / kRows", WRONG, RESTORED_OF_EIGHT),
     "a mean of the keys that is not restored": Fault(
         "tile/spread.cuh", "scale * mean + ", "", WRONG, RESTORED
     ),
