@@ -152,7 +152,7 @@ class _Steps:
         find = (
             weights(problem.dtype, problem.head_dim, reduction.group_size, 1)
             if isinstance(reduction, LSH)
-            else energy_order(problem.dtype, problem.head_dim, 1)
+            else energy_order(problem.dtype, problem.head_dim, problem.aligned, 1)
         )
         self.names += [find.kernel.name, copied_queries(problem)[0].kernel.name]
         made = _contiguous(problem, problem.heads, problem.seqlen_q, problem.head_dim)

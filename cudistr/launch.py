@@ -212,7 +212,7 @@ _KEY_ENERGY = _parameters(
 )
 _ENERGY_ORDER = _parameters(
     ("q k sums permutation means shift", "u8"),
-    ("q_batch q_head q_row k_batch k_head units", "i8"),
+    ("q_batch q_head q_row k_batch k_head", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k block_q group_blocks spans keep rounded", "i4"),
     ("scale", "f4"),
     multiple=8,
@@ -769,7 +769,7 @@ def _group_recipe(
     if keys is not None:
         heads_kv, seqlen_k, k_strides = keys
         last = (
-            energy_order(dtype, head_dim, batch * heads * blocks)
+            energy_order(dtype, head_dim, aligned, batch * heads * blocks)
             if isinstance(reduction, Energy)
             else weights(dtype, head_dim, reduction.group_size, batch * heads, blocks)
         )

@@ -24,6 +24,7 @@ __all__ = [
     "attention_kernel",
     "candidate_tiles",
     "copied_queries",
+    "copied_rows",
     "copies_queries",
     "decide_kernel",
     "draw_kernel",
@@ -68,9 +69,8 @@ WEIGHTS_WARPS = 4  # of smxx_lsh_weights.cu, or as many as a block of queries ta
 WEIGHTS_PRODUCTS = 36  # that one of its threads may have in registers
 ENERGY_KEYS = 256  # keys that a thread of smxx_key_energy.cu sums
 KEY_ENERGY_THREADS = 128
-ENERGY_ORDER_THREADS = 256
 COPIED_THREADS = 256  # of smxx_copied_queries.cu
-COPIED_ROWS = 32  # of one of its thread blocks
+COPIED_ROWS = 4  # of one of its threads
 PROJECT_THREADS = 256  # of smxx_project.cu
 PROJECT_GROUP = 32  # columns that it makes at once
 PROJECT_BYTES = 96 * 1024  # of shared memory that one of its thread blocks may have
@@ -990,11 +990,10 @@ def key_energy(dtype: str, head_dim: int, heads: int, seqlen_k: int) -> Step:
     return Step(Kernel("smxx_key_energy", constants, KEY_ENERGY_THREADS), blocks)
 
 
-def energy_order(dtype: str, head_dim: int, units: int) -> Step:
+def energy_order(dtype: str, head_dim: int, aligned: bool, units: int) -> Step:
     """What orders the columns of so many blocks of queries by energy."""
-    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim))
-    blocks = check_blocks(-(-units // (ENERGY_ORDER_THREADS // _round_up(head_dim, 32))))
-    return Step(Kernel("smxx_energy_order", constants, ENERGY_ORDER_THREADS), blocks)
+    constants = (("DTYPE", DTYPE_NUMBER[dtype]), ("HEAD_DIM", head_dim), ("ALIGNED", int(aligned)))
+    return Step(Kernel("smxx_energy_order", constants, _round_up(head_dim // 2, 32)), check_blocks(units))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1013,6 +1012,11 @@ def copies_queries(problem: Problem, device: Device) -> bool:
     return hopper_kernel(exact(problem), device) is not None
 
 
+def copied_rows(problem: Problem) -> int:
+    """Rows of a thread block of what makes those queries: its threads have 16 bytes of several rows each."""
+    return COPIED_ROWS * (COPIED_THREADS * 16 // (problem.head_dim * ITEMSIZE[problem.dtype]))
+
+
 def copied_queries(problem: Problem) -> tuple[Step, int]:
     """What makes those queries, and its thread blocks for each block of queries."""
     reduction = problem.reduction
@@ -1025,7 +1029,7 @@ def copied_queries(problem: Problem) -> tuple[Step, int]:
         "KEEP": _keep(problem),
     }
     units = problem.batch * problem.heads * -(-problem.seqlen_q // reduction.rows_per_block)
-    parts = -(-min(reduction.rows_per_block, problem.seqlen_q) // COPIED_ROWS)
+    parts = -(-min(reduction.rows_per_block, problem.seqlen_q) // copied_rows(problem))
     kernel = Kernel("smxx_copied_queries", tuple(constants.items()), COPIED_THREADS)
     return Step(kernel, check_blocks(units * parts)), parts
 
@@ -1386,7 +1390,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reduction.by_keys:
         energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, problem.seqlen_k)
     if isinstance(reduction, Energy):
-        columns = energy_order(dtype, head_dim, heads * group_blocks)
+        columns = energy_order(dtype, head_dim, problem.aligned, heads * group_blocks)
     elif reduction.by_keys:
         columns = weights(dtype, head_dim, reduction.group_size, heads, group_blocks)
     half = _half(problem)

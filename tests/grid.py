@@ -225,7 +225,9 @@ def kernels(capability: int) -> dict[str, Kernel]:
             ).kernel
         for d in _few(dtype, KEPT):
             found[f"smxx_key_energy {dtype} {d}"] = planner.key_energy(dtype, d, 1, 1).kernel
-            found[f"smxx_energy_order {dtype} {d}"] = planner.energy_order(dtype, d, 1).kernel
+            for aligned in (True, False) if d in UNALIGNED else (True,):
+                name = f"smxx_energy_order {dtype} {d}" + ("" if aligned else " unaligned")
+                found[name] = planner.energy_order(dtype, d, aligned, 1).kernel
         if dtype != "float32":
             for d, reduction in ((128, LSH(2, representative="rank1")), (256, Energy(128))):
                 kernel = planner.copied_queries(_problem(dtype, d, d, reduction=reduction))[0].kernel

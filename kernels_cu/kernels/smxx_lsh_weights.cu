@@ -298,9 +298,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) smxx_lsh_weights
     const float* sums =
         params.sums + (batch * (params.heads / params.heads_per_kv) + head_kv) * params.spans * (2 * HEAD_DIM);
     for (int column = threadIdx.x; column < HEAD_DIM; column += kThreads) {
-        const KeyColumn found = key_column<HEAD_DIM>(sums + column, params.spans, params.seqlen_k);
-        shared.energies[column] = found.energy;
-        shared.means[column] = params.seqlen_k > 0 ? Traits<T>::to_float(k[column]) + found.mean : 0.f;
+        KeyColumn found[1];
+        key_columns<HEAD_DIM>(found, sums + column, params.spans, params.seqlen_k);
+        shared.energies[column] = found[0].energy;
+        shared.means[column] = params.seqlen_k > 0 ? Traits<T>::to_float(k[column]) + found[0].mean : 0.f;
     }
     Own own(source.thread);
 #pragma unroll

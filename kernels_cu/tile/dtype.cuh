@@ -19,6 +19,8 @@ struct Traits<f16> {
     static constexpr bool kWide = false;  // whether it has the range of float32
     static constexpr int kLarge = 1 << 8;  // sums of weights beyond which a maximum follows
     static DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
+    static DEVICE float low(u32 pair) { return f16_to_float(static_cast<u16>(pair)); }
+    static DEVICE float high(u32 pair) { return f16_to_float(static_cast<u16>(pair >> 16)); }
     static DEVICE f16 from_float(float x) { return {float_to_f16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_f16x2(low, high); }
     static DEVICE u32 add(u32 a, u32 b) { return add_f16x2(a, b); }
@@ -32,6 +34,8 @@ struct Traits<bf16> {
     static constexpr bool kWide = true;
     static constexpr int kLarge = 1 << 30;
     static DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+    static DEVICE float low(u32 pair) { return __uint_as_float(pair << 16); }
+    static DEVICE float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
     static DEVICE bf16 from_float(float x) { return {float_to_bf16(x)}; }
     static DEVICE u32 pack(float low, float high) { return floats_to_bf16x2(low, high); }
     static DEVICE u32 add(u32 a, u32 b) { return add_bf16x2(a, b); }

@@ -7,32 +7,42 @@ struct KeyColumn {
     float mean;    // of its deviations from the first key
 };
 
-// sums: of this column in the first span of keys, its squares kColumns further. All spans are added in order, product
-// and sum rounded apart: the same bits as NumPy's.
-template <int kColumns>
-DEVICE KeyColumn key_column(const float* sums, int spans, int keys) {
-    constexpr int kLoads = 16;  // spans in flight; zeros behind the last change no bit of a sum
-    float sum = 0.f;
-    float square = 0.f;
+// Of kCount columns side by side. sums: of the first one in the first span of keys, its squares kColumns further. All
+// spans are added in order, product and sum rounded apart: the same bits as NumPy's.
+template <int kColumns, int kCount>
+DEVICE void key_columns(KeyColumn (&columns)[kCount], const float* sums, int spans, int keys) {
+    constexpr int kLoads = 16 / kCount;  // spans in flight; zeros behind the last change no bit of a sum
+    struct alignas(4 * kCount) Sums {
+        float column[kCount];
+    };
+    float sum[kCount] = {};
+    float square[kCount] = {};
     for (int start = 0; start < spans; start += kLoads) {
-        float found[kLoads][2] = {};
+        Sums own[kLoads] = {};
+        Sums squares[kLoads] = {};
 #pragma unroll
         for (int span = 0; span < kLoads; ++span) {
             if (start + span < spans) {
-                found[span][0] = sums[span * 2 * kColumns];
-                found[span][1] = sums[span * 2 * kColumns + kColumns];
+                own[span] = *reinterpret_cast<const Sums*>(sums + span * 2 * kColumns);
+                squares[span] = *reinterpret_cast<const Sums*>(sums + span * 2 * kColumns + kColumns);
             }
         }
         sums += kLoads * 2 * kColumns;
 #pragma unroll
         for (int span = 0; span < kLoads; ++span) {
-            sum = __fadd_rn(sum, found[span][0]);
-            square = __fadd_rn(square, found[span][1]);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                sum[i] = __fadd_rn(sum[i], own[span].column[i]);
+                square[i] = __fadd_rn(square[i], squares[span].column[i]);
+            }
         }
     }
-    const float mean = __fdiv_rn(sum, static_cast<float>(keys));
-    square = __fadd_rn(square, -__fmul_rn(sum, mean));
-    return {__fsqrt_rn(square < 0.f ? 0.f : square), mean};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const float mean = __fdiv_rn(sum[i], static_cast<float>(keys));
+        const float rest = __fadd_rn(square[i], -__fmul_rn(sum[i], mean));
+        columns[i] = {__fsqrt_rn(rest < 0.f ? 0.f : rest), mean};
+    }
 }
 
 // What stands for a row of Q in the products with reduced keys has another weight than the row itself: of the mean of the
@@ -42,9 +52,13 @@ struct Lacking {
 
     // One column: of Q, of what stands for it, and of K.
     DEVICE void add(float q, float copied, float energy, float key_mean) {
-        mean = fmaf(q - copied, key_mean, mean);
-        variance = fmaf(q * energy, q * energy, variance);
-        copied_variance = fmaf(copied * energy, copied * energy, copied_variance);
+        add_products(q - copied, key_mean, q * energy, copied * energy);
+    }
+    // The same of products with the energy, and of the difference of the first two.
+    DEVICE void add_products(float difference, float key_mean, float q, float copied) {
+        mean = fmaf(difference, key_mean, mean);
+        variance = fmaf(q, q, variance);
+        copied_variance = fmaf(copied, copied, copied_variance);
     }
     // Logarithm of the mean of exp(x) over exp(limit) normal numbers x of mean 0.
     static DEVICE float growth(float variance, float limit) {

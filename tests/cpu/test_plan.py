@@ -580,13 +580,18 @@ def test_a_rank_that_is_a_constant_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_q", "seqlen_q", "blocks"), [(64, 130, 12), (128, 130, 16), (128, 70, 6), (65536, 70, 6)]
+    ("head_dim", "block_q", "seqlen_q", "blocks"),
+    [(64, 64, 130, 6), (128, 128, 130, 8), (256, 128, 70, 6), (256, 65536, 70, 6), (72, 128, 130, 8)],
 )
-def test_every_row_of_other_queries_has_a_thread_block(block_q: int, seqlen_q: int, blocks: int) -> None:
-    one = problem(reduction=Energy(32, block_q=block_q), seqlen_q=seqlen_q)
+def test_every_row_of_other_queries_has_a_thread_block(
+    asserting: Callable[..., None], head_dim: int, block_q: int, seqlen_q: int, blocks: int
+) -> None:
+    one = problem(reduction=Energy(32, block_q=block_q), head_dim=head_dim, seqlen_q=seqlen_q)
     step, parts = planner.copied_queries(one)
+    rows = planner.copied_rows(one)
     assert step.blocks == blocks == 2 * parts * -(-seqlen_q // block_q)
-    assert parts * planner.COPIED_ROWS >= min(block_q, seqlen_q)
+    assert (parts - 1) * rows < min(block_q, seqlen_q) <= parts * rows
+    asserting(step.kernel, f"kThreads == {step.kernel.threads}", f"kRows == {rows}")
 
 
 @given(problems(hopper=True), devices)
@@ -820,17 +825,15 @@ def test_threads_and_units_of_columns(asserting: Callable[..., None], head_dim: 
             f"kThreads == {weights.kernel.threads}",
             f"5 * ((7 + kUnits - 1) / kUnits) == {weights.blocks}",
         )
-    sums, order = (
-        planner.key_energy("float16", head_dim, 1000, 513),
-        planner.energy_order("float16", head_dim, 1000),
+    order = planner.energy_order("float16", head_dim, True, 7)
+    asserting(order.kernel, f"kThreads == {order.kernel.threads}", f"{order.blocks} == 7")
+    sums = planner.key_energy("float16", head_dim, 1000, 513)
+    asserting(
+        sums.kernel,
+        f"kThreads == {sums.kernel.threads}",
+        f"({1000 * planner.key_spans(513)} + kUnits - 1) / kUnits == {sums.blocks}",
+        f"kSpanKeys == {planner.ENERGY_KEYS}",
     )
-    for step, units in ((sums, 1000 * planner.key_spans(513)), (order, 1000)):
-        asserting(
-            step.kernel,
-            f"kThreads == {step.kernel.threads}",
-            f"({units} + kUnits - 1) / kUnits == {step.blocks}",
-        )
-    asserting(sums.kernel, f"kSpanKeys == {planner.ENERGY_KEYS}")
 
 
 def test_threads_and_rows_of_projecting(asserting: Callable[..., None]) -> None:
@@ -878,7 +881,7 @@ LAYOUTS = {
     "PrepareParams": (planner.prepare_kernel("float16", 64, True), launch._PREPARE),
     "WeightsParams": (planner.weights("float16", 64, 2, 1, 1).kernel, launch._WEIGHTS),
     "KeyEnergyParams": (planner.key_energy("float16", 64, 1, 1).kernel, launch._KEY_ENERGY),
-    "EnergyOrderParams": (planner.energy_order("float16", 64, 1).kernel, launch._ENERGY_ORDER),
+    "EnergyOrderParams": (planner.energy_order("float16", 64, True, 1).kernel, launch._ENERGY_ORDER),
     "ProjectParams": (planner.project_kernel(problem(), 48), launch._PROJECT),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
     "MergeShardParams": (

@@ -200,16 +200,37 @@ FAULTS = {
         WEIGHTS, f"{BARRIER}  // all energies are there", "", RACE, RANK1
     ),
     "no barrier before energies are compared": Fault(
-        ENERGY_ORDER, f"    {BARRIER}\n    if (active) {{\n        const u32 own", "    if (active) {\n        const u32 own", RACE, ENERGY
+        ENERGY_ORDER, f"{BARRIER}  // all energies are there", "", RACE, ENERGY
+    ),
+    "no barrier before rows of an energy are read": Fault(
+        ENERGY_ORDER, f"{BARRIER}  // the first rows are there", "", RACE, ENERGY
     ),
     "no barrier before it is known what is kept": Fault(
-        ENERGY_ORDER, f"{BARRIER}  // the rows are there, and", "// the rows are there, and", RACE, RESTORED_ENERGY
+        ENERGY_ORDER, f"{BARRIER}  // what columns are is there", "", RACE, RESTORED_ENERGY
     ),
     "no barrier before rows of an energy are overwritten": Fault(
-        ENERGY_ORDER, f"{BARRIER}  // every thread is done with the rows", "", RACE, RESTORED_ENERGY
+        ENERGY_ORDER, f"{BARRIER}  // every thread is done with the rows before", "", RACE,
+        {"reduction": cudistr.Energy(32, near=0, sinks=40, block_q=256)}, lengths=(300, 130)
+    ),
+    "no barrier before other rows of an energy are read": Fault(
+        ENERGY_ORDER, f"{BARRIER}  // the next rows are there", "", RACE,
+        {"reduction": cudistr.Energy(32, near=0, sinks=40, block_q=256)}, lengths=(300, 130)
     ),
     "a row of Q for what stands for it": Fault(
-        ENERGY_ORDER, "other.kept ? element : other.copied", "element", WRONG, RESTORED_ENERGY
+        ENERGY_ORDER, "columns.copied[j] = kept[i] ? 0.f : copied[i];", "columns.copied[j] = 0.f;", WRONG, RESTORED_ENERGY
+    ),
+    "a column that is kept for one that is not": Fault(
+        ENERGY_ORDER, "columns.kept_energy[j] = kept[i] ?", "columns.kept_energy[j] = !kept[i] ?", WRONG, RESTORED_ENERGY
+    ),
+    "no barrier before factors of columns are read": Fault(
+        ENERGY_ORDER, f"{BARRIER}  // what columns are is there", "", RACE, RESTORED_ENERGY, dtype=BFLOAT16
+    ),
+    "a product of columns that are kept": Fault(
+        ENERGY_ORDER, "of_kept[i] = kept[i] ?", "of_kept[i] = !kept[i] ?", WRONG, RESTORED_ENERGY, dtype=BFLOAT16
+    ),
+    "sums of another row": Fault(
+        ENERGY_ORDER, "const int row = first + lane % 4 * 8 + lane / 4;", "const int row = first + lane;", WRONG,
+        RESTORED_ENERGY, dtype=BFLOAT16
     ),
     # Asynchronous copies
     "no wait for the keys": Fault(
@@ -332,10 +353,10 @@ FAULTS = {
         FLASH, "sums[nt * 8 + thread % 4 * 2 + i]", "sums[nt * 8 + thread % 4 + i]", WRONG, ENERGY
     ),
     "columns ordered by the energy of Q alone": Fault(
-        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(square), of_keys.energy)", "square", WRONG, ENERGY
+        ENERGY_ORDER, "__fmul_rn(__fsqrt_rn(squares[i]), of_keys[i].energy)", "squares[i]", WRONG, ENERGY
     ),
     "the energy of another KV head": Fault(
-        ENERGY_ORDER, "head / params.heads_per_kv;", "head % (params.heads / params.heads_per_kv);", WRONG, ENERGY
+        ENERGY_ORDER, "batch_head / static_cast<u32>(params.heads_per_kv);", "batch_head % params.heads_per_kv;", WRONG, ENERGY
     ),
     "one key too many in a span": Fault(
         KEY_ENERGY, "min(kSpanKeys, params.seqlen_k - first_key)", "kSpanKeys", "outside|" + WRONG, ENERGY
@@ -555,14 +576,17 @@ ON_HOPPER = {
         HOPPER, "if (COPIED ? !exact : columns", "if (COPIED ? false : columns", WRONG, COPIED_ENERGY
     ),
     "a number of another column": Fault(
-        COPIED_QUERIES, "= numbers[place];", "= numbers[place ^ 1];", WRONG, COPIED_RANK1
+        COPIED_QUERIES, "= weights[place];", "= weights[place ^ 1];", WRONG, COPIED_RANK1
     ),
-    "a column that is not kept": Fault(COPIED_QUERIES, "place < KEEP :", "place < KEEP - 1 :", WRONG, COPIED_ENERGY),
+    "a column that is not kept": Fault(COPIED_QUERIES, "place < KEEP ? 0xffff", "place < KEEP - 1 ? 0xffff", WRONG, COPIED_ENERGY),
     "no barrier before the columns of queries are read": Fault(
-        COPIED_QUERIES, f"#endif\n    {BARRIER}", "#endif", RACE, COPIED_ENERGY
+        COPIED_QUERIES, f"{BARRIER}  // what columns are is there", "", RACE, COPIED_ENERGY
     ),
     "no barrier before the queries of groups are read": Fault(
-        COPIED_QUERIES, f"    {BARRIER}\n    // A thread has one group", "    // A thread has one group", RACE, COPIED_RANK1
+        COPIED_QUERIES, f"{BARRIER}  // the rows are there", "", RACE, COPIED_RANK1
+    ),
+    "no barrier before the queries of other groups are read": Fault(
+        COPIED_QUERIES, f"{BARRIER}  // the queries of groups are there", "", RACE, COPIED_RANK1
     ),
     "no wait for the values": Fault(HOPPER, "shared.v_barriers.wait(step - 1);", "", f"wgmma {RACE}"),
     "no wait for the queries": Fault(HOPPER, "own_queries.wait(place_number);", "", f"wgmma {RACE}"),

@@ -258,7 +258,8 @@ def test_columns(kernel: Kernel) -> None:
     reduction: cudistr.LSH | cudistr.Energy = cudistr.Energy(16)
     if "GROUP" in constants:
         reduction = cudistr.LSH(constants["GROUP"], representative="rank1")
-    found = launch.columns(util.on_device(q, "ragged"), util.on_device(k, "ragged"), reduction, None)
+    layout = "transposed" if constants.get("ALIGNED") else "ragged"
+    found = launch.columns(util.on_device(q, layout), util.on_device(k, "ragged"), reduction, None)
     for one, other in zip(found, reference.solve_columns(q, reduction, k), strict=True):
         util.same_bits(one, other)
     assert (kernel, 0) in compiler._functions
