@@ -285,19 +285,20 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
 
     With the position p of a query and a key j, the passes are, as far as any query sees a key in them::
 
-        exact    |j - p| < near
         exact    j < sinks,   j <= p - near     and the same for j >= p + near
+        exact    |j - p| < near
         reduced  j >= sinks,  j <= p - near     and the same for j >= p + near
 
-    Without exact keys there is one. At most five remain, exact ones first; three under a causal mask.
+    Without exact keys there is one. At most five remain, exact ones first; three under a causal mask. Sinks come before
+    near keys: the Hopper kernel begins with tiles of few keys.
     """
     keys, near, sinks = problem.seqlen_k, problem.near, problem.sinks
     # All that j - p can be, cut to what the mask lets through.
     low = max(1 - keys, -keys if problem.left is None else -problem.left)
     high = min(problem.seqlen_q - 1, keys + problem.seqlen_q if problem.right is None else problem.right)
     sides = ((low, -near), (near, high)) if near else ((low, high),)
-    wanted = [Pass(False, 0, keys, max(low, 1 - near), min(high, near - 1))] if near else []
-    wanted += [Pass(False, 0, sinks, *side) for side in sides]
+    wanted = [Pass(False, 0, sinks, *side) for side in sides]
+    wanted += [Pass(False, 0, keys, max(low, 1 - near), min(high, near - 1))] if near else []
     wanted += [Pass(True, sinks, keys, *side) for side in sides]
     position = keys - problem.seqlen_q  # of the first query; the last one sits at the last key
     return tuple(

@@ -98,6 +98,10 @@ constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kRanks = RANKED && !COPIED && !RANK;  // whether heads differ in their columns
 constexpr bool kExactLoop = KEPT || RANK;  // whether exact tiles have a loop of their own, and so one at least
+// A tile is short for a consumer whose queries see none but its first keys, so many: exact ones that are come before the
+// loops and are multiplied so far only.
+constexpr int kShortKeys = 64;
+constexpr bool kShortTiles = (RANKED || KEPT) && TILE_K > kShortKeys;
 static_assert(RANKED || !COPIED, "queries change where exact keys end");
 static_assert(!RANK || (RANKED && !COPIED && RANK < HEAD_DIM), "heads of one rank have fewer columns where they are reduced");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
@@ -266,7 +270,7 @@ struct Agenda {
 struct alignas(16) Step {
     // Query i of the tile of queries sees, of this tile's keys, those from i + low to i + high that come before end.
     i32 low, high, end;
-    i32 cut;  // bit g: consumer g has queries that do not see all of them
+    i32 cut;  // bit g: consumer g has queries that do not see all of them; bit 4 + g: the tile is short for it
     i32 key;  // the first of the tile
 #if KEPT
     i32 first;  // no query sees a key before it
@@ -504,7 +508,10 @@ struct Producer {
 #endif
             const int last_key = min(high + group * kGroupRows, end - 1);
             cut |= (first_key > 0 || last_key < TILE_K - 1) << group;
+            if (kShortTiles && !whole()) cut |= (min(high + (group + 1) * kGroupRows, end) <= kShortKeys) << (4 + group);
         }
+        // Consumers that take turns begin with the same tile: one waits for another, which may wait for the tile to be free.
+        if (kShortTiles && kBeginInTurn && params.turns > 0 && cut >> 4 != (1 << kConsumers) - 1) cut &= 15;
         own().cut = cut;
 #if KEPT
         wait_for_consumers(exact);
@@ -802,6 +809,10 @@ struct Operands {
         : queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
           keys(KeyTile::lower(shared_address(shared.keys.k[0].data))) {}
 
+    template <int kTiles>
+    DEVICE void start_exact(float (&scores)[kTiles][4], u32 step) const {
+        start_scores<T, QueryTile, KeyTile>(scores, queries, keys + step % kStages * u32(sizeof(KeyTile) / 16));
+    }
     // steps: of 16 columns, those that count.
     DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int steps) const {
         const u32 stage = keys + step % kStages * u32(sizeof(KeyTile) / 16);
@@ -826,7 +837,8 @@ struct Operands<true> {
         : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))),
           exact_queries(QueryTile::lower(shared_address(shared.q.data) + group * kGroupRows * QueryTile::kWidth)),
           exact_keys(RawTile::lower(shared_address(shared.keys.raw[0].data))) {}
-    DEVICE void start_exact(float (&scores)[kKeyTiles][4], u32 step) const {
+    template <int kTiles>
+    DEVICE void start_exact(float (&scores)[kTiles][4], u32 step) const {
         const u32 stage = exact_keys + step % kStages * u32(sizeof(RawTile) / 16);
         if (HALF && !wide) {
             start_scores_down<f16, QueryTile, RawTile>(scores, exact_queries, stage);
@@ -987,7 +999,8 @@ struct Consumer {
     // Scores to weights, in turn if they have to be; the turn is passed when a few exponentials are still to come, which takes
     // as long. ptxas moves barriers past what does not depend on them. So a branch that is not taken follows the first, and
     // a weight decides which the second one is: it is never negative, and ptxas knows it, but not that groups are not.
-    DEVICE void exponentiate(float (&scores)[1][kKeyTiles][4], Softmax& softmax, const float (&rescale)[1][2],
+    template <int kTiles>
+    DEVICE void exponentiate(float (&scores)[1][kTiles][4], Softmax& softmax, const float (&rescale)[1][2],
                              float (&of_tile)[1][2]) {
         const float least = -static_cast<float>(group);
         if constexpr (kExponentsInTurn) {
@@ -995,7 +1008,7 @@ struct Consumer {
             if (rescale[0][0] < least) shared.k_barriers.wait(0);
         }
         softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
-        if constexpr (kExponentsInTurn) pass_turn(scores[0][kKeyTiles - 3][0] < least);
+        if constexpr (kExponentsInTurn) pass_turn(scores[0][kTiles - 3][0] < least);
     }
 
     // A warp is done with a stage: every warp tells, since each waits for its own part of a product.
@@ -1036,9 +1049,18 @@ struct Consumer {
     DEVICE void halve_queries() {
         constexpr int kChunks = kGroupRows * QueryTile::kWidth / kChunkBytes;  // of a panel
         u8* queries = reinterpret_cast<u8*>(shared.q.data) + group * kGroupRows * QueryTile::kWidth;
-#pragma unroll 1
-        for (int i = thread_index() % kGroupThreads; i < QueryTile::kPanels * kChunks; i += kGroupThreads) {
-            halve(*reinterpret_cast<Chunk*>(queries + i / kChunks * QueryTile::kPanelBytes + i % kChunks * kChunkBytes));
+        constexpr int kOwn = QueryTile::kPanels * kChunks / kGroupThreads;
+        const auto place = [&](int turn) -> Chunk& {
+            const int i = turn * kGroupThreads + thread_index() % kGroupThreads;
+            return *reinterpret_cast<Chunk*>(queries + i / kChunks * QueryTile::kPanelBytes + i % kChunks * kChunkBytes);
+        };
+        Chunk chunks[kOwn];  // all are read before the first is written: the compiler cannot know that they differ
+#pragma unroll
+        for (int turn = 0; turn < kOwn; ++turn) chunks[turn] = place(turn);
+#pragma unroll
+        for (int turn = 0; turn < kOwn; ++turn) {
+            halve(chunks[turn]);
+            place(turn) = chunks[turn];
         }
         fence_proxy_async();
         named_barrier_sync(1 + kConsumers + group, kGroupThreads);
@@ -1054,10 +1076,10 @@ struct Consumer {
     // Scores of a tile. exact: of a tile that is, where these have a loop.
     template <class Queries>
     DEVICE void start(const Queries& queries, float (&scores)[kKeyTiles][4], u32 step, const Walk& walk, bool exact) {
-        if constexpr (KEPT) {
+        if constexpr (kExactLoop) {
             if (exact) return queries.start_exact(scores, step);
         }
-        queries.start(scores, step, RANK ? (exact ? HEAD_DIM : RANK) / 16 : walk.width() / 16);
+        queries.start(scores, step, RANK ? RANK / 16 : walk.width() / 16);
     }
 
     // KEPT, behind the loop over exact tiles: the reduced ones, if there are any, have other queries, and other maxima.
@@ -1072,14 +1094,24 @@ struct Consumer {
         }
     }
 
+    // Whether the producer tells that this consumer has queries that do not see all keys of a tile. Asked before its scores
+    // are waited for, so that the softmax does not begin with waiting for shared memory.
+    DEVICE bool told_cut(u32 step) const {
+#if RANKED || KEPT
+        return shared.steps[step % kSteps].cut >> group & 1;
+#else
+        return false;
+#endif
+    }
+
     // Scores of a tile as the softmax wants them, and into its maxima.
-    DEVICE void raise(float (&scores)[1][kKeyTiles][4], Softmax& softmax, float (&rescale)[1][2], u32& known,
-                      const Visible& keys, const Walk& walk, u32 step) {
+    template <int kTiles>
+    DEVICE void raise(float (&scores)[1][kTiles][4], Softmax& softmax, float (&rescale)[1][2], u32& known,
+                      const Visible& keys, const Walk& walk, u32 step, bool cut) {
 #if RANKED || KEPT
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        const Step& tile = shared.steps[step % kSteps];
-        const bool cut = tile.cut >> group & 1;
         if (!softmax.need_look(cut, known)) return;
+        const Step& tile = shared.steps[step % kSteps];
         if (cut) {
             KeySpan rows[2];
 #pragma unroll
@@ -1095,11 +1127,47 @@ struct Consumer {
 #else
         const int key = walk.tile * TILE_K;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        const bool cut = !keys.all(walk.tile);
+        cut = !keys.all(walk.tile);
         if (!softmax.need_look(cut, known)) return;
         if (cut) apply_mask(scores[0], keys.rows, key + lane() % 4 * 2);
 #endif
         softmax.raise_known(scores, cut, known, params.score_scale, rescale);
+    }
+
+    // Whether an exact tile is short for this consumer, and not the last one.
+    DEVICE bool is_short(const Walk& walk, u32 step) const {
+#if RANKED || KEPT
+        // Broadcast, so that the compiler knows it to be the same for all.
+        return walk.index + 1 < walk.exact && __shfl_sync(kFullWarp, shared.steps[step % kSteps].cut >> (4 + group) & 1, 0);
+#endif
+        return false;
+    }
+
+    // A short tile from its first product to its second. Nothing runs beside these here, but what the other consumers do.
+    template <class Queries>
+    DEVICE void do_short(const Queries& queries, float (&output)[1][kOutTiles][4], Softmax& softmax, u32& known,
+                         const Visible& keys, const Walk& walk, u32 step, u32 values) {
+        float scores[1][kShortKeys / 8][4];
+        float rescale[1][2], of_tile[1][2];
+        u32 weights[kShortKeys / 16][4];
+        const bool cut = told_cut(step);
+        queries.start_exact(scores[0], step);
+        wgmma_wait<0>();
+        wgmma_pin(scores[0]);
+        release(shared.k_barriers, step);
+        softmax.begin(rescale);
+        raise(scores, softmax, rescale, known, keys, walk, step, cut);
+        softmax.apply(rescale, output);
+        exponentiate(scores, softmax, rescale, of_tile);
+        pack_weights<T>(weights, scores[0]);
+        shared.v_barriers.wait(step);
+        wgmma_fence();
+        start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(output[0]);
+        __syncwarp();  // all lanes have read this step, whose place may be written after the next one
+        release(shared.v_barriers, step);
     }
 
     // This lane's rows that lost weights, in a piece of work before.
@@ -1149,6 +1217,14 @@ struct Consumer {
                 if (!operands.wide) halve_queries();
 #endif
                 shared.k_barriers.wait(step);
+                if constexpr (kShortTiles) {
+                    for (; is_short(walk, step); walk.advance()) {
+                        do_short(operands, output, softmax, known, visible_keys, walk, step, values);
+                        shared.k_barriers.wait(++step);
+                        known |= Softmax::kUnsettled;  // maxima of the next tile are found, as those of a first one
+                    }
+                }
+                bool cut = told_cut(step);
                 const bool in_turn = kBeginInTurn && work_number < params.turns;
                 if (in_turn) wait_for_turn();
                 if (walk.width() > 0) {
@@ -1162,7 +1238,8 @@ struct Consumer {
                 release(shared.k_barriers, step);
                 bool other_queries = !kGrouped && walk.last_of_queries();
                 if (other_queries) release(own_queries, place_number);
-                raise(scores, softmax, rescale, known, visible_keys, walk, step);
+                raise(scores, softmax, rescale, known, visible_keys, walk, step, cut);
+                if constexpr (kShortTiles) softmax.apply(rescale, output);
                 exponentiate(scores, softmax, rescale, of_tile);
                 pack_weights<T>(weights, scores[0]);
 
@@ -1192,6 +1269,7 @@ struct Consumer {
                         subtract_lacking(params, found, softmax, found.first_row + row());
                     }
                     if (!kExactLoop && loop == 1) wgmma_clear(scores[0]);
+                    cut = told_cut(step);
 #if RANKED || KEPT
                     __syncwarp();  // all lanes have read the steps before this one, whose places may be written next
 #endif
@@ -1200,7 +1278,7 @@ struct Consumer {
                     release(shared.k_barriers, step);
                     other_queries = !kGrouped && walk.last_of_queries();
                     if (other_queries) release(own_queries, place_number);
-                    raise(scores, softmax, rescale, known, visible_keys, walk, step);
+                    raise(scores, softmax, rescale, known, visible_keys, walk, step, cut);
                     if constexpr (kEarlyWeights) exponentiate(scores, softmax, rescale, of_tile);
                     // ptxas would move the wait for the last product up, before all this, if the next branch did not
                     // depend on it and end the block. Sums and factors are never negative.

@@ -38,11 +38,11 @@ struct WarpgroupMultiply<bf16> {
     }
 };
 
-// Starts scores = Q K^T over the first 16 * kSteps columns, as a group of its own. Queries of the warpgroup and keys as
-// lower words of descriptors.
+// Starts scores = Q K^T over the first 16 * kSteps columns, of as many keys of a tile as there are scores, as a group of its
+// own. Queries of the warpgroup and keys as lower words of descriptors.
 template <class T, class QueryTile, class KeyTile, int kSteps = KeyTile::kColumns / 16, int kKeyTiles>
 DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
-    static_assert(KeyTile::kRows == kKeyTiles * 8 && KeyTile::kColumns == QueryTile::kColumns, "start_scores: shapes");
+    static_assert(KeyTile::kRows >= kKeyTiles * 8 && KeyTile::kColumns == QueryTile::kColumns, "start_scores: shapes");
     wgmma_fence();
     WarpgroupMultiply<T>::template run<false>(scores, QueryTile::along_columns(queries, 0), KeyTile::along_columns(keys, 0));
 #pragma unroll
@@ -66,7 +66,7 @@ DEVICE void start_some_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 ke
 // The same with keys that have the terms down the rows.
 template <class T, class QueryTile, class KeyTile, int kKeyTiles>
 DEVICE void start_scores_down(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
-    static_assert(KeyTile::kColumns == kKeyTiles * 8 && KeyTile::kRows == QueryTile::kColumns, "start_scores_down: shapes");
+    static_assert(KeyTile::kColumns >= kKeyTiles * 8 && KeyTile::kRows == QueryTile::kColumns, "start_scores_down: shapes");
     wgmma_fence();
     WarpgroupMultiply<T>::template run_down<false>(scores, QueryTile::along_columns(queries, 0), KeyTile::along_rows(keys, 0));
 #pragma unroll
@@ -90,10 +90,10 @@ DEVICE void start_scores_of_values(float (&scores)[kKeyTiles][4], const u32 (&qu
     wgmma_commit();
 }
 
-// output += P V. Values as the lower word of a descriptor.
+// output += P V, of as many keys of a tile as there are weights. Values as the lower word of a descriptor.
 template <class T, class ValueTile, int kSteps, int kOutTiles>
 DEVICE void start_output(float (&output)[kOutTiles][4], const u32 (&weights)[kSteps][4], u32 values) {
-    static_assert(ValueTile::kRows == kSteps * 16 && ValueTile::kColumns == kOutTiles * 8, "start_output: shapes");
+    static_assert(ValueTile::kRows >= kSteps * 16 && ValueTile::kColumns == kOutTiles * 8, "start_output: shapes");
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
         WarpgroupMultiply<T>::template run_values<true>(output, weights[step], ValueTile::along_rows(values, step));

@@ -866,7 +866,7 @@ ONE_RANK = {"ranks": (32, 32), "kept": (40, 9), "head_dim": 128}
 NO_EXACT_TILE = {"ranks": (32, 32), "kept": (40, 0)}
 ON_HOPPER |= {
     "exact keys in the columns of a rank": Fault(
-        HOPPER, "(exact ? HEAD_DIM : RANK) / 16", "RANK / 16", WRONG, ONE_RANK
+        HOPPER, "if (exact) return queries.start_exact(scores, step);", "", WRONG, ONE_RANK
     ),
     "reduced tiles in the loop of exact ones": Fault(
         HOPPER, "return kExactLoop ? !reduced() :", "return kExactLoop ? true :", f"{RACE}|{WRONG}", ONE_RANK
@@ -886,6 +886,44 @@ ON_HOPPER |= {
         "no thread of block .* can go on",
         NO_EXACT_TILE,
         lengths=(300, 60),
+    ),
+}
+ON_HOPPER |= {
+    "a tile that is short for another consumer": Fault(
+        HOPPER,
+        "min(high + (group + 1) * kGroupRows, end) <= kShortKeys",
+        "min(high + kGroupRows, end) <= kShortKeys",
+        WRONG,
+        {**RANKED, "kept": (200, 9), "causal": True},
+    ),
+    "turns at other tiles than another consumer's": Fault(
+        HOPPER,
+        "cut >> 4 != (1 << kConsumers) - 1) cut &= 15;",
+        "false) cut &= 15;",
+        "no thread of block .* can go on",
+        {"ranks": (32, 32), "kept": (130, 200)},
+        lengths=(333, 415),
+    ),
+    "the last exact tile taken for a short one": Fault(
+        HOPPER,
+        "walk.index + 1 < walk.exact && ",
+        "",
+        f"{RACE}|{WRONG}|no thread of block .* can go on",
+        {"ranks": (32, 32), "kept": (0, 30)},
+    ),
+    "an output that goes by the maxima of a short tile": Fault(
+        HOPPER,
+        "if constexpr (kShortTiles) softmax.apply(rescale, output);",
+        "",
+        WRONG,
+        {**KEPT_GROUPS, "scale": 1.0},
+    ),
+    "values of a short tile that are not waited for": Fault(
+        HOPPER,
+        "wgmma_wait<0>();\n        wgmma_pin(output[0]);\n        __syncwarp();",
+        "__syncwarp();",
+        "changed while a product read it",
+        KEPT_GROUPS,
     ),
 }
 for _name, _fault in ON_HOPPER.items():
