@@ -4,6 +4,7 @@
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM.
 #include "tile/dtype.cuh"
+#include "tile/shared.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
@@ -22,6 +23,28 @@ constexpr int kThreads = 128;
 constexpr int kSpanKeys = 256;
 constexpr int kPairs = HEAD_DIM / 2;  // threads of a span
 constexpr int kUnits = kThreads / kPairs;
+constexpr int kLoads = 64 / int(sizeof(Two<T>));  // keys on their way while as many before are summed
+
+// Of two columns.
+struct Sums {
+    float origin[2];
+    float sums[2] = {};
+    float squares[2] = {};
+
+    DEVICE void add(const Two<T>& key) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float deviation = __fadd_rn(Traits<T>::to_float(key.element[i]), -origin[i]);
+            sums[i] = __fadd_rn(sums[i], deviation);
+            squares[i] = __fadd_rn(squares[i], __fmul_rn(deviation, deviation));
+        }
+    }
+};
+
+DEVICE void load_keys(Two<T> (&to)[kLoads], const T* k, i64 k_row) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) to[n] = *reinterpret_cast<const Two<T>*>(k + n * k_row);
+}
 
 }  // namespace
 
@@ -35,24 +58,37 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_key_energy(const Key
     const int keys = min(kSpanKeys, params.seqlen_k - first_key);
     const T* k = params.k + batch_head / params.heads_kv * params.k_batch +
                  batch_head % params.heads_kv * params.k_head + column;
-    const float origin[2] = {Traits<T>::to_float(k[0]), Traits<T>::to_float(k[1])};
+    Sums found;
+    for (int i = 0; i < 2; ++i) found.origin[i] = Traits<T>::to_float(k[i]);
     k += first_key * params.k_row;
-    float sums[2] = {};
-    float squares[2] = {};
-#pragma unroll 32
-    for (int key = 0; key < keys; ++key) {
+    int key = 0;
+    // Where the two columns of every key can be read at once.
+    if ((reinterpret_cast<u64>(k) | static_cast<u64>(params.k_row) * sizeof(T)) % sizeof(Two<T>) == 0 && keys >= kLoads) {
+        Two<T> next[kLoads];
+        load_keys(next, k, params.k_row);
+        for (; key <= keys - 2 * kLoads; key += kLoads) {
+            Two<T> now[kLoads];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float deviation = __fadd_rn(Traits<T>::to_float(k[i]), -origin[i]);
-            sums[i] = __fadd_rn(sums[i], deviation);
-            squares[i] = __fadd_rn(squares[i], __fmul_rn(deviation, deviation));
+            for (int n = 0; n < kLoads; ++n) now[n] = next[n];
+            k += kLoads * params.k_row;
+            load_keys(next, k, params.k_row);
+#pragma unroll
+            for (int n = 0; n < kLoads; ++n) found.add(now[n]);
         }
+#pragma unroll
+        for (int n = 0; n < kLoads; ++n) found.add(next[n]);
+        k += kLoads * params.k_row;
+        key += kLoads;
+    }
+#pragma unroll 16
+    for (; key < keys; ++key) {
+        found.add({{k[0], k[1]}});
         k += params.k_row;
     }
     float* out = params.sums + span * (2 * HEAD_DIM) + column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        out[i] = sums[i];
-        out[HEAD_DIM + i] = squares[i];
+        out[i] = found.sums[i];
+        out[HEAD_DIM + i] = found.squares[i];
     }
 }
