@@ -150,7 +150,7 @@ class _Steps:
         if keys:
             self.names.append(key_energy(problem.dtype, problem.head_dim, problem.heads_kv, keys).kernel.name)
         find = (
-            weights(problem.dtype, problem.head_dim, reduction.group_size, 1)
+            weights(problem.dtype, problem.head_dim, reduction.group_size, 1, 1)
             if isinstance(reduction, LSH)
             else energy_order(problem.dtype, problem.head_dim, problem.aligned, 1)
         )
