@@ -4,7 +4,7 @@
 // keys, Lacking.
 //
 // A thread block has one block of queries, and a thread two columns of it. Rows lie in shared memory, where they are read
-// once for the means, once for the deviations, and once, a row by one thread, for what it lacks.
+// for the means, for the deviations, and for what they lack: of bfloat16 by matrix products, otherwise a row by one thread.
 //
 // Constants: DTYPE (0 float16, 1 bfloat16, 2 float32), HEAD_DIM (at most 256), ALIGNED (1: every row of q starts on 16
 // bytes).
@@ -74,8 +74,9 @@ typedef SharedTile<T, kRows, HEAD_DIM, kPad> Rows;
 constexpr int kAtOnce = kRows < 2 * kThreads ? 1 : kRows < 4 * kThreads ? 2 : 4;
 
 #if PRODUCTS
-// Numbers of pairs of columns as sums of three bfloat16, the first bits first: means of K, and by turns squares of the
-// energy of all columns, and of those that are kept. Of those that are not, what the sums are of what stands for them.
+// Numbers of pairs of columns as sums of three bfloat16, the first bits first: means of K where columns are not kept, and
+// by turns the squares of the energies of all columns, and of those that are kept. And the sums of what stands for the
+// others, which are the same for all rows, by warp.
 constexpr int kParts = 3;
 struct Factors {
     u32 pair[3 * kParts][HEAD_DIM / 2 + 4];
@@ -202,7 +203,7 @@ DEVICE void write_columns(Storage& shared, int column, bool active, const bool (
 }
 
 // What the lse of `count` rows lacks. A warp has two tiles of 16 rows at once, whose sums its lanes have in the end.
-// A square is exactly the sum of two bfloat16.
+// The square of a bfloat16 is exactly the sum of two.
 DEVICE void find_shift(float* shift, const Storage& shared, const EnergyOrderParams& params, int count) {
     constexpr u32 kMinus = 0x80008000u;
     const Factors& factors = shared.factors;

@@ -461,7 +461,7 @@ def test_lengths_of_groups_with_exact_keys(dtype, lengths):
 def test_short_tiles_of_exact_keys(dtype, causal):
     # Of tiles of sinks, and of the last near keys, consumers see at most 64 keys, or none, and some of them more.
     shape = {"batch": 1, "heads": 2, "heads_kv": 1, "lengths": (300, 1100)}
-    q, k, v = inputs(80, dtype, head_dim=128, **shape)
+    q, k, v = inputs(80, dtype, head_dim=64, **shape)
     check(q, k, v, reduction=cudistr.LSH(4, near=256, sinks=64), causal=causal)
     arrays, projection = of_one_rank(81, dtype, 128, 64, 128, 256, 64, **shape)
     check_of_one_rank(*arrays, reduction=projection, causal=causal)
