@@ -99,9 +99,9 @@ constexpr bool kWeighted = WEIGHTED;
 constexpr bool kRanks = RANKED && !COPIED && !RANK;  // whether heads differ in their columns
 constexpr bool kExactLoop = KEPT || RANK;  // whether exact tiles have a loop of their own, and so one at least
 // A tile is short for a consumer whose queries see none but its first keys, so many: exact ones that are come before the
-// loops and are multiplied so far only. Of tiles of 128 keys that saves less than it takes.
+// loops and are multiplied so far only. With groups and tiles of 128 keys that saves less than it takes.
 constexpr int kShortKeys = 64;
-constexpr bool kShortTiles = (RANKED || KEPT) && TILE_K > 2 * kShortKeys;
+constexpr bool kShortTiles = (RANKED && TILE_K > kShortKeys) || (KEPT && TILE_K > 2 * kShortKeys);
 static_assert(RANKED || !COPIED, "queries change where exact keys end");
 static_assert(!RANK || (RANKED && !COPIED && RANK < HEAD_DIM), "heads of one rank have fewer columns where they are reduced");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
