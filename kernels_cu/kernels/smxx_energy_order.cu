@@ -11,6 +11,7 @@
 #include "tile/dtype.cuh"
 #include "tile/shared.cuh"
 #include "tile/spread.cuh"
+#include "tile/warp.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
@@ -168,12 +169,6 @@ DEVICE void write_parts(Factors& factors, int first, int step, int pair, float (
     }
 }
 
-DEVICE float sum_of_warp(float x) {
-#pragma unroll
-    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kFullWarp, x, lanes);
-    return x;
-}
-
 // What a thread has found out of its two columns; threads without columns add nothing.
 DEVICE void write_columns(Storage& shared, int column, bool active, const bool (&kept)[2], const float (&copied)[2],
                           const float (&energy)[2], const float (&key_mean)[2]) {
@@ -194,8 +189,8 @@ DEVICE void write_columns(Storage& shared, int column, bool active, const bool (
         write_parts(shared.factors, kParts, 2, column / 2, all);
         write_parts(shared.factors, kParts + 1, 2, column / 2, of_kept);
     }
-    mean = sum_of_warp(mean);
-    variance = sum_of_warp(variance);
+    mean = warp_sum(mean);
+    variance = warp_sum(variance);
     if (threadIdx.x % kWarpSize == 0) {
         shared.factors.mean[threadIdx.x / kWarpSize] = mean;
         shared.factors.variance[threadIdx.x / kWarpSize] = variance;

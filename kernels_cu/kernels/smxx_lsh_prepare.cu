@@ -59,7 +59,7 @@ constexpr bool kPairs = sizeof(T) == 2;
 constexpr int kRows = kPairs ? 16 : 4;  // of queries in a turn
 constexpr int kBuffers = 2;
 
-// Rows are keys. Of 16-bit types, chunks are permuted within a row so that ldmatrix has no conflicts, see KeyRows.
+// Rows are keys. Of 16-bit types, chunks are permuted within a row so that ldmatrix has no conflicts.
 typedef SharedTile<T, kTile, kTile, kPairs ? 0 : kChunkBytes / int(sizeof(T))> TransposeTile;
 
 // The largest numbers that a thread has seen, as a pair of bfloat16 without signs.
