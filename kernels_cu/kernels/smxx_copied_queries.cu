@@ -8,6 +8,7 @@
 // Constants: DTYPE (0 float16, 1 bfloat16), HEAD_DIM, GROUP (columns per group; with KEEP 1), KEEP (0; or so many columns
 // that are kept, the first of the order).
 #include "tile/dtype.cuh"
+#include "tile/shared.cuh"
 
 typedef ElementOf<DTYPE>::type T;
 
@@ -82,16 +83,13 @@ constexpr int kGroups = HEAD_DIM / GROUP;
 struct alignas(kOwn * sizeof(T)) Elements {
     u32 pair[kOwn / 2];
 };
-struct alignas(16) Floats {
-    float row[kOwn];
-};
 
 struct Storage {
     // Of each column its group, and its weight.
     alignas(16) u8 group[HEAD_DIM];
     alignas(16) float weight[HEAD_DIM];
     alignas(16) Elements rows[kAcross][HEAD_DIM];  // as they came, in the order of place_of
-    Floats qhat[kAcross][kGroups];
+    Chunk qhat[kAcross][kGroups];  // a float each
 };
 
 // Where a column lies in rows: first two columns of each chunk, so that threads write next to one another.
@@ -118,17 +116,18 @@ DEVICE void find_qhat(Storage& shared, const u8* permutation, const float* weigh
     if (kThreads % kGroups && threadIdx.x >= kAtOnce * kGroups) return;
 #pragma unroll 4
     for (int across = threadIdx.x / kGroups; across < kAcross; across += kAtOnce) {
-        Floats qhat = {};
+        float qhat[kOwn] = {};
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
             const Elements own = shared.rows[across][places[i]];
 #pragma unroll
             for (int j = 0; j < kOwn; j += 2) {
-                qhat.row[j] = fmaf(share[i], Traits<T>::low(own.pair[j / 2]), qhat.row[j]);
-                qhat.row[j + 1] = fmaf(share[i], Traits<T>::high(own.pair[j / 2]), qhat.row[j + 1]);
+                qhat[j] = fmaf(share[i], Traits<T>::low(own.pair[j / 2]), qhat[j]);
+                qhat[j + 1] = fmaf(share[i], Traits<T>::high(own.pair[j / 2]), qhat[j + 1]);
             }
         }
-        shared.qhat[across][group] = qhat;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) shared.qhat[across][group].word[j] = __float_as_uint(qhat[j]);
     }
 }
 
@@ -160,14 +159,26 @@ DEVICE void replace(Chunk (&own)[kOwn], Storage& shared, const u8* permutation, 
     find_qhat(shared, permutation, weights, shares);
     __syncthreads();  // the queries of groups are there
     if (across >= kAcross) return;
+    Chunk weights_of[2] = {*reinterpret_cast<const Chunk*>(&shared.weight[chunk * kElements]),
+                           *reinterpret_cast<const Chunk*>(&shared.weight[chunk * kElements + 4])};
+    Two<u32> groups = *reinterpret_cast<const Two<u32>*>(&shared.group[chunk * kElements]);
+    // NVRTC would otherwise read some of them twice, and not the same ones in every run.
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) weights_of[i / 4].word[i % 4] = anew(weights_of[i / 4].word[i % 4]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) groups.element[i] = anew(groups.element[i]);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-        const int column = chunk * kElements + 2 * word;
-        const Floats low = shared.qhat[across][shared.group[column]];
-        const Floats high = shared.qhat[across][shared.group[column + 1]];
-        const float weight[2] = {shared.weight[column], shared.weight[column + 1]};
+        const u32 pair = groups.element[word / 2] >> word % 2 * 16;
+        const Chunk low = shared.qhat[across][pair & 0xff];
+        const Chunk high = shared.qhat[across][pair >> 8 & 0xff];
+        const float of_low = __uint_as_float(weights_of[word / 2].word[word % 2 * 2]);
+        const float of_high = __uint_as_float(weights_of[word / 2].word[word % 2 * 2 + 1]);
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) own[i].word[word] = Traits<T>::pack(low.row[i] * weight[0], high.row[i] * weight[1]);
+        for (int i = 0; i < kOwn; ++i) {
+            own[i].word[word] =
+                Traits<T>::pack(__uint_as_float(low.word[i]) * of_low, __uint_as_float(high.word[i]) * of_high);
+        }
     }
 }
 #endif

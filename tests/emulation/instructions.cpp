@@ -38,7 +38,11 @@ void load_matrices_as(Operands (&lanes)[kWarpLanes], bool transposed, const char
             const Clock& known = m.clocks[first + lane];
             check_shared(first + lane, known[first + lane], known, pointer, 16, false, caller_of(first + lane), how);
             memcpy(element[matrix][row], reinterpret_cast<const void*>(pointer), 16);
-            most = std::max(most, ++rows_in_bank[address / 16 % 8]);
+            bool again = false;  // of one address there is one read
+            for (unsigned other = 0; other < row; ++other) {
+                again = again || *static_cast<const u32*>(lanes[matrix * 8 + other].in) == address;
+            }
+            if (!again) most = std::max(most, ++rows_in_bank[address / 16 % 8]);
         }
         m.statistics.instructions[kLoadMatrixConflicts] += most - 1;
     }
