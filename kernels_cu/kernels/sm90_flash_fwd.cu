@@ -98,10 +98,12 @@ constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kRanks = RANKED && !COPIED && !RANK;  // whether heads differ in their columns
 constexpr bool kExactLoop = KEPT || RANK;  // whether exact tiles have a loop of their own, and so one at least
-// A tile is short for a consumer whose queries see none but its first keys, so many: exact ones that are come before the
-// loops and are multiplied so far only. With groups and tiles of 128 keys that saves less than it takes.
+// A tile is short for a consumer whose queries see none but its first keys, so many: such tiles come before the loops and
+// are multiplied so far only. With groups and tiles of 128 keys that saves less than it takes; under a causal mask also
+// where tiles of keys are as long as those of queries, each of which has one that is short for its first consumer alone.
 constexpr int kShortKeys = 64;
-constexpr bool kShortTiles = (RANKED && TILE_K > kShortKeys) || (KEPT && TILE_K > 2 * kShortKeys);
+constexpr bool kShortWhole = !kGrouped && TILE_K > kShortKeys && TILE_K != BLOCK_M;  // of heads that are exact
+constexpr bool kShortTiles = kShortWhole || (RANKED && TILE_K > kShortKeys) || (kGrouped && TILE_K > 2 * kShortKeys);
 static_assert(RANKED || !COPIED, "queries change where exact keys end");
 static_assert(!RANK || (RANKED && !COPIED && RANK < HEAD_DIM), "heads of one rank have fewer columns where they are reduced");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
@@ -508,7 +510,7 @@ struct Producer {
 #endif
             const int last_key = min(high + group * kGroupRows, end - 1);
             cut |= (first_key > 0 || last_key < TILE_K - 1) << group;
-            if (kShortTiles && !whole()) cut |= (min(high + (group + 1) * kGroupRows, end) <= kShortKeys) << (4 + group);
+            if (kShortTiles && (kShortWhole || !whole())) cut |= (min(high + (group + 1) * kGroupRows, end) <= kShortKeys) << (4 + group);
         }
         // Consumers that take turns begin with the same tile: one waits for another, which may wait for the tile to be free.
         if (kShortTiles && kBeginInTurn && params.turns > 0 && cut >> 4 != (1 << kConsumers) - 1) cut &= 15;
@@ -850,7 +852,8 @@ struct Operands<true> {
     DEVICE Operands(SharedStorage& shared, int) : keys(FusedTile::lower(shared_address(shared.keys.k[0].data))) {}
 #endif
 
-    DEVICE void start(float (&scores)[kKeyTiles][4], u32 step, int) const {
+    template <int kTiles>
+    DEVICE void start(float (&scores)[kTiles][4], u32 step, int) const {
         const u32 stage = keys + step % kStages * u32(sizeof(FusedTile) / 16);
         if (HALF && !wide) {
             start_scores_of_values<f16, FusedTile>(scores, queries, stage);
@@ -1021,6 +1024,7 @@ struct Consumer {
     // Which keys the rows of a tile of queries see: those that every row of the warpgroup sees, and each of this lane's.
     struct Visible {
         int first_tile, tiles;  // of keys that every row sees
+        int last_key;           // that some row sees
         KeySpan rows[2];
 
         // Whether a tile of keys needs no mask.
@@ -1033,6 +1037,7 @@ struct Consumer {
         Visible keys;
         keys.first_tile = (band.first_key(last_row) + TILE_K - 1) / TILE_K;
         keys.tiles = max((band.last_key(group_row) + 1) / TILE_K - keys.first_tile, 0);
+        keys.last_key = band.last_key(last_row);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = first_row + row() + half * 8;
@@ -1105,14 +1110,14 @@ struct Consumer {
     }
 
     // Scores of a tile as the softmax wants them, and into its maxima.
-    template <int kTiles>
+    template <bool kCut = false, int kTiles>
     DEVICE void raise(float (&scores)[1][kTiles][4], Softmax& softmax, float (&rescale)[1][2], u32& known,
                       const Visible& keys, const Walk& walk, u32 step, bool cut) {
 #if RANKED || KEPT
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        if (!softmax.need_look(cut, known)) return;
+        if (!kCut && !softmax.need_look(cut, known)) return;
         const Step& tile = shared.steps[step % kSteps];
-        if (cut) {
+        if (kCut || cut) {
             KeySpan rows[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -1127,36 +1132,54 @@ struct Consumer {
 #else
         const int key = walk.tile * TILE_K;
         if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-        cut = !keys.all(walk.tile);
-        if (!softmax.need_look(cut, known)) return;
+        cut = kCut || !keys.all(walk.tile);
+        if (!kCut && !softmax.need_look(cut, known)) return;
         if (cut) apply_mask(scores[0], keys.rows, key + lane() % 4 * 2);
 #endif
-        softmax.raise_known(scores, cut, known, params.score_scale, rescale);
+        softmax.raise_known(scores, kCut || cut, known, params.score_scale, rescale);
     }
 
-    // Whether an exact tile is short for this consumer, and not the last one.
-    DEVICE bool is_short(const Walk& walk, u32 step) const {
+    // Whether a tile is short for this consumer, and not the last one of the first loop.
+    DEVICE bool is_short(const Visible& keys, const Walk& walk, u32 step) const {
 #if RANKED || KEPT
         // Broadcast, so that the compiler knows it to be the same for all.
         return walk.index + 1 < walk.exact && __shfl_sync(kFullWarp, shared.steps[step % kSteps].cut >> (4 + group) & 1, 0);
+#else
+        return walk.more() && keys.last_key < walk.tile * TILE_K + kShortKeys;
 #endif
-        return false;
+    }
+
+    // A tile of which this consumer's queries see nothing.
+    DEVICE void skip(u32 step) {
+        release(shared.k_barriers, step);
+        if constexpr (kExponentsInTurn) {
+            wait_for_turn();
+            pass_turn();
+        }
+        shared.v_barriers.wait(step);
+        release(shared.v_barriers, step);
     }
 
     // A short tile from its first product to its second. Nothing runs beside these here, but what the other consumers do.
     template <class Queries>
-    DEVICE void do_short(const Queries& queries, float (&output)[1][kOutTiles][4], Softmax& softmax, u32& known,
+    DEVICE void do_short(const Queries& queries, float (&output)[1][kOutTiles][4], Softmax& softmax, u32 known,
                          const Visible& keys, const Walk& walk, u32 step, u32 values) {
         float scores[1][kShortKeys / 8][4];
         float rescale[1][2], of_tile[1][2];
         u32 weights[kShortKeys / 16][4];
-        const bool cut = told_cut(step);
-        queries.start_exact(scores[0], step);
+#if !RANKED && !KEPT
+        if (keys.last_key < walk.tile * TILE_K) return skip(step);
+#endif
+        if constexpr (kGrouped && !KEPT) {
+            queries.start(scores[0], step, 0);
+        } else {
+            queries.start_exact(scores[0], step);
+        }
         wgmma_wait<0>();
         wgmma_pin(scores[0]);
         release(shared.k_barriers, step);
         softmax.begin(rescale);
-        raise(scores, softmax, rescale, known, keys, walk, step, cut);
+        raise<true>(scores, softmax, rescale, known, keys, walk, step, true);
         softmax.apply(rescale, output);
         exponentiate(scores, softmax, rescale, of_tile);
         pack_weights<T>(weights, scores[0]);
@@ -1166,7 +1189,9 @@ struct Consumer {
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(output[0]);
+#if RANKED || KEPT
         __syncwarp();  // all lanes have read this step, whose place may be written after the next one
+#endif
         release(shared.v_barriers, step);
     }
 
@@ -1218,10 +1243,9 @@ struct Consumer {
 #endif
                 shared.k_barriers.wait(step);
                 if constexpr (kShortTiles) {
-                    for (; is_short(walk, step); walk.advance()) {
+                    for (; is_short(visible_keys, walk, step); walk.advance()) {
                         do_short(operands, output, softmax, known, visible_keys, walk, step, values);
                         shared.k_barriers.wait(++step);
-                        known |= Softmax::kUnsettled;  // maxima of the next tile are found, as those of a first one
                     }
                 }
                 bool cut = told_cut(step);

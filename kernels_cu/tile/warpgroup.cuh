@@ -80,7 +80,7 @@ DEVICE void start_scores_down(float (&scores)[kKeyTiles][4], u32 queries, u32 ke
 // The same with queries in registers, as the left operand of 16 terms a step, and keys with the terms down the rows.
 template <class T, class KeyTile, int kSteps, int kKeyTiles>
 DEVICE void start_scores_of_values(float (&scores)[kKeyTiles][4], const u32 (&queries)[kSteps][4], u32 keys) {
-    static_assert(KeyTile::kColumns == kKeyTiles * 8 && KeyTile::kRows == kSteps * 16, "start_scores_of_values: shapes");
+    static_assert(KeyTile::kColumns >= kKeyTiles * 8 && KeyTile::kRows == kSteps * 16, "start_scores_of_values: shapes");
     wgmma_fence();
     WarpgroupMultiply<T>::template run_values<false>(scores, queries[0], KeyTile::along_rows(keys, 0));
 #pragma unroll

@@ -456,6 +456,38 @@ def test_lengths_of_groups_with_exact_keys(dtype, lengths):
     check(q, k, v, reduction=cudistr.LSH(2, sinks=5), window=(30, 0))  # most queries see no sink
 
 
+# Where the last keys of a tile of queries end in a tile of keys: of every consumer's queries and of their neighbours, 64
+# keys of it, more, and none; and a tile of keys that is the only one.
+SHORT = [(300, 1100), (333, 1017), (500, 500), (200, 1344), (40, 60)]
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (96, 96), (192, 192)], ids=str)
+@pytest.mark.parametrize("lengths", SHORT, ids=str)
+def test_short_tiles(dtype, head_dims, lengths):
+    head_dim, head_dim_v = head_dims
+    q, k, v = inputs(
+        82, dtype, batch=1, heads=2, heads_kv=1, lengths=lengths, head_dim=head_dim, head_dim_v=head_dim_v
+    )
+    for options in ({}, {"causal": True}, {"window": (400, 30)}):
+        check(q, k, v, **options)
+        if head_dim == 64:
+            check(q, k, v, reduction=cudistr.LSH(2), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(333, 1017), (500, 500)], ids=str)
+def test_exact_heads_have_the_bits_of_an_exact_call(dtype, head_dim, lengths):
+    q, k, v = inputs(83, dtype, batch=1, heads_kv=2, lengths=lengths, head_dim=head_dim, head_dim_v=head_dim)
+    arrays = [on_device(x) for x in (q, k, v)]
+    refused = cudistr.Projection.fit(q, k, rank=16).with_near(40, sinks=9)
+    options = {"causal": True, "return_lse": True}
+    found = cudistr.attention(*arrays, reduction=refused, tolerance=1e-6, exact_if_faster=False, **options)
+    for one, other in zip(found, cudistr.attention(*arrays, **options), strict=True):
+        same_bits(one, other)
+
+
 @each_dtype
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_short_tiles_of_exact_keys(dtype, causal):
