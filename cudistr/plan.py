@@ -1378,7 +1378,9 @@ def plan(problem: Problem, device: Device) -> Plan:
         # Consumers that began in turn stay apart, as long as tiles take equally long. Where they do not, turns at every
         # tile cost 4%, and a turn at the first costs 13% if tiles are few (one H100, 128 columns, N = 4k, causal).
         turns = int(not masked)
-        dynamic = (masked or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < tiles
+        # A tile with rows for fewer consumers takes less time, and when dealt out in turn all may fall to the same blocks.
+        uneven = masked or 0 < problem.seqlen_q % tile.block_m <= tile.block_m - HOPPER_GROUP_ROWS
+        dynamic = (uneven or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < tiles
         chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), dynamic, turns)
     else:
         chosen = _portable_plan(problem, device)

@@ -114,6 +114,9 @@ constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be pa
 enum Fusion { kExact, kOnTheWay, kInShared, kAhead, kKept };
 constexpr Fusion kFusions[] = {kOnTheWay, kInShared, kAhead};
 constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : kFusions[FUSE_IN_SHARED];
+// Whether a warp leaves out half of a tile of keys behind all that it sees: one of a head_dim of 64, whose tiles are long.
+// With 128 columns ptxas would give up more in every tile than that saves.
+constexpr bool kHides = kFusion == kAhead && kWide && TILE_K > 64 && TILE_K < BLOCK_M;
 static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are fused in shared memory");
 static_assert(!HALF || (FUSE_IN_SHARED && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns");
 static_assert(kFusion != kAhead || (sizeof(T) == 2 && !kWeighted), "no registers for these sums beside the product");
@@ -770,6 +773,8 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
             const bool cut = key < first_common || key + TILE_K - 1 > last_common;
             if (cut) {
+                const int last_row = thread_index() / kWarpSize * 16 * ROW_TILES + 16 * ROW_TILES - 1;
+                if (kHides && key > band.last_key(first_row + last_row)) continue;
                 const int column = thread_index() % 4 * 2;
                 if (kSmall && params.packed > 1) {
                     apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);

@@ -1149,6 +1149,28 @@ struct Consumer {
 #endif
     }
 
+    // All tiles of keys, of a tile of queries that has none for this consumer.
+    DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, u32 work_number) {
+        if (!walk.inside()) return;
+        for (; walk.inside(); walk.advance()) {
+            shared.k_barriers.wait(step);
+            if (kGrouped ? !walk.more() : walk.last_of_queries()) {
+                own_queries.wait(place_number);
+                if constexpr (kGrouped) {
+                    own_queries.release(place_number);
+                } else {
+                    release(own_queries, place_number);
+                }
+                ++place_number;
+            }
+            skip(step++);
+        }
+        if (kBeginInTurn && work_number < params.turns) {  // in the end: who begins before it may wait for tiles until then
+            wait_for_turn();
+            pass_turn();
+        }
+    }
+
     // A tile of which this consumer's queries see nothing.
     DEVICE void skip(u32 step) {
         release(shared.k_barriers, step);
@@ -1232,7 +1254,9 @@ struct Consumer {
             softmax.clear();
             u32 known = Softmax::kUnsettled;
             if (work & kAgain) known |= kAgain | lost_rows(shared.again[work_number % kStages]);
-            if (walk.inside()) {
+            if (place.first_row + group * kGroupRows >= params.seqlen_q) {
+                leave_out(walk, step, place_number, own_queries, work_number);
+            } else if (walk.inside()) {
                 float scores[1][kKeyTiles][4];
                 float rescale[1][2] = {{1.f, 1.f}}, of_tile[1][2];
                 u32 weights[TILE_K / 16][4];

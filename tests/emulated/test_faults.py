@@ -924,7 +924,7 @@ ON_HOPPER |= {
         "keys.last_key < walk.tile * TILE_K + kShortKeys + 1;",
         WRONG,
         {"causal": True},
-        lengths=(257, 641),
+        lengths=(256, 641),
     ),
     "a tile of which one key is seen left out": Fault(
         HOPPER,
@@ -941,14 +941,6 @@ ON_HOPPER |= {
         "no thread of block .* can go on",
         {**GROUPED, "causal": True},
         lengths=(256, 256),
-    ),
-    "values of a tile that is left out given back unseen": Fault(
-        HOPPER,
-        "        shared.v_barriers.wait(step);\n        release(shared.v_barriers, step);\n    }\n\n    // A short",
-        "        release(shared.v_barriers, step);\n    }\n\n    // A short",
-        f"{RACE}|{WRONG}|no thread of block .* can go on|barrier",
-        {"causal": True},
-        lengths=(384, 384),
     ),
     "values of a short tile that are not waited for": Fault(
         HOPPER,
