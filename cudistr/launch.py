@@ -56,7 +56,6 @@ from cudistr.plan import (
     prepare_kernel,
     probe_kernel,
     probe_splits,
-    probe_variants,
     project_kernel,
     project_rows,
     weights,
@@ -182,7 +181,7 @@ _PROBE = _parameters(
 )
 _DECIDE = _parameters(
     ("factors outputs sums wanted known ranks errors", "u8"),
-    ("splits parts", "i4"),
+    ("splits", "i4"),
     ("limit spread share", "f4"),
 )
 _PREPARE_END = (
@@ -1019,10 +1018,10 @@ def project(
 def _decide_recipe(
     problem: Problem, columns: int, limit: float, spread: float
 ) -> tuple[_Launch, _Launch, _Launch, int]:
-    """Compile and prepare what decides on the ranks of a problem; and the parts of a sampled row, over all variants."""
+    """Compile and prepare what decides on the ranks of a problem; and the parts of a sampled row, exact and reduced."""
     assert problem.device is not None
     device = device_properties(problem.device)
-    splits, variants = probe_splits(problem, device), probe_variants(problem)
+    splits, kernel = probe_splits(problem, device), probe_kernel(problem)
     position = problem.seqlen_k - problem.seqlen_q  # of the first query
     values: dict[str, Any] = {
         **_extent(problem),
@@ -1041,15 +1040,13 @@ def _decide_recipe(
     }
     for name, strides in (("q", problem.q_strides), ("k", problem.k_strides), ("v", problem.v_strides)):
         values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
-    probe = _launch(
-        probe_kernel(problem), check_blocks(variants * splits * units), device, problem.device, _PROBE, values
-    )
-    of_row = splits * (variants - 1)
-    choice: dict[str, Any] = {"splits": of_row, "parts": variants * splits, "limit": limit, "spread": spread}
+    blocks = check_blocks(PROBE_ROWS // dict(kernel.constants)["ROWS"] * splits * units)
+    probe = _launch(kernel, blocks, device, problem.device, _PROBE, values)
+    choice: dict[str, Any] = {"splits": splits, "limit": limit, "spread": spread}
     choice["share"] = 1 / problem.seqlen_q
     kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
     choose = _launch(kernel, units, device, problem.device, _DECIDE, choice)
-    return draw, probe, choose, variants * splits
+    return draw, probe, choose, 2 * splits
 
 
 def decide(

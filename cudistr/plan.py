@@ -45,7 +45,6 @@ __all__ = [
     "prepare_kernel",
     "probe_kernel",
     "probe_splits",
-    "probe_variants",
     "project_kernel",
     "project_rows",
     "step_clocks",
@@ -1099,7 +1098,7 @@ def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) 
 
 
 PROBE_ROWS = 64  # sampled rows of each head
-PROBE_PARTS = 32  # of each, at most: smxx_decide.cu has one for each lane of a warp
+PROBE_PARTS = 32  # of each, exact and reduced, at most: smxx_decide.cu has one for each lane of a warp
 DRAW_THREADS = 1024  # of smxx_draw.cu
 DECIDE_THREADS = 1024  # of smxx_decide.cu
 THIRD_BYTES = 75 * 1024  # of shared memory: a third of what a multiprocessor of Hopper has
@@ -1108,52 +1107,54 @@ LEAST_SHARED_BYTES = 99 * 1024  # that a thread block may have on every GPU that
 
 def draw_kernel(problem: Problem) -> Kernel:
     """The kernel that draws rows of each head."""
-    return Kernel("smxx_draw", (("KEPT", int(probe_variants(problem) == 3)),), DRAW_THREADS)
+    return Kernel("smxx_draw", (("KEPT", int(bool(problem.near or problem.sinks))),), DRAW_THREADS)
 
 
 def probe_kernel(problem: Problem) -> Kernel:
     """The kernel that computes them, exact and reduced."""
     itemsize = ITEMSIZE[problem.dtype]
     pad = 16 // itemsize
-    columns_v = _round_up(problem.head_dim_v, 16)
+    parts = 2 if problem.head_dim_v > 128 else 1  # of the columns of V, each with warps of its own
+    columns_v = _round_up(problem.head_dim_v, 16 * parts)
     wide = max(problem.head_dim, columns_v)
-    tile_k = (64 if wide <= 64 else 32) if itemsize == 2 else (32 if wide < 128 else 16)
-    queries = PROBE_ROWS * (problem.head_dim + pad) * itemsize
-    stage = tile_k * (problem.head_dim + columns_v + 2 * pad) * itemsize
-    # Three thread blocks of a multiprocessor with two tiles each on their way, or what there is room for.
-    stages = (
-        3 if queries + 3 * stage <= THIRD_BYTES else 2 if queries + 2 * stage <= LEAST_SHARED_BYTES else 1
-    )
+    tile_k = (64, 32, 16)[(wide > 64) + (wide > 128)] if itemsize == 2 else 32 if wide <= 64 else 16
+    row_bytes = (problem.head_dim + pad) * itemsize
+    stage = tile_k * (2 * row_bytes + (columns_v + pad) * itemsize)
+    # Three thread blocks of a multiprocessor with two tiles each on their way, or fewer, or of fewer rows.
+    choices = [
+        (rows, stages, 2 * rows * row_bytes + stages * stage)
+        for most, stages in ((THIRD_BYTES, 3), (LEAST_SHARED_BYTES, 2), (LEAST_SHARED_BYTES, 1))
+        for rows in (64, 32, 16)
+        if 2 * rows * row_bytes + stages * stage <= most and (rows == 64 or stages < 3)
+    ]
+    rows, stages, shared_bytes = choices[0]
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
+        "ROWS": rows,
         "TILE_K": tile_k,
         "STAGES": stages,
-        "BLOCKS": 3 if wide <= 128 and problem.aligned else 2,  # copies of what is not go through registers
-        "KEPT": int(probe_variants(problem) == 3),
+        "BLOCKS": 2,
+        "KEPT": int(bool(problem.near or problem.sinks)),
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
-        "SHARED_BYTES": queries + stages * stage,
+        "SHARED_BYTES": shared_bytes,
     }
     # As for the portable kernel: at its own level, ptxas hoists so many loads of float32 that it spills.
     options = ("-Xptxas=-O1",) if problem.dtype == "float32" else ()
-    return Kernel("smxx_probe", tuple(constants.items()), PROBE_ROWS * 2, constants["SHARED_BYTES"], options)
-
-
-def probe_variants(problem: Problem) -> int:
-    """Variants of a sampled row: exact and reduced, or far keys, those that stay exact, and far keys reduced."""
-    return 3 if problem.near or problem.sinks else 2
+    return Kernel("smxx_probe", tuple(constants.items()), rows * 2 * parts, shared_bytes, options)
 
 
 def probe_splits(problem: Problem, device: Device) -> int:
     """Into how many parts the keys are split: as many as the GPU holds thread blocks for at once."""
-    kernel, variants = probe_kernel(problem), probe_variants(problem)
+    kernel = probe_kernel(problem)
     constants = dict(kernel.constants)
     by_shared = _fitting(device, kernel.shared_bytes)
     at_once = device.multiprocessors * max(1, min(constants["BLOCKS"], by_shared))
     tiles = -(-problem.seqlen_k // constants["TILE_K"])
-    return max(1, min(at_once // (variants * problem.batch * problem.heads), tiles, PROBE_PARTS // variants))
+    blocks = PROBE_ROWS // constants["ROWS"] * problem.batch * problem.heads
+    return max(1, min(at_once // blocks, tiles, PROBE_PARTS // 2))
 
 
 def decide_kernel(head_dim: int, head_dim_v: int) -> Kernel:

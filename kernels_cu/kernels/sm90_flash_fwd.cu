@@ -1152,6 +1152,9 @@ struct Consumer {
     // All tiles of keys, of a tile of queries that has none for this consumer.
     DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, u32 work_number) {
         if (!walk.inside()) return;
+#if RANKED || KEPT
+        __syncwarp();  // all lanes have read the first step
+#endif
         for (; walk.inside(); walk.advance()) {
             shared.k_barriers.wait(step);
             if (kGrouped ? !walk.more() : walk.last_of_queries()) {

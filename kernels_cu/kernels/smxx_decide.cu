@@ -17,8 +17,7 @@ struct DecideParams {
     const float* known;  // (batch, heads, 2): squared error there, and of the worst row, over the mean squared size
     i32* ranks;         // (batch, heads): those, or HEAD_DIM
     float* errors;      // (batch, heads, 2): relative error of the output as estimated, and its upper bound
-    i32 splits;    // parts of a row: of the exact one the first, of the reduced one the last,
-    i32 parts;     // of so many, at most one for each lane of a warp
+    i32 splits;    // parts of a row, exact and reduced each; both together at most one for each lane of a warp
     float limit;   // square of the tolerance
     float spread;  // standard errors of the logarithm that are added for the bound
     float share;   // of a row: one over their number
@@ -83,22 +82,22 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideP
         }
         return;
     }
-    const int reduced_part = params.parts - params.splits;  // the first
+    const int parts = 2 * params.splits;  // of a row, the exact ones first
     for (int row = warp; row < kRows; row += kWarps) {
-        const i64 first = head * params.parts * kRows + row;
-        const bool inside = lane < params.parts;
+        const i64 first = head * parts * kRows + row;
+        const bool inside = lane < parts;
         const float* sums = params.sums + (first + lane * kRows) * 2;
         const float maximum = inside ? sums[0] : 0.f;
         const float sum = inside ? sums[1] : 0.f;
         const float of_exact = weight(lane < params.splits, maximum, sum);
-        const float of_reduced = weight(inside && lane >= reduced_part, maximum, sum);
+        const float of_reduced = weight(inside && lane >= params.splits, maximum, sum);
         Part exact = {};
         Part reduced = {};
-        for (int start = 0; start < params.parts; start += kAhead) {
+        for (int start = 0; start < parts; start += kAhead) {
             Part part[kAhead];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const int own = min(start + i, params.parts - 1);
+                const int own = min(start + i, parts - 1);
                 part[i].load(params.outputs + (first + own * kRows) * HEAD_DIM_V, lane);
             }
 #pragma unroll
@@ -106,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_decide(const DecideP
                 const int own = start + i;
                 const float weights[2] = {from_lane(of_exact, own % kWarpSize), from_lane(of_reduced, own % kWarpSize)};
                 if (own < params.splits) exact.add(part[i], weights[0]);
-                if (own >= reduced_part && own < params.parts) reduced.add(part[i], weights[1]);
+                if (own >= params.splits && own < parts) reduced.add(part[i], weights[1]);
             }
         }
         float error = 0.f;

@@ -382,16 +382,15 @@ def test_numbers_that_may_be_float16_give_scores_that_are_no_worse(
 @given(problems(reduced=False), devices, st.booleans())
 def test_sampled_rows_fit_every_gpu_and_their_splits_a_warp(one: Problem, device: Device, kept: bool) -> None:
     one = dataclasses.replace(one, head_dim=-(-one.head_dim // 16) * 16, near=5 * kept)
-    variants = planner.probe_variants(one)
     kernel, splits = planner.probe_kernel(one), planner.probe_splits(one, device)
     constants = dict(kernel.constants)
     assert {type(value) for value in constants.values()} == {int}
-    assert constants["KEPT"] == dict(planner.draw_kernel(one).constants)["KEPT"] == kept == variants - 2
+    assert constants["KEPT"] == dict(planner.draw_kernel(one).constants)["KEPT"] == kept
     assert kernel.shared_bytes <= min(other.shared_bytes for other in DEVICES.values())
-    assert splits * variants <= 32 and (splits - 1) * constants["TILE_K"] < one.seqlen_k
+    assert 2 * splits <= 32 and (splits - 1) * constants["TILE_K"] < one.seqlen_k
 
 
-@pytest.mark.parametrize(("near", "batch", "splits"), [(0, 2, 6), (1, 2, 4), (0, 1, 12), (0, 64, 1)])
+@pytest.mark.parametrize(("near", "batch", "splits"), [(0, 2, 8), (1, 2, 8), (0, 1, 16), (0, 64, 1)])
 def test_sampled_rows_fill_the_gpu_once(near: int, batch: int, splits: int) -> None:
     one = problem(batch=batch, heads=16, heads_kv=16, head_dim=128, head_dim_v=128, seqlen_k=8192, near=near)
     assert planner.probe_splits(one, HOPPER) == splits
