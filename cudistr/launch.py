@@ -109,7 +109,8 @@ _RANKED = _parameters(
 )
 _HOPPER_END = (
     (
-        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles turns section group_blocks tiles_per_block out_aligned",
+        "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles turns all_heads section shared_first shared_tiles "
+        "group_blocks tiles_per_block out_aligned",
         "i4",
     ),
     ("scale softcap score_scale", "f4"),
@@ -587,9 +588,13 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         if ranked is not None:
             parameters = _HOPPER_COPIED if ranked.copied else _HOPPER_RANKED
         values |= {
-            "tiles": chosen.row_blocks * problem.batch * problem.heads,
+            "tiles": chosen.row_blocks * problem.batch * problem.heads
+            + chosen.shared_tiles * (chosen.tile.block_m // HOPPER_GROUP_ROWS - 1),
             "turns": chosen.turns,
+            "all_heads": problem.batch * problem.heads,
             "section": chosen.section,
+            "shared_first": chosen.shared_first,
+            "shared_tiles": chosen.shared_tiles,
         }
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(

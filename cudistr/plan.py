@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -235,6 +236,8 @@ class Plan:
         Where K is transposed in float16: what transposes it as it is, if it turns out to have numbers beyond float16.
     columns : Step or None
         What comes last before attention: the weights of a group's columns, or the order of columns by energy.
+    shared_first, shared_tiles : int
+        Of the Hopper kernel: from which tile on how many are shared out, each consumer's part to a thread block.
     packed : int
         Query heads whose rows, one head after another, share tiles, because they share keys and have few rows each.
     split : Split or None
@@ -248,6 +251,8 @@ class Plan:
     section: int = 0
     dynamic: bool = False
     turns: int = 0
+    shared_first: int = 0
+    shared_tiles: int = 0
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
     again: Step | None = None
@@ -738,9 +743,9 @@ HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere e
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
 HOPPER_GROUP_ROWS = 64  # queries of a consumer
 # Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile, and
-# one barrier for what is done; that number, and what the rows of a tile of queries lost; and what is known of up to
-# eight tiles of keys, and of what is under way.
-HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 7 * HOPPER_STAGES) + (4 + 4 + 12 + 96) * HOPPER_STAGES + (4 + 10 * 2) * 16
+# one barrier for what is done; that number, and what the rows of a tile of queries lost; and what is known of four tiles of
+# queries and of up to eight tiles of keys, and of what is under way.
+HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 7 * HOPPER_STAGES) + (4 + 4 + 12 + 96) * HOPPER_STAGES + (9 + 10 * 2) * 16
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 # Keys per step, by columns of V: what to choose from. A consumer's thread holds, per row of 64, scores (keys / 2),
@@ -764,6 +769,13 @@ HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that the
 # From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
 # from another GPU or another stream holds its multiprocessor, and the counter costs nothing then.
 HOPPER_LONG_KEYS = 8192
+# A consumer's part of a tile, if it is alone with it, in the tile's time, by how many consumers it has (one H200, 2k to 8k
+# keys); and what a tile takes beside its steps, and a call whose tiles are taken from a counter, which is set first, in steps.
+HOPPER_PART = {2: 0.77, 3: 0.6}
+HOPPER_START_STEPS = 1.5
+HOPPER_COUNTER_STEPS = 1.5
+HOPPER_SHARED_ROUNDS = 4  # tiles under a mask for a multiprocessor, from which on sharing some out gains little
+HOPPER_SHARED_GAIN = 0.95  # of the time, that it must promise
 
 
 PANEL_COLUMNS = 64  # of the widest
@@ -913,6 +925,44 @@ def _hopper_section(problem: Problem) -> int:
     heads_kv, shared = problem.batch * problem.heads_kv, problem.heads // problem.heads_kv
     most = max(1, min(HOPPER_SECTION_BYTES // bytes_per_head, heads_kv))
     return shared * max(range(1, most + 1), key=lambda n: ((heads_kv - 1) % n + 1, n))
+
+
+def _makespan(works: Iterable[float], blocks: int) -> float:
+    """When the last of so many thread blocks ends that take works in this order, whoever is free."""
+    ends = [0.0] * blocks
+    for work in works:
+        heapq.heapreplace(ends, ends[0] + work)
+    return max(ends)
+
+
+def _hopper_shares(problem: Problem, device: Device, tile: Tile, row_blocks: int) -> tuple[int, int]:
+    """The first tile that the Hopper kernel shares out, and how many.
+
+    The parts of a tile, one for each consumer, take more than their share of its time, but less than all of it. Without
+    a mask those in the last round are shared out, if there are multiprocessors for all parts. With one the longest are,
+    which come first, as far as that ends earlier.
+    """
+    consumers, grid = tile.block_m // HOPPER_GROUP_ROWS, device.multiprocessors
+    heads = problem.batch * problem.heads
+    tiles = row_blocks * heads
+    if _group(problem):
+        return 0, 0
+    if problem.left is None and problem.right is None:
+        rest = tiles % grid
+        return (tiles - rest, rest) if rest * consumers <= grid else (0, 0)
+    if tiles > HOPPER_SHARED_ROUNDS * grid or _hopper_section(problem) < heads:
+        return 0, 0
+    steps = [n for n in reversed(key_tiles(problem, tile, row_blocks, 1, row_blocks)) for _ in range(heads)]
+    whole = [HOPPER_START_STEPS + n for n in steps]
+    parts = [HOPPER_START_STEPS + HOPPER_PART[consumers] * n for n in steps for _ in range(consumers)]
+
+    def ends(shared: int) -> float:
+        works = parts[: shared * consumers] + whole[shared:]
+        return _makespan(works, min(grid, len(works))) + HOPPER_COUNTER_STEPS * (len(works) > grid)
+
+    choices = range(0, tiles + 1, max(1, tiles // 32))
+    best = min(choices, key=ends)
+    return 0, best if ends(best) < HOPPER_SHARED_GAIN * ends(0) else 0
 
 
 def prepare_kernel(dtype: str, head_dim: int, aligned: bool, signed: bool = False, half: int = 0) -> Kernel:
@@ -1239,11 +1289,11 @@ def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int)
     return max(1, min(by_registers, by_shared))
 
 
-def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int) -> list[int]:
-    """Tiles of keys that tiles of queries see, for at most 64 of them, evenly spaced."""
+def key_tiles(problem: Problem, tile: Tile, row_blocks: int, packed: int, most: int = 64) -> list[int]:
+    """Tiles of keys that tiles of queries see, for at most so many of them, evenly spaced."""
     offset = problem.seqlen_k - problem.seqlen_q
     counts = []
-    for row_block in range(0, row_blocks, -(-row_blocks // 64)):
+    for row_block in range(0, row_blocks, -(-row_blocks // most)):
         first, last = row_block * tile.block_m, min((row_block + 1) * tile.block_m, problem.seqlen_q) - 1
         if packed > 1:
             first, last = 0, problem.seqlen_q - 1
@@ -1372,7 +1422,9 @@ def plan(problem: Problem, device: Device) -> Plan:
     if hopper is not None:
         kernel, tile = hopper
         row_blocks = -(-problem.seqlen_q // tile.block_m)
-        tiles = check_blocks(row_blocks * problem.batch * problem.heads)
+        first, shared = _hopper_shares(problem, device, tile, row_blocks)
+        consumers = tile.block_m // HOPPER_GROUP_ROWS
+        tiles = check_blocks(row_blocks * problem.batch * problem.heads + shared * (consumers - 1))
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
         grid = min(tiles, device.multiprocessors)
         masked = problem.left is not None or problem.right is not None
@@ -1382,7 +1434,8 @@ def plan(problem: Problem, device: Device) -> Plan:
         # A tile with rows for fewer consumers takes less time, and when dealt out in turn all may fall to the same blocks.
         uneven = masked or 0 < problem.seqlen_q % tile.block_m <= tile.block_m - HOPPER_GROUP_ROWS
         dynamic = (uneven or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < tiles
-        chosen = Plan(kernel, tile, row_blocks, grid, _hopper_section(problem), dynamic, turns)
+        section = _hopper_section(problem)
+        chosen = Plan(kernel, tile, row_blocks, grid, section, dynamic, turns, first, shared)
     else:
         chosen = _portable_plan(problem, device)
     reduction = problem.reduction

@@ -70,9 +70,12 @@ struct HopperParams {
 #endif
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 row_blocks;    // tiles of BLOCK_M that cover seqlen_q
-    u32 tiles;         // row_blocks of every head of every batch
+    u32 tiles;         // row_blocks of every head of every batch; those that are shared out count for each of their parts
     u32 turns;         // pieces of work that consumers begin one after another, where they may
-    i32 section;       // heads, over all batches, whose tiles are taken in turn
+    i32 all_heads;     // over all batches
+    i32 section;       // of these, those whose tiles are taken in turn
+    i32 shared_first;  // from this tile on, so many are
+    i32 shared_tiles;  // shared out: every consumer has its part of one in a thread block of its own; not with GROUP
     i32 group_blocks;      // blocks of queries with one column order
     i32 tiles_per_block;   // tiles of BLOCK_M in such a block
     i32 out_aligned;   // whether rows of out start on 16 bytes
@@ -186,9 +189,9 @@ constexpr u32 kAgain = Softmax::kAgain;
 constexpr u32 kNoWork = kAgain - 1;  // no tile has this number
 DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAgain) < params.tiles; }
 
-// Where a tile of queries is.
+// Where a tile of queries is, and the only consumer that takes part if it is shared out, else -1.
 struct alignas(16) Place {
-    int batch_head, batch, head, first_row;
+    int batch_head, batch, head, first_row, only;
 };
 // Known at once: those of the work that consumers end with, of the current work and of the next; a power of two.
 constexpr int kPlaces = 4;
@@ -198,13 +201,23 @@ constexpr int kPlaces = 4;
 // thread finds it ahead.
 DEVICE Place find_place(const HopperParams& params, u32 tile) {
     const int of_section = params.section * params.row_blocks;
-    const int work = static_cast<int>(tile);
+    int work = static_cast<int>(tile);
+    int only = -1;
+    if constexpr (!kGrouped) {
+        const int beyond = work - params.shared_first;
+        if (beyond >= params.shared_tiles * kConsumers) {
+            work -= params.shared_tiles * (kConsumers - 1);
+        } else if (beyond >= 0) {
+            work = params.shared_first + beyond / kConsumers;
+            only = beyond % kConsumers;
+        }
+    }
     const int first_head = work / of_section * params.section;
-    const int heads = min(params.section, static_cast<int>(params.tiles) / params.row_blocks - first_head);
+    const int heads = min(params.section, params.all_heads - first_head);
     const int in_section = work % of_section;
     const int batch_head = first_head + in_section % heads;
     const int first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
-    return {batch_head, batch_head / params.heads, batch_head % params.heads, first_row};
+    return {batch_head, batch_head / params.heads, batch_head % params.heads, first_row, only};
 }
 
 // The tile of queries that this thread block takes after work, if all goes well. Asked for early and told at the end:
@@ -638,7 +651,8 @@ DEVICE u32 take_work(SharedStorage& shared, u32 number, int lane) {
 // Where it is, as lane 0 has it: so that the compiler knows it to be the same for all.
 DEVICE Place broadcast(const Place& place) {
     return {__shfl_sync(kFullWarp, place.batch_head, 0), __shfl_sync(kFullWarp, place.batch, 0),
-            __shfl_sync(kFullWarp, place.head, 0), __shfl_sync(kFullWarp, place.first_row, 0)};
+            __shfl_sync(kFullWarp, place.head, 0), __shfl_sync(kFullWarp, place.first_row, 0),
+            __shfl_sync(kFullWarp, place.only, 0)};
 }
 DEVICE Place place_of(const SharedStorage& shared, u32 number) { return broadcast(shared.places[number % kPlaces]); }
 
@@ -1150,7 +1164,7 @@ struct Consumer {
     }
 
     // All tiles of keys, of a tile of queries that has none for this consumer.
-    DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, u32 work_number) {
+    DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, bool in_turn) {
         if (!walk.inside()) return;
 #if RANKED || KEPT
         __syncwarp();  // all lanes have read the first step
@@ -1168,7 +1182,7 @@ struct Consumer {
             }
             skip(step++);
         }
-        if (kBeginInTurn && work_number < params.turns) {  // in the end: who begins before it may wait for tiles until then
+        if (in_turn) {  // in the end: who begins before it may wait for tiles until then
             wait_for_turn();
             pass_turn();
         }
@@ -1257,8 +1271,10 @@ struct Consumer {
             softmax.clear();
             u32 known = Softmax::kUnsettled;
             if (work & kAgain) known |= kAgain | lost_rows(shared.again[work_number % kStages]);
-            if (place.first_row + group * kGroupRows >= params.seqlen_q) {
-                leave_out(walk, step, place_number, own_queries, work_number);
+            const bool apart = !kGrouped && place.only >= 0;
+            const bool left_out = place.first_row + group * kGroupRows >= params.seqlen_q || (apart && place.only != group);
+            if (left_out) {
+                leave_out(walk, step, place_number, own_queries, kBeginInTurn && work_number < params.turns && !apart);
             } else if (walk.inside()) {
                 float scores[1][kKeyTiles][4];
                 float rescale[1][2] = {{1.f, 1.f}}, of_tile[1][2];
@@ -1276,7 +1292,7 @@ struct Consumer {
                     }
                 }
                 bool cut = told_cut(step);
-                const bool in_turn = kBeginInTurn && work_number < params.turns;
+                const bool in_turn = kBeginInTurn && work_number < params.turns && !apart;
                 if (in_turn) wait_for_turn();
                 if (walk.width() > 0) {
                     start(operands, scores[0], step, walk, true);
@@ -1365,7 +1381,8 @@ struct Consumer {
             }
             const Place found = place_of(shared, work_number);  // again: in the loop it would take registers
             if constexpr (kTellFirst) tell_lost(known & kAgain ? 0 : softmax.lost(output), work_number % kStages);
-            u32 rows = store_output(params, found, output, softmax, found.first_row + row(), lane(), walk.ends_reduced());
+            const int first_row = left_out ? params.seqlen_q : found.first_row + row();  // nothing to store
+            u32 rows = store_output(params, found, output, softmax, first_row, lane(), walk.ends_reduced());
             if constexpr (!kTellFirst) {
                 rows |= __shfl_xor_sync(kFullWarp, rows, 1);
                 rows |= __shfl_xor_sync(kFullWarp, rows, 2);

@@ -625,10 +625,15 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
     heads = one.batch * one.heads
     tiles = chosen.row_blocks * heads
     assert 1 <= chosen.section <= heads
-    assert chosen.blocks == min(tiles, device.multiprocessors)
+    consumers = chosen.tile.block_m // 64
+    works = tiles + chosen.shared_tiles * (consumers - 1)
+    assert chosen.blocks == min(works, device.multiprocessors)
     uneven = (one.left, one.right) != (None, None) or one.seqlen_k >= planner.HOPPER_LONG_KEYS
-    assert chosen.dynamic == (uneven and tiles > device.multiprocessors)
+    uneven |= 0 < one.seqlen_q % chosen.tile.block_m <= chosen.tile.block_m - 64
+    assert chosen.dynamic == (uneven and works > device.multiprocessors)
     assert chosen.turns == ((one.left, one.right) == (None, None))
+    assert 0 <= chosen.shared_first <= chosen.shared_first + chosen.shared_tiles <= tiles
+    assert not chosen.shared_tiles or one.reduction is None
     if tiles > 10000:
         return
     # As the kernel does it: every tile of every head once, and of a section the last rows first.
@@ -639,6 +644,27 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
         here = min(chosen.section, tiles // chosen.row_blocks - first_head)
         seen.add((first_head + work % of_section % here, work % of_section // here))
     assert seen == {(head, block) for head in range(heads) for block in range(chosen.row_blocks)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "seqlen", "causal", "shared"),
+    [
+        (10, 128, 2048, False, (132, 28)),  # the last 28 of 160 tiles would take a second round of all multiprocessors
+        (10, 64, 8192, False, (396, 34)),
+        (16, 128, 2048, False, (132, 0)),  # parts of the last 124 would take more than one round
+        (16, 128, 1056 * 128, False, (16896, 0)),
+        (10, 128, 512, False, (0, 40)),
+        (10, 128, 1024, True, (0, 20)),  # the longest
+        (32, 128, 4096, True, (0, 0)),
+    ],
+)
+def test_tiles_that_consumers_share_out(
+    heads: int, head_dim: int, seqlen: int, causal: bool, shared: tuple[int, int]
+) -> None:
+    size = dict(dtype="bfloat16", head_dim=head_dim, head_dim_v=head_dim, seqlen_q=seqlen, seqlen_k=seqlen)
+    one = problem(batch=1, heads=heads, heads_kv=heads, right=0 if causal else None, **size)
+    chosen = plan(one, HOPPER)
+    assert (chosen.shared_first if chosen.shared_tiles else shared[0], chosen.shared_tiles) == shared
 
 
 # Values

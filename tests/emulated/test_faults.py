@@ -889,6 +889,7 @@ ON_HOPPER |= {
         lengths=(300, 60),
     ),
 }
+SHARED_OUT = {"multiprocessors": 6}  # the last two of eight tiles
 ON_HOPPER |= {
     "a tile that is short for another consumer": Fault(
         HOPPER,
@@ -943,6 +944,22 @@ ON_HOPPER |= {
         {**GROUPED, "causal": True},
         lengths=(256, 256),
     ),
+    "a part of a tile that nobody takes": Fault(HOPPER, "only = beyond % kConsumers;", "only = 0;", WRONG, SHARED_OUT),
+    "rows stored by who left them out": Fault(HOPPER, "left_out ? params.seqlen_q :", "false ? 0 :", WRONG, SHARED_OUT),
+    "turns among parts of tiles": Fault(
+        HOPPER,
+        "const bool in_turn = kBeginInTurn && work_number < params.turns && !apart;",
+        "const bool in_turn = kBeginInTurn && work_number < params.turns;",
+        "no thread of block .* can go on",
+        {"multiprocessors": 24},  # all tiles
+    ),
+    "queries of a part that are not given back": Fault(
+        HOPPER,
+        "release(own_queries, place_number);\n                }\n                ++place_number;",
+        "}\n                ++place_number;",
+        "no thread of block .* can go on",
+        lengths=(1200, 100),
+    ),
     "values of a short tile that are not waited for": Fault(
         HOPPER,
         "wgmma_wait<0>();\n        wgmma_pin(output[0]);\n#if",
@@ -976,6 +993,7 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
     options = dict(fault.options)
+    monkeypatch.setattr(Settings, "multiprocessors", options.pop("multiprocessors", Settings.multiprocessors))
     ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))
     q, k, v = util.inputs(
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,

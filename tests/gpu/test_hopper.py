@@ -10,6 +10,7 @@ import pytest
 
 import cudistr
 from cudistr import launch, normalize, reference
+from cudistr import plan as planner
 from cudistr.plan import copies_queries, plan
 from tests.gpu.util import (
     BEYOND_FLOAT16,
@@ -473,6 +474,34 @@ def test_short_tiles(dtype, head_dims, lengths):
         check(q, k, v, **options)
         if head_dim == 64:
             check(q, k, v, reduction=cudistr.LSH(2), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("near", [None, 40], ids=["exact", "near"])
+def test_tiles_that_are_shared_out_have_the_same_bits(dtype, head_dim, causal, near):
+    q, k, v = inputs(
+        84, dtype, batch=1, heads=3, heads_kv=1, lengths=(500, 700), head_dim=head_dim, head_dim_v=head_dim
+    )
+    arrays = [on_device(x) for x in (q, k, v)]
+    reduction = None if near is None else cudistr.Projection.fit(q, k, rank=16).with_near(near, sinks=9)
+
+    def with_shares(first, count):
+        planner.plan.cache_clear()
+        launch._recipe.cache_clear()
+        with mock.patch.object(planner, "_hopper_shares", return_value=(first, count)):
+            return cudistr.attention(*arrays, causal=causal, reduction=reduction, return_lse=True)
+
+    try:
+        expected = with_shares(0, 0)
+        tiles = 9 if head_dim == 64 else 12
+        for shares in ((0, 1), (2, 3), (tiles - 2, 2), (0, tiles)):
+            for one, other in zip(with_shares(*shares), expected, strict=True):
+                same_bits(one, other)
+    finally:
+        planner.plan.cache_clear()
+        launch._recipe.cache_clear()
 
 
 @each_dtype
