@@ -743,8 +743,8 @@ HOPPER_CAPABILITY = 90  # warpgroup products of sm_90a exist there and nowhere e
 HOPPER_STAGES = 2  # tiles of K, and of V, in shared memory: one is read while the next is copied
 HOPPER_GROUP_ROWS = 64  # queries of a consumer
 # Full and empty, of the queries of up to three consumers and of the stages of K, V and the number of the next tile, and
-# one barrier for what is done; that number, and what the rows of a tile of queries lost; and what is known of four tiles of
-# queries and of up to eight tiles of keys, and of what is under way.
+# one barrier for what is done; that number, and what the rows of a tile of queries lost; and what is known of four
+# tiles of queries and of up to eight tiles of keys, and of what is under way.
 HOPPER_BARRIER_BYTES = 8 * (2 * 3 + 7 * HOPPER_STAGES) + (4 + 4 + 12 + 96) * HOPPER_STAGES + (9 + 10 * 2) * 16
 HOPPER_ALIGNMENT = 1024  # of tiles in shared memory: where the swizzle begins anew
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
@@ -769,12 +769,15 @@ HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that the
 # From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
 # from another GPU or another stream holds its multiprocessor, and the counter costs nothing then.
 HOPPER_LONG_KEYS = 8192
-# A consumer's part of a tile, if it is alone with it, in the tile's time, by how many consumers it has (one H200, 2k to 8k
-# keys); and what a tile takes beside its steps, and a call whose tiles are taken from a counter, which is set first, in steps.
+# A consumer's part of a tile, if it is alone with it, in the tile's time, by how many consumers it has (one H200, 2k to
+# 8k keys); and what a tile takes beside its steps, and a call whose tiles are taken from a counter, which is set first,
+# in steps.
 HOPPER_PART = {2: 0.77, 3: 0.6}
 HOPPER_START_STEPS = 1.5
 HOPPER_COUNTER_STEPS = 1.5
-HOPPER_SHARED_ROUNDS = 4  # tiles under a mask for a multiprocessor, from which on sharing some out gains little
+HOPPER_SHARED_ROUNDS = (
+    4  # tiles under a mask for a multiprocessor, from which on sharing some out gains little
+)
 HOPPER_SHARED_GAIN = 0.95  # of the time, that it must promise
 
 
@@ -1422,7 +1425,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if hopper is not None:
         kernel, tile = hopper
         row_blocks = -(-problem.seqlen_q // tile.block_m)
-        first, shared = _hopper_shares(problem, device, tile, row_blocks)
+        shared_first, shared = _hopper_shares(problem, device, tile, row_blocks)
         consumers = tile.block_m // HOPPER_GROUP_ROWS
         tiles = check_blocks(row_blocks * problem.batch * problem.heads + shared * (consumers - 1))
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
@@ -1431,11 +1434,11 @@ def plan(problem: Problem, device: Device) -> Plan:
         # Consumers that began in turn stay apart, as long as tiles take equally long. Where they do not, turns at every
         # tile cost 4%, and a turn at the first costs 13% if tiles are few (one H100, 128 columns, N = 4k, causal).
         turns = int(not masked)
-        # A tile with rows for fewer consumers takes less time, and when dealt out in turn all may fall to the same blocks.
+        # A tile with rows for fewer consumers takes less time; dealt out in turn all may fall to the same blocks.
         uneven = masked or 0 < problem.seqlen_q % tile.block_m <= tile.block_m - HOPPER_GROUP_ROWS
         dynamic = (uneven or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < tiles
         section = _hopper_section(problem)
-        chosen = Plan(kernel, tile, row_blocks, grid, section, dynamic, turns, first, shared)
+        chosen = Plan(kernel, tile, row_blocks, grid, section, dynamic, turns, shared_first, shared)
     else:
         chosen = _portable_plan(problem, device)
     reduction = problem.reduction

@@ -649,7 +649,13 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
 @pytest.mark.parametrize(
     ("heads", "head_dim", "seqlen", "causal", "shared"),
     [
-        (10, 128, 2048, False, (132, 28)),  # the last 28 of 160 tiles would take a second round of all multiprocessors
+        (
+            10,
+            128,
+            2048,
+            False,
+            (132, 28),
+        ),  # the last 28 of 160 tiles would take a second round of all multiprocessors
         (10, 64, 8192, False, (396, 34)),
         (16, 128, 2048, False, (132, 0)),  # parts of the last 124 would take more than one round
         (16, 128, 1056 * 128, False, (16896, 0)),

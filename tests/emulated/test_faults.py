@@ -944,8 +944,12 @@ ON_HOPPER |= {
         {**GROUPED, "causal": True},
         lengths=(256, 256),
     ),
-    "a part of a tile that nobody takes": Fault(HOPPER, "only = beyond % kConsumers;", "only = 0;", WRONG, SHARED_OUT),
-    "rows stored by who left them out": Fault(HOPPER, "left_out ? params.seqlen_q :", "false ? 0 :", WRONG, SHARED_OUT),
+    "a part of a tile that nobody takes": Fault(
+        HOPPER, "only = beyond % kConsumers;", "only = 0;", WRONG, SHARED_OUT
+    ),
+    "rows stored by who left them out": Fault(
+        HOPPER, "left_out ? params.seqlen_q :", "false ? 0 :", WRONG, SHARED_OUT
+    ),
     "turns among parts of tiles": Fault(
         HOPPER,
         "const bool in_turn = kBeginInTurn && work_number < params.turns && !apart;",
