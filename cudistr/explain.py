@@ -97,6 +97,8 @@ def _tiles(chosen: Plan) -> str:
     shared = f"{kernel.shared_bytes / 1024:.0f} KB of shared memory"
     blocks = f"{chosen.blocks} thread blocks of {kernel.threads} threads, {shared} each"
     more = f", {chosen.split.splits} of which share the keys of a tile" if chosen.split is not None else ""
+    if chosen.shared_tiles:
+        more = f", several of which share each of {chosen.shared_tiles} tiles"
     return f"{kernel.name}: tiles of {tile.block_m} queries and {tile.tile_k} keys, {blocks}{more}"
 
 

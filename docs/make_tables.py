@@ -395,12 +395,12 @@ def evaluations(folder: Path = RECORDS) -> dict[str, str]:
 
 
 def readme_table(folder: Path = RECORDS) -> str:
-    """The README's table: unmasked attention of each device's record attention.json."""
+    """The README's table: each device's record attention.json."""
     parts = []
     for path, record in records(folder):
         if path.name != "attention.json":
             continue
-        rows = [row for row in record["rows"] if not row["causal"] and row["method"] != "group"]
+        rows = [row for row in record["rows"] if row["method"] != "group"]
         versions = record["versions"]
         peers = [
             f"{name} {versions[key]}"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, launch, normalize
+from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, explain, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
 from cudistr.normalize import Problem, Ranked
@@ -179,7 +179,8 @@ def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
     tiles = chosen.row_blocks * one.batch * one.heads // chosen.packed
     assert tiles <= planner.MAX_BLOCKS
     if chosen.attention.specific:
-        assert chosen.blocks == min(tiles, device.multiprocessors)
+        works = tiles + chosen.shared_tiles * (chosen.tile.block_m // 64 - 1)
+        assert chosen.blocks == min(works, device.multiprocessors)
     else:
         assert chosen.blocks == tiles * (1 if chosen.split is None else chosen.split.splits)
 
@@ -671,6 +672,7 @@ def test_tiles_that_consumers_share_out(
     one = problem(batch=1, heads=heads, heads_kv=heads, right=0 if causal else None, **size)
     chosen = plan(one, HOPPER)
     assert (chosen.shared_first if chosen.shared_tiles else shared[0], chosen.shared_tiles) == shared
+    assert (f"share each of {shared[1]} tiles" in explain._tiles(chosen)) == bool(shared[1])
 
 
 # Values
