@@ -114,8 +114,8 @@ constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be pa
 enum Fusion { kExact, kOnTheWay, kInShared, kAhead, kKept };
 constexpr Fusion kFusions[] = {kOnTheWay, kInShared, kAhead};
 constexpr Fusion kFusion = !kGroup ? kExact : KEEP ? kKept : kFusions[FUSE_IN_SHARED];
-// Whether a warp leaves out half of a tile of keys behind all that it sees: one of a head_dim of 64, whose tiles are long.
-// With 128 columns ptxas would give up more in every tile than that saves.
+// Whether a warp takes no weights, and no product with values, of a tile of keys behind all that it sees: with a head_dim of
+// 64, whose tiles are long. With 128 columns ptxas would give up more in every tile than that saves.
 constexpr bool kHides = kFusion == kAhead && kWide && TILE_K > 64 && TILE_K < BLOCK_M;
 static_assert(kFusion != kOnTheWay || (sizeof(T) == 2 && !kWeighted), "these are fused in shared memory");
 static_assert(!HALF || (FUSE_IN_SHARED && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns");

@@ -1163,7 +1163,7 @@ struct Consumer {
 #endif
     }
 
-    // All tiles of keys, of a tile of queries that has none for this consumer.
+    // All tiles of keys, of a tile of queries that has none for this consumer: given back as they come.
     DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, bool in_turn) {
         if (!walk.inside()) return;
 #if RANKED || KEPT
