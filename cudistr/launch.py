@@ -588,8 +588,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         if ranked is not None:
             parameters = _HOPPER_COPIED if ranked.copied else _HOPPER_RANKED
         values |= {
-            "tiles": chosen.row_blocks * problem.batch * problem.heads
-            + chosen.shared_tiles * (chosen.tile.block_m // HOPPER_GROUP_ROWS - 1),
+            "tiles": chosen.works,
             "turns": chosen.turns,
             "all_heads": problem.batch * problem.heads,
             "section": chosen.section,

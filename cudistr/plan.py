@@ -236,8 +236,9 @@ class Plan:
         Where K is transposed in float16: what transposes it as it is, if it turns out to have numbers beyond float16.
     columns : Step or None
         What comes last before attention: the weights of a group's columns, or the order of columns by energy.
-    shared_first, shared_tiles : int
-        Of the Hopper kernel: from which tile on how many are shared out, each consumer's part to a thread block.
+    shared_first, shared_tiles, works : int
+        Of the Hopper kernel: from which tile on how many are shared out, each consumer's part to a thread block; and
+        what thread blocks take in all, whole tiles and such parts.
     packed : int
         Query heads whose rows, one head after another, share tiles, because they share keys and have few rows each.
     split : Split or None
@@ -253,6 +254,7 @@ class Plan:
     turns: int = 0
     shared_first: int = 0
     shared_tiles: int = 0
+    works: int = 0
     prepare_kernel: Kernel | None = None
     prepare: Prepare | None = None
     again: Step | None = None
@@ -1427,18 +1429,18 @@ def plan(problem: Problem, device: Device) -> Plan:
         row_blocks = -(-problem.seqlen_q // tile.block_m)
         shared_first, shared = _hopper_shares(problem, device, tile, row_blocks)
         consumers = tile.block_m // HOPPER_GROUP_ROWS
-        tiles = check_blocks(row_blocks * problem.batch * problem.heads + shared * (consumers - 1))
+        works = check_blocks(row_blocks * problem.batch * problem.heads + shared * (consumers - 1))
         # As many thread blocks as the GPU has room for: the copies for a tile start while the one before is finished.
-        grid = min(tiles, device.multiprocessors)
+        grid = min(works, device.multiprocessors)
         masked = problem.left is not None or problem.right is not None
         # Consumers that began in turn stay apart, as long as tiles take equally long. Where they do not, turns at every
         # tile cost 4%, and a turn at the first costs 13% if tiles are few (one H100, 128 columns, N = 4k, causal).
         turns = int(not masked)
         # A tile with rows for fewer consumers takes less time; dealt out in turn all may fall to the same blocks.
         uneven = masked or 0 < problem.seqlen_q % tile.block_m <= tile.block_m - HOPPER_GROUP_ROWS
-        dynamic = (uneven or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < tiles
+        dynamic = (uneven or problem.seqlen_k >= HOPPER_LONG_KEYS) and grid < works
         section = _hopper_section(problem)
-        chosen = Plan(kernel, tile, row_blocks, grid, section, dynamic, turns, shared_first, shared)
+        chosen = Plan(kernel, tile, row_blocks, grid, section, dynamic, turns, shared_first, shared, works)
     else:
         chosen = _portable_plan(problem, device)
     reduction = problem.reduction

@@ -773,8 +773,10 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
             const bool cut = key < first_common || key + TILE_K - 1 > last_common;
             if (cut) {
-                const int last_row = thread_index() / kWarpSize * 16 * ROW_TILES + 16 * ROW_TILES - 1;
-                if (kHides && key > band.last_key(first_row + last_row)) continue;
+                if constexpr (kHides) {
+                    const int last_row = thread_index() / kWarpSize * 16 * ROW_TILES + 16 * ROW_TILES - 1;
+                    if (key > band.last_key(first_row + last_row)) continue;
+                }
                 const int column = thread_index() % 4 * 2;
                 if (kSmall && params.packed > 1) {
                     apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);

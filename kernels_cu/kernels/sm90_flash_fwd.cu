@@ -1165,7 +1165,7 @@ struct Consumer {
 
     // All tiles of keys, of a tile of queries that has none for this consumer: given back as they come.
     DEVICE void leave_out(Walk& walk, u32& step, u32& place_number, RingBarriers<1>& own_queries, bool in_turn) {
-        if (!walk.inside()) return;
+        if (!walk.inside()) return;  // then nobody takes a turn
 #if RANKED || KEPT
         __syncwarp();  // all lanes have read the first step
 #endif
@@ -1199,7 +1199,19 @@ struct Consumer {
         release(shared.v_barriers, step);
     }
 
+    // output += P V of a tile, from the wait for its values to the end of the product.
+    template <int kSteps>
+    DEVICE void add_values(float (&output)[1][kOutTiles][4], const u32 (&weights)[kSteps][4], u32 values, u32 step) {
+        shared.v_barriers.wait(step);
+        wgmma_fence();
+        start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(output[0]);
+    }
+
     // A short tile from its first product to its second. Nothing runs beside these here, but what the other consumers do.
+    // What it finds to be known is forgotten, and the next tile looks for its maxima: see docs/hopper.md, "Short tiles".
     template <class Queries>
     DEVICE void do_short(const Queries& queries, float (&output)[1][kOutTiles][4], Softmax& softmax, u32 known,
                          const Visible& keys, const Walk& walk, u32 step, u32 values) {
@@ -1222,12 +1234,7 @@ struct Consumer {
         softmax.apply(rescale, output);
         exponentiate(scores, softmax, rescale, of_tile);
         pack_weights<T>(weights, scores[0]);
-        shared.v_barriers.wait(step);
-        wgmma_fence();
-        start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_pin(output[0]);
+        add_values(output, weights, values, step);
 #if RANKED || KEPT
         __syncwarp();  // all lanes have read this step, whose place may be written after the next one
 #endif
@@ -1369,12 +1376,7 @@ struct Consumer {
                         }
                     }
                 }
-                shared.v_barriers.wait(step);
-                wgmma_fence();
-                start_output<T, ValueTile>(output[0], weights, values + step % kStages * kValueStage);
-                wgmma_commit();
-                wgmma_wait<0>();
-                wgmma_pin(output[0]);
+                add_values(output, weights, values, step);
                 release(shared.v_barriers, step);
                 ++step;
                 ++place_number;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -179,8 +180,7 @@ def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
     tiles = chosen.row_blocks * one.batch * one.heads // chosen.packed
     assert tiles <= planner.MAX_BLOCKS
     if chosen.attention.specific:
-        works = tiles + chosen.shared_tiles * (chosen.tile.block_m // 64 - 1)
-        assert chosen.blocks == min(works, device.multiprocessors)
+        assert chosen.blocks == min(chosen.works, device.multiprocessors)
     else:
         assert chosen.blocks == tiles * (1 if chosen.split is None else chosen.split.splits)
 
@@ -627,7 +627,8 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
     tiles = chosen.row_blocks * heads
     assert 1 <= chosen.section <= heads
     consumers = chosen.tile.block_m // 64
-    works = tiles + chosen.shared_tiles * (consumers - 1)
+    works = chosen.works
+    assert works == tiles + chosen.shared_tiles * (consumers - 1)
     assert chosen.blocks == min(works, device.multiprocessors)
     uneven = (one.left, one.right) != (None, None) or one.seqlen_k >= planner.HOPPER_LONG_KEYS
     uneven |= 0 < one.seqlen_q % chosen.tile.block_m <= chosen.tile.block_m - 64
@@ -637,14 +638,21 @@ def test_the_order_of_the_hopper_kernel(one: Problem, device: Device) -> None:
     assert not chosen.shared_tiles or one.reduction is None
     if tiles > 10000:
         return
-    # As the kernel does it: every tile of every head once, and of a section the last rows first.
-    seen = set()
-    for work in range(tiles):
+    # As the kernel does it: every consumer's part of every tile of every head once, and of a section the last rows first.
+    seen = []
+    for number in range(works):
+        work, parts = number, range(consumers)
+        beyond = number - chosen.shared_first
+        if beyond >= chosen.shared_tiles * consumers:
+            work -= chosen.shared_tiles * (consumers - 1)
+        elif beyond >= 0:
+            work, parts = chosen.shared_first + beyond // consumers, [beyond % consumers]
         of_section = chosen.section * chosen.row_blocks
         first_head = work // of_section * chosen.section
         here = min(chosen.section, tiles // chosen.row_blocks - first_head)
-        seen.add((first_head + work % of_section % here, work % of_section // here))
-    assert seen == {(head, block) for head in range(heads) for block in range(chosen.row_blocks)}
+        place = (first_head + work % of_section % here, work % of_section // here)
+        seen += [(*place, part) for part in parts]
+    assert sorted(seen) == sorted(itertools.product(range(heads), range(chosen.row_blocks), range(consumers)))
 
 
 @pytest.mark.parametrize(

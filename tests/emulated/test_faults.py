@@ -963,10 +963,10 @@ ON_HOPPER |= {
         "no thread of block .* can go on",
         lengths=(1200, 100),
     ),
-    "values of a short tile that are not waited for": Fault(
+    "a last product with values that is not waited for": Fault(
         HOPPER,
-        "wgmma_wait<0>();\n        wgmma_pin(output[0]);\n#if",
-        "#if",
+        "wgmma_wait<0>();\n        wgmma_pin(output[0]);\n    }",
+        "    }",
         "changed while a product read it",
         KEPT_GROUPS,
     ),
