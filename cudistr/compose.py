@@ -244,13 +244,14 @@ def projected_problem(
     reduced = None
     if projection.mixed or kept or tolerance is not None:
         reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
-    fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
-    replaced = reduced is None or (fewer and not kept)
+    fewer = projection.rank < projection.head_dim  # of every head that is reduced
+    replaced = reduced is None or (fewer and not kept and tolerance is None)
     queries, keys = q, k
     if replaced:  # no head needs q and k themselves, and all heads lack the shift
         queries, keys = made.queries, made.keys
         reduced = reduced and reduced._replace(shift=None)
-    alike = fewer and not projection.mixed
+    # Of rank 0 some may be exact: the others then multiply nothing.
+    alike = fewer and not projection.mixed and (projection.rank > 0 or tolerance is None)
     return of_rank(problem, queries, keys, v, reduced, alike), replaced, reduced
 
 

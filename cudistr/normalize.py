@@ -61,7 +61,7 @@ class Ranked(NamedTuple):
     q_strides: tuple[int, int, int]
     k_strides: tuple[int, int, int]
     copied: bool = False  # whether something stands for q
-    alike: bool = False  # whether all heads use all of these columns, and q and k for exact keys alone
+    alike: bool = False  # whether heads that are not exact all use all of these columns
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
-//   RANK        with RANKED, not 0: no head differs, all have so many columns, fewer than HEAD_DIM, and leave keys exact;
-//               not with COPIED
+//   RANK        with RANKED, not 0: a head has so many columns, fewer than HEAD_DIM, or HEAD_DIM; not with COPIED
 //   COPIED      1: with RANKED, of heads that all have HEAD_DIM columns: in what is reduced other queries stand for theirs,
 //               see smxx_copied_queries.cu
 //   KEPT        1: with GROUP, some keys are exact, see HopperParams
@@ -44,7 +43,7 @@ struct HopperParams {
     TensorMap qhat;  // in the place of q and k for heads of fewer than HEAD_DIM columns; COPIED: of q where it is reduced
 #if !COPIED
     TensorMap khat;
-    // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM; with RANK they are not read
+    // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM; with RANK what is less is that
     const i32* ranks;
 #endif
 #endif
@@ -99,8 +98,8 @@ constexpr bool kGrouped = GROUP != 0;
 constexpr int kMembers = kGrouped ? GROUP : 1;
 constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
-constexpr bool kRanks = RANKED && !COPIED && !RANK;  // whether heads differ in their columns
-constexpr bool kExactLoop = KEPT || RANK;  // whether exact tiles have a loop of their own, and so one at least
+constexpr bool kRanks = RANKED && !COPIED;  // whether heads may differ in their columns
+constexpr bool kExactLoop = KEPT || RANK;   // whether exact tiles have a loop of their own
 // A tile is short for a consumer whose queries see none but its first keys, so many: such tiles come before the loops and
 // are multiplied so far only. With groups and tiles of 128 keys that saves less than it takes; under a causal mask also
 // where tiles of keys are as long as those of queries, each of which has one that is short for its first consumer alone.
@@ -557,7 +556,8 @@ struct Producer {
     DEVICE void copy(const Place& place) {
         shared.notes.head_kv = place.head / params.heads_per_kv;
 #if RANKED && !COPIED
-        shared.notes.columns = own().columns = RANK ? RANK : params.ranks[place.batch_head];
+        const int rank = params.ranks[place.batch_head];
+        shared.notes.columns = own().columns = RANK && rank < HEAD_DIM ? RANK : rank;
 #else
         shared.notes.columns = HEAD_DIM;
 #endif
@@ -568,16 +568,15 @@ struct Producer {
             count += tiles;
             exact += params.passes.reduced(pass) ? 0 : tiles;
         }
-        // Consumers begin with a tile, an exact one where these have a loop: maybe keys beyond the last, zeros and invisible.
-        const bool none = (kExactLoop ? exact : count) == 0;
+        // Consumers begin with a tile, with groups an exact one: maybe keys beyond the last, zeros and invisible.
+        const bool none = (KEPT ? exact : count) == 0;
         own().count = count + none;
-        own().exact = exact + (kExactLoop && none);
+        own().exact = exact + (KEPT && none);
         if (none) {
             note(place, {0, 0, 0, 0});
-            const int width = kExactLoop ? HEAD_DIM : columns;
-            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, width, true, true, true);
+            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, columns, true, true, true);
         }
-        bool first = !(kExactLoop && none);
+        bool first = !(KEPT && none);
         for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const PassTiles tiles(params, place, pass);
             note(place, params.passes.band(pass));
@@ -1092,7 +1091,7 @@ struct Consumer {
         shared.q_barriers[0].release(place_number);
     }
 
-    // Scores of a tile. exact: of a tile that is, where these have a loop.
+    // Scores of a tile. exact: of one that is, where these have a loop.
     template <class Queries>
     DEVICE void start(const Queries& queries, float (&scores)[kKeyTiles][4], u32 step, const Walk& walk, bool exact) {
         if constexpr (kExactLoop) {
@@ -1302,7 +1301,7 @@ struct Consumer {
                 const bool in_turn = kBeginInTurn && work_number < params.turns && !apart;
                 if (in_turn) wait_for_turn();
                 if (walk.width() > 0) {
-                    start(operands, scores[0], step, walk, true);
+                    start(operands, scores[0], step, walk, KEPT || !walk.reduced());
                     wgmma_wait<0>();
                 } else {
                     wgmma_clear(scores[0]);

@@ -863,7 +863,8 @@ ON_HOPPER |= {
 }
 # Heads of one rank, 32 of 128 columns, a panel of two; and tiles of queries from which all exact keys are far away.
 ONE_RANK = {"ranks": (32, 32), "kept": (40, 9), "head_dim": 128}
-NO_EXACT_TILE = {"ranks": (32, 32), "kept": (40, 0)}
+NO_EXACT_TILE = {"ranks": (32, 32), "kept": (40, 0), "head_dim": 128}
+NO_EXACT_TILE_OF_GROUPS = {"reduction": cudistr.LSH(2, near=40)}
 ON_HOPPER |= {
     "exact keys in the columns of a rank": Fault(
         HOPPER, "if (exact) return queries.start_exact(scores, step);", "", WRONG, ONE_RANK
@@ -871,21 +872,23 @@ ON_HOPPER |= {
     "reduced tiles in the loop of exact ones": Fault(
         HOPPER, "return kExactLoop ? !reduced() :", "return kExactLoop ? true :", f"{RACE}|{WRONG}", ONE_RANK
     ),
-    "an exact tile that nobody knows to be one": Fault(
+    "a tile of no key that nobody counts": Fault(
         HOPPER,
-        "own().exact = exact + (kExactLoop && none);",
-        "own().exact = exact;",
+        "own().count = count + none;",
+        "own().count = count;",
         f"{RACE}|{WRONG}|no thread of block .* can go on",
-        NO_EXACT_TILE,
+        NO_EXACT_TILE_OF_GROUPS,
         lengths=(300, 60),
     ),
-    "queries that come with the second reduced tile": Fault(
+    "a first tile that is reduced taken for an exact one": Fault(
+        HOPPER, "KEPT || !walk.reduced()", "true", f"{RACE}|{WRONG}", NO_EXACT_TILE, lengths=(300, 60)
+    ),
+    "an exact head that makes the passes of others": Fault(
         HOPPER,
-        "bool first = !(kExactLoop && none);",
-        "bool first = !(kExactLoop && none);\n        exact += none;",
-        "no thread of block .* can go on",
-        NO_EXACT_TILE,
-        lengths=(300, 60),
+        "return kRanks && shared.notes.columns == HEAD_DIM;",
+        "return false;",
+        f"{RACE}|{WRONG}",
+        {"ranks": (32, 32), "kept": (0, 9), "decided": (32, 64)},
     ),
 }
 SHARED_OUT = {"multiprocessors": 6}  # the last two of eight tiles
@@ -1016,6 +1019,9 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         expected, like = cudistr.reference.decide(q, k, v, problem, projection, options["tolerance"])
         np.testing.assert_array_equal(util.cp.asnumpy(chosen), expected)
         np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+        return
+    if "decided" in options:
+        util.check_decided(q, k, v, projection, *options["decided"])
         return
     with util.splits(fault.splits) if fault.splits > 1 else nullcontext():
         util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)

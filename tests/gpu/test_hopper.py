@@ -15,6 +15,7 @@ from cudistr.plan import copies_queries, plan
 from tests.gpu.util import (
     BEYOND_FLOAT16,
     ROUNDOFF,
+    check_decided,
     check_kernel,
     compare,
     cp,
@@ -390,7 +391,13 @@ def test_rows_whose_keys_are_all_exact_beside_one_rank(dtype):
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [((32, 48), {}), ((32, 64), {}), ((64, 64), {}), ((0, 0), {}), ((32, 32), {"tolerance": 0.9})],
+    [
+        ((32, 48), {}),
+        ((32, 64), {}),
+        ((64, 64), {}),
+        ((32, 48), {"tolerance": 0.9}),
+        ((0, 0), {"tolerance": 0.9}),
+    ],
     ids=str,
 )
 def test_ranks_that_are_read(ranks, options):
@@ -399,6 +406,40 @@ def test_ranks_that_are_read(ranks, options):
     with mock.patch.object(launch, "attention", wraps=launch.attention) as attend:
         cudistr.attention(*map(on_device, (q, k, v)), reduction=projection, **options)
     assert rank_of(attend) == 0
+
+
+def check_exact_head(q, k, v, rank, near, sinks, **options):
+    """A head of one rank and an exact one, which a tolerance has told apart: the bits of ranks that are read."""
+    k += k.dtype.type(0.5)
+    whole = q.shape[3]
+    projection, mixed = (of_ranks(q, k, rank, x).with_near(near, sinks=sinks) for x in (rank, whole))
+    with mock.patch.object(launch, "attention", wraps=launch.attention) as attend:
+        found = check_decided(q, k, v, projection, rank, whole, **options)
+        assert rank_of(attend) == rank
+    given = [on_device(x) for x in (q, k, v)]
+    for one, like in zip(
+        found, cudistr.attention(*given, reduction=mixed, **options, return_lse=True), strict=True
+    ):
+        same_bits(one, like)
+    same_bits(found[0][:, 1], cudistr.attention(*given, **options)[:, 1])
+
+
+@each_dtype
+@pytest.mark.parametrize("dims", [(64, 32, 64), (128, 64, 128), (256, 128, 256), (32, 16, 64)], ids=str)
+@pytest.mark.parametrize(("near", "sinks"), [(0, 0), (40, 9), (0, 9)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 20)}], ids=str)
+def test_exact_heads_beside_one_rank(dtype, dims, near, sinks, options):
+    head_dim, rank, head_dim_v = dims
+    shape = {"heads": 2, "heads_kv": 2, "lengths": (333, 415), "head_dim": head_dim, "head_dim_v": head_dim_v}
+    check_exact_head(*inputs(81, dtype, **shape), rank, near, sinks, **options)
+
+
+@pytest.mark.small
+@each_dtype
+@pytest.mark.parametrize(("near", "sinks"), [(0, 0), (40, 9)], ids=str)
+def test_small_exact_heads_beside_one_rank(dtype, near, sinks):
+    arrays = inputs(82, dtype, batch=1, heads=2, heads_kv=2, lengths=(161, 173), head_dim=64, head_dim_v=64)
+    check_exact_head(*arrays, 32, near, sinks, causal=True)
 
 
 @pytest.mark.small

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -366,6 +367,33 @@ def of_ranks(q: np.ndarray, k: np.ndarray, *ranks: int) -> cudistr.Projection:
     return dataclasses.replace(
         projection, ranks=ranks, queries=projection.queries * own, keys=projection.keys * own
     )
+
+
+def check_decided(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, projection: cudistr.Projection, *ranks: int, **options: Any
+) -> tuple[Any, Any]:
+    """Hold a call whose tolerance leaves these ranks to the KV heads against heads that have them anyway.
+
+    Returns out and lse.
+    """
+    like = of_ranks(q, k, *ranks).with_near(projection.near, sinks=projection.sinks)
+    heads = np.repeat(np.array([ranks] * q.shape[0], np.int32), q.shape[1] // k.shape[1], axis=1)
+    with mock.patch.object(launch, "decide", return_value=(on_device(heads), None)):
+        out, lse = cudistr.attention(
+            *map(on_device, (q, k, v)),
+            reduction=projection,
+            tolerance=0.9,
+            exact_if_faster=False,
+            return_lse=True,
+            **options,
+        )
+    exact = reference.attention(
+        *(x.astype(np.float64) for x in (q, k, v)), reduction=like, return_lse=True, **options
+    )
+    base = baseline(q, k, v, np, reduction=like, **options)
+    compare(out, exact[0], base[0])
+    compare_lse(lse, exact[1], base[1])
+    return out, lse
 
 
 def with_errors(projection: cudistr.Projection) -> cudistr.Projection:
