@@ -53,14 +53,21 @@ DEVICE void start_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys) {
     wgmma_commit();
 }
 
-// The same with steps from 1 to kMost, the same for all threads of the warpgroup. Every number has a chain of products of
-// its own, fence included: products on either side of a branch would make ptxas put a fence into each.
-template <class T, class QueryTile, class KeyTile, int kMost = KeyTile::kColumns / 16, int kKeyTiles>
+// The same with steps from kLeast to kMost, the same for all threads of the warpgroup. Every number has a chain of products
+// of its own, fence included: products on either side of a branch would make ptxas put a fence into each. All chains are
+// reached by as few branches as there can be, which consumers would wait for with nothing under way.
+template <class T, class QueryTile, class KeyTile, int kMost = KeyTile::kColumns / 16, int kLeast = 1, int kKeyTiles>
 DEVICE void start_some_scores(float (&scores)[kKeyTiles][4], u32 queries, u32 keys, int steps) {
-    if constexpr (kMost > 1) {
-        if (steps < kMost) return start_some_scores<T, QueryTile, KeyTile, kMost - 1>(scores, queries, keys, steps);
+    if constexpr (kLeast < kMost) {
+        constexpr int kMiddle = (kLeast + kMost) / 2;
+        if (steps > kMiddle) {
+            start_some_scores<T, QueryTile, KeyTile, kMost, kMiddle + 1>(scores, queries, keys, steps);
+        } else {
+            start_some_scores<T, QueryTile, KeyTile, kMiddle, kLeast>(scores, queries, keys, steps);
+        }
+    } else {
+        start_scores<T, QueryTile, KeyTile, kMost>(scores, queries, keys);
     }
-    start_scores<T, QueryTile, KeyTile, kMost>(scores, queries, keys);
 }
 
 // The same with keys that have the terms down the rows.

@@ -716,7 +716,7 @@ ON_HOPPER = {
         {"ranks": (16, 96)}
     ),
     "a step of a head too few": Fault(
-        "tile/warpgroup.cuh", "if (steps < kMost) return", "if (steps <= kMost) return", f"{WRONG}|no matching|not", {"ranks": (16, 96)}
+        "tile/warpgroup.cuh", "if (steps > kMiddle) {", "if (steps > kMiddle + 1) {", WRONG, {"ranks": (16, 96)}
     ),
     "q and k for a head that is reduced": Fault(
         HOPPER, ".load(&params.khat, barrier, tile", ".load(&params.k, barrier, tile", WRONG, {"ranks": (16, 128)}
