@@ -34,7 +34,7 @@ import ml_dtypes
 import numpy as np
 
 import cudistr
-from cudistr import launch, normalize, plan
+from cudistr import launch, normalize, nvml, plan
 from cudistr.distributed.schedule import PARALLEL
 from cudistr.errors import CudaUnavailableError
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Case",
+    "Steady",
     "Timings",
     "add_arguments",
     "host_overhead",
@@ -52,6 +53,7 @@ __all__ = [
     "prepared",
     "run",
     "validate",
+    "watch",
 ]
 
 PEERS = ("flash2", "cudnn", "fa3", "cupy")
@@ -63,12 +65,18 @@ WARMUP_CALLS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 400
 # to queue it, which for torch's peers is longer than a short kernel.
 ROW_MS = 5.0
 MAX_ROW = 20
+SECONDS, CLOCK_SECONDS = 0.4, 2.0  # of a candidate, by default
+# Power is an average over a second, and the clock needs some tenths of one to follow it.
+SETTLE_SECONDS = 1.2
+# Of calls in a row while the clock is watched: between rows the device idles for as long as the host needs to go on.
+WATCHED_MS, MAX_WATCHED_ROW, MIN_WATCHED_ROWS = 20.0, 1000, 3
 HOST_BATCHES, HOST_CALLS = 20, 100  # 100 launches are far from filling the driver's queue, which would block
 COMMIT_VARIABLE = "CUDISTR_COMMIT"
 
 Call = Callable[[], object]
 Factory = Callable[[], Call]
 Timer = Callable[[Call], float]
+Read = Callable[[], nvml.Reading]
 # Of each method what makes its reduction and its tolerance, once.
 Prepared = Mapping[str, Callable[[], "tuple[Any, float | None]"]]
 T = TypeVar("T")
@@ -215,6 +223,73 @@ def host_overhead(
     return {name: statistics.median(batch) for name, batch in times.items()}
 
 
+@dataclass(frozen=True)
+class Steady:
+    """A candidate that has the device to itself, once clock and power have settled."""
+
+    ms: float  # of a call, median
+    mhz: float  # this and the next are means
+    watts: float
+    limited: float  # share of the readings in which power held the clock down
+
+
+def watch(
+    factories: Mapping[str, Factory],
+    timer: Callable[[Call, Read], tuple[float, nvml.Reading]],
+    read: Read,
+    *,
+    seconds: float = CLOCK_SECONDS,
+    settle: float = SETTLE_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, Steady], dict[str, str]]:
+    """Run candidates one after another, each alone and without a pause, and see what clock and power do.
+
+    Parameters
+    ----------
+    factories : mapping of name to factory
+        As for :func:`interleave`.
+    timer : callable
+        Runs a call and returns its milliseconds, and what ``read`` says while the device works on it.
+    seconds, settle : float
+        How long a candidate runs, and which part of it is dropped.
+    clock : callable
+        Seconds.
+
+    Returns
+    -------
+    tuple of dict
+        Of each candidate what was seen; and a message for each that raised at any point.
+    """
+    found: dict[str, Steady] = {}
+    failed: dict[str, str] = {}
+    for name, factory in factories.items():
+        try:
+            call = factory()
+            taken = min(timer(call, read)[0] for _ in range(WARMUP_CALLS))
+            calls = max(1, min(MAX_WATCHED_ROW, math.ceil(WATCHED_MS / taken))) if taken > 0 else 1
+            row = in_a_row(call, calls)
+            settled: list[tuple[float, nvml.Reading]] = []
+            start = now = clock()
+            while now - start < seconds or len(settled) < MIN_WATCHED_ROWS:
+                seen = timer(row, read)
+                if now - start >= settle:  # when the row began
+                    settled.append(seen)
+                now = clock()
+        except CudaUnavailableError:  # of read, which says nothing of the other candidates either
+            raise
+        except Exception as error:
+            failed[name] = _message(error)
+        else:
+            readings = [reading for _, reading in settled]
+            found[name] = Steady(
+                statistics.median(ms for ms, _ in settled) / calls,
+                statistics.fmean(reading.mhz for reading in readings),
+                statistics.fmean(reading.watts for reading in readings),
+                statistics.fmean(reading.limited for reading in readings),
+            )
+    return found, failed
+
+
 # --- what is measured --------------------------------------------------------------------------------------
 
 
@@ -351,6 +426,37 @@ def make_rows(
     return rows
 
 
+def joules(ms: float, watts: float) -> float:
+    """Energy of a call, as a record has it."""
+    return round(1e-3 * ms * watts, 6)
+
+
+def add_clock(rows: list[dict[str, Any]], found: Mapping[str, Steady]) -> list[dict[str, Any]]:
+    """The rows of a case, with what was seen of its candidates beside their times."""
+    for row in rows:
+        seen = {key: found[row["method"] if key == "cudistr" else key] for key in row["ms"]}
+        row["mhz"] = {key: round(of.mhz, 1) for key, of in seen.items()}
+        row["watts"] = {key: round(of.watts, 1) for key, of in seen.items()}
+        row["joules"] = {key: joules(ms, row["watts"][key]) for key, ms in row["ms"].items()}
+        row["limited"] = {key: round(of.limited, 3) for key, of in seen.items()}
+    return rows
+
+
+def watched(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, float]]]:
+    """Every candidate once: its name, a row of its case, and its figures. The peers of a case come last."""
+    cases: dict[tuple[Any, ...], dict[str, tuple[dict[str, Any], dict[str, float]]]] = {}
+    for row in rows:
+        case = cases.setdefault(tuple(row[name] for name in _CASE_KINDS), {})
+        for key in row["ms"]:
+            figures = {figure: row[figure][key] for figure in ("ms", *_CLOCK_FIGURES)}
+            case.setdefault(row["method"] if key == "cudistr" else key, (row, figures))
+    return [
+        (name, *case[name])
+        for case in cases.values()
+        for name in sorted(case, key=lambda name: name in PEERS)
+    ]
+
+
 # --- the record --------------------------------------------------------------------------------------------
 
 _HEAD = ("device", "commit", "command", "versions", "rows")
@@ -440,6 +546,24 @@ def _check_result(where: str, row: Any) -> None:
         _refuse(where, row, "an object with 'cudistr' in ms or in failed, and not in both")
 
 
+_CLOCK_FIGURES = ("mhz", "watts", "joules", "limited")
+
+
+def _check_clock_row(where: str, row: Any) -> None:
+    _check_names(where, row, ("method", "kernel", *_CASE_KINDS, "ms", *_CLOCK_FIGURES), ("failed",))
+    _check_row(where, {name: value for name, value in row.items() if name not in _CLOCK_FIGURES})
+    for figure in _CLOCK_FIGURES:
+        _check_names(f"{where}.{figure}", row[figure], row["ms"])
+        if figure != "limited":
+            _check_numbers(f"{where}.{figure}", row[figure])
+    for name, ms in row["ms"].items():
+        share, energy = row["limited"][name], joules(ms, row["watts"][name])
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            _refuse(f"{where}.limited[{name!r}]", share, "a share from 0 to 1")
+        if row["joules"][name] != energy:
+            _refuse(f"{where}.joules[{name!r}]", row["joules"][name], f"what ms and watts make, {energy}")
+
+
 _FIGURES = ("overlap", "scaling_total", "scaling_share")
 
 
@@ -481,8 +605,10 @@ def validate(record: Any) -> None:
     list of objects with the fields of a :class:`Case`, ``method`` ("exact", "lsh2", "projection:64", ..., or "group"),
     ``kernel`` ("portable" or "hopper"), ``ms`` (candidate to milliseconds) and, if something could not be
     timed, ``failed`` (candidate to message). "cudistr" is in one of the two. A record of host overhead has
-    ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well. A record of several GPUs has
-    ``ranks`` and ``transport`` as well; its rows have ``parallel`` in place of ``kernel``, and what
+    ``host_us`` (method to microseconds) and ``host_case`` (the fields of a Case) as well. A record of clocks has
+    ``limit_watts`` and ``max_mhz`` as well; its rows have ``mhz``, ``watts``, ``joules`` of a call, and ``limited``,
+    the share of readings in which power held the clock down, each for the candidates of ms. A record of several GPUs
+    has ``ranks`` and ``transport`` as well; its rows have ``parallel`` in place of ``kernel``, and what
     :func:`sharing_figures` makes of their ms.
 
     Raises
@@ -490,8 +616,8 @@ def validate(record: Any) -> None:
     ValueError
         Naming the field, what it holds and what is allowed.
     """
-    host, shared = ("host_us", "host_case"), ("ranks", "transport")
-    _check_names("the record", record, _HEAD, (*host, *shared))
+    host, shared, clock = ("host_us", "host_case"), ("ranks", "transport"), ("limit_watts", "max_mhz")
+    _check_names("the record", record, _HEAD, (*host, *shared, *clock))
     for name in ("device", "commit", "command"):
         _check_texts("the record", {name: record[name]})
     _check_texts("versions", record["versions"])
@@ -503,6 +629,12 @@ def validate(record: Any) -> None:
         _check_texts("the record", {"transport": record["transport"]})
         for i, row in enumerate(record["rows"]):
             _check_shared_row(f"rows[{i}]", row, record["ranks"])
+        return
+    if any(name in record for name in clock):
+        _check_names("the record", record, (*_HEAD, *clock))
+        _check_numbers("the record", {name: record[name] for name in clock})
+        for i, row in enumerate(record["rows"]):
+            _check_clock_row(f"rows[{i}]", row)
         return
     for i, row in enumerate(record["rows"]):
         _check_row(f"rows[{i}]", row)
@@ -578,20 +710,35 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in (*row["ms"], *row.get("failed", {}))))
     figures = [name for name in _FIGURES if any(name in row for row in rows)]
     how = "parallel" if any("parallel" in row for row in rows) else "kernel"
-    head = ["method", how, "dtype", "d", "dv", "heads", "kv", "batch", "seqlen", "causal"]
-    lines = [[*head, *(f"{name} ms" for name in names), *figures]]
+    lines = [["method", how, *_CASE_HEAD, *(f"{name} ms" for name in names), *figures]]
     for row in rows:
-        cells = [row["method"], row[how], row["dtype"], row["head_dim"], row["head_dim_v"], row["heads"]]
-        lengths = dict.fromkeys((row["seqlen_q"], row["seqlen_k"]))  # one if they are equal
-        cells += [
-            row["heads_kv"],
-            row["batch"],
-            "/".join(map(str, lengths)),
-            "yes" if row["causal"] else "no",
-        ]
+        cells = [row["method"], row[how], *_case_cells(row)]
         cells += [f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names]
         cells += [f"{row[name]:.2f}" if name in row else "-" for name in figures]
-        lines.append([str(cell) for cell in cells])
+        lines.append(cells)
+    return _aligned(lines, rows)
+
+
+def clock_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of a record of clocks as text, one line for each candidate."""
+    lines = [["method", *_CASE_HEAD, "ms", "MHz", "W", "J", "limited"]]
+    for name, row, of in watched(rows):
+        figures = [f"{of['ms']:.3f}", f"{of['mhz']:.0f}", f"{of['watts']:.0f}", f"{of['joules']:.3f}"]
+        lines.append([name, *_case_cells(row), *figures, f"{of['limited']:.0%}"])
+    return _aligned(lines, rows)
+
+
+_CASE_HEAD = ("dtype", "d", "dv", "heads", "kv", "batch", "seqlen", "causal")
+
+
+def _case_cells(row: Mapping[str, Any]) -> list[str]:
+    numbers = [str(row[name]) for name in ("dtype", "head_dim", "head_dim_v", "heads", "heads_kv", "batch")]
+    lengths = dict.fromkeys((row["seqlen_q"], row["seqlen_k"]))  # one if they are equal
+    return [*numbers, "/".join(map(str, lengths)), "yes" if row["causal"] else "no"]
+
+
+def _aligned(lines: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of a table in columns, and what failed in its rows."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     failed = {f"{name}: {why}" for row in rows for name, why in row.get("failed", {}).items()}
@@ -652,6 +799,11 @@ class Machine:
         """The current device's name."""
         return launch.device_name(self.index)
 
+    @property
+    def bus_id(self) -> str:
+        """Where the current device is on the PCI bus."""
+        return str(self.cupy.cuda.Device().pci_bus_id)
+
     def versions(self) -> dict[str, str]:
         """Versions of all that takes part, as far as it is there."""
         from cupy.cuda import nvrtc
@@ -693,11 +845,16 @@ class Machine:
 
     def timer(self, call: Call) -> float:
         """Milliseconds between an event before the call and one after what it queued."""
+        return self.timed(call, lambda: None)[0]
+
+    def timed(self, call: Call, read: Callable[[], T]) -> tuple[float, T]:
+        """The same, and what ``read`` returns while the device works on what was queued."""
         self._start.record(self.stream)
         call()
         self._stop.record(self.stream)
+        found = read()
         self._stop.synchronize()
-        return float(self.cupy.cuda.get_elapsed_time(self._start, self._stop))
+        return float(self.cupy.cuda.get_elapsed_time(self._start, self._stop)), found
 
     def inputs(self, case: Case) -> tuple[list[Any], list[Any]]:
         """Standard normal q, k, v as torch tensors (empty without torch), and the same memory as CuPy arrays."""
@@ -871,8 +1028,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="*", default=list(PEERS), choices=PEERS, help="timed where importable"
     )
     parser.add_argument("--grouping", action="store_true", help="time cudistr.group alone as well")
-    parser.add_argument("--host", action="store_true", help="measure the host's time per call instead")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--host", action="store_true", help="measure the host's time per call instead")
+    instead.add_argument(
+        "--clock",
+        action="store_true",
+        help="run each candidate alone instead, and record the GPU's clock, its power and the energy of a call",
+    )
+    instead.add_argument(
         "--distributed",
         action="store_true",
         help="measure several GPUs instead; every process of mpiexec runs this command",
@@ -883,11 +1046,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds, with --distributed (%(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=0.4, help="of timing per candidate (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of timing per candidate ({SECONDS}; with --clock {CLOCK_SECONDS}, without the first {SETTLE_SECONDS})",
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, metavar="FOLDER", help="where the folder of the device goes"
     )
-    parser.add_argument("--name", help="of the record (attention; host, distributed)")
+    parser.add_argument("--name", help="of the record (attention; host, clock, distributed)")
 
 
 def _positive(text: str) -> int:
@@ -902,6 +1069,13 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(dict.fromkeys(args.method))
     for method in chosen:  # refuse a wrong name before anything is timed
         (reduction_of if args.distributed else method_of)(method)
+    if args.seconds is None:
+        args.seconds = CLOCK_SECONDS if args.clock else SECONDS
+    if args.clock and args.seconds <= SETTLE_SECONDS:
+        raise ValueError(
+            f"--seconds must be more than {SETTLE_SECONDS} with --clock, got {args.seconds:g}: clock and power "
+            "have not settled before."
+        )
     if args.distributed:
         return int(importlib.import_module("cudistr.distributed.measure").run(args))
     record: dict[str, Any] = {"device": "", "commit": "", "command": command_of(args.argv)}
@@ -917,21 +1091,31 @@ def run(args: argparse.Namespace) -> int:
             record["host_us"] = _measure_host(machine, chosen)
             record["host_case"] = asdict(HOST_CASE)
         else:
+            meter = nvml.Meter(machine.bus_id) if args.clock else None
+            if meter is not None:
+                record["limit_watts"], record["max_mhz"] = meter.limit_watts, meter.max_mhz
             methods = [*chosen, "group"] if args.grouping else chosen
             for case in progress(cases(args), "case"):
                 tensors, arrays = machine.inputs(case)
                 made = prepared(chosen, arrays, case)
                 kernels = {method: machine.family(arrays, case, method, made) for method in methods}
                 factories = make_factories(case, methods, made, peers, tensors, arrays, machine.cupy)
-                timings = interleave(factories, machine.timer, seconds=args.seconds, row_ms=ROW_MS)
-                rows += make_rows(case, kernels, timings, peers)
+                if meter is None:
+                    timings = interleave(factories, machine.timer, seconds=args.seconds, row_ms=ROW_MS)
+                    rows += make_rows(case, kernels, timings, peers)
+                else:
+                    found, failed = watch(factories, machine.timed, meter.read, seconds=args.seconds)
+                    timings = Timings({name: of.ms for name, of in found.items()}, failed)
+                    rows += add_clock(make_rows(case, kernels, timings, peers), found)
     record["rows"] = rows
-    name = args.name or ("host" if args.host else "attention")
+    name = args.name or ("host" if args.host else "clock" if args.clock else "attention")
     path = write(record, args.output or default_output(pathlib.Path.cwd()), name)
     print(record["device"])
     for method, us in record.get("host_us", {}).items():
         print(f"{method:>8}  {us:.1f} us on the host per call")
+    if args.clock:
+        print(f"at most {record['limit_watts']:.0f} W, {record['max_mhz']:.0f} MHz")
     if rows:
-        print(table(rows))
+        print((clock_table if args.clock else table)(rows))
     print(f"record: {path}")
     return int(any("cudistr" in row.get("failed", {}) for row in rows))

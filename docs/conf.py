@@ -39,6 +39,7 @@ def generate(_app):
     (generated / "distributed.md").write_text(make_tables.several_gpus(), encoding="utf-8")
     (generated / "reductions.md").write_text(make_tables.reductions(), encoding="utf-8")
     (generated / "break-even.md").write_text(make_tables.break_even_table(), encoding="utf-8")
+    (generated / "clock.md").write_text(make_tables.clocks(), encoding="utf-8")
     (generated / "profiles.md").write_text(make_tables.profiles(), encoding="utf-8")
     (generated / "speed.md").write_text(speed_figure.draw_all(generated), encoding="utf-8")
     evaluations = make_tables.evaluations()

@@ -59,17 +59,24 @@ def figure(number: float | None) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
 
 
+CASE_HEAD = ("dtype", "head_dim", "heads", "batch", "seqlen", "mask")
+
+
+def case_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The problem of a row, for people."""
+    heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}/{row['heads_kv']}"
+    dims = {row["head_dim"], row["head_dim_v"]}
+    dim = str(row["head_dim"]) if len(dims) == 1 else f"{row['head_dim']}/{row['head_dim_v']}"
+    seqlens = {row["seqlen_q"], row["seqlen_k"]}
+    seqlen = str(row["seqlen_q"]) if len(seqlens) == 1 else f"{row['seqlen_q']}/{row['seqlen_k']}"
+    return row["dtype"], dim, heads, str(row["batch"]), seqlen, "causal" if row["causal"] else "none"
+
+
 def times(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of a bench record, one line per problem: milliseconds of each method and each peer."""
-    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}/{row['heads_kv']}"
-        dims = {row["head_dim"], row["head_dim_v"]}
-        dim = str(row["head_dim"]) if len(dims) == 1 else f"{row['head_dim']}/{row['head_dim_v']}"
-        seqlens = {row["seqlen_q"], row["seqlen_k"]}
-        seqlen = str(row["seqlen_q"]) if len(seqlens) == 1 else f"{row['seqlen_q']}/{row['seqlen_k']}"
-        mask = "causal" if row["causal"] else "none"
-        found = cases.setdefault((row["dtype"], dim, heads, str(row["batch"]), seqlen, mask), {})
+        found = cases.setdefault(case_cells(row), {})
         for name, ms in row["ms"].items():
             if name == "cudistr":
                 found[method_name(row["method"])] = ms
@@ -77,8 +84,10 @@ def times(rows: Sequence[dict[str, Any]]) -> str:
                 found.setdefault(PEERS[name], ms)
     names = list(dict.fromkeys(name for found in cases.values() for name in found))
     names.sort(key=lambda name: name in PEERS.values())
-    head = ["dtype", "head_dim", "heads", "batch", "seqlen", "mask", *names]
-    return table(head, [[*case, *(figure(found.get(n)) for n in names)] for case, found in cases.items()])
+    return table(
+        [*CASE_HEAD, *names],
+        [[*case, *(figure(found.get(n)) for n in names)] for case, found in cases.items()],
+    )
 
 
 MANY_METHODS = 6  # of a record, more of which become lines instead of columns
@@ -178,6 +187,27 @@ def break_even_table() -> str:
 def host_times(record: dict[str, Any]) -> str:
     rows = [[method_name(m), figure(us)] for m, us in record["host_us"].items()]
     return table(["method", "microseconds of the host per call"], rows)
+
+
+def clock(record: dict[str, Any]) -> str:
+    """Rows of a record of clocks, one line for each candidate."""
+    rows = [
+        [PEERS.get(name) or method_name(name), *case_cells(row), figure(of["ms"]), f"{of['mhz']:.0f}",
+         f"{of['watts']:.0f}", figure(of["joules"]), f"{of['limited']:.0%}"]
+        for name, row, of in bench.watched(record["rows"])
+    ]  # fmt: skip
+    limits = f"Power limit {record['limit_watts']:.0f} W, highest clock {record['max_mhz']:.0f} MHz."
+    return f"{limits}\n\n{table(['method', *CASE_HEAD, 'ms', 'MHz', 'W', 'J', 'limited'], rows)}"
+
+
+def clocks(folder: Path = RECORDS) -> str:
+    """What clock and power do while attention runs, on every device that has such a record."""
+    found = [
+        f"`{record['command']}` on {record['device']}, commit {record['commit'][:12]}. {clock(record)}"
+        for _, record in records(folder)
+        if "limit_watts" in record
+    ]
+    return "\n".join(found) or NONE
 
 
 def sharing(record: dict[str, Any]) -> str:
@@ -366,6 +396,8 @@ def section(path: Path, record: dict[str, Any]) -> str:
     text = f"`{record['command']}` on {record['device']}, commit {record['commit'][:12]}. {versions}.\n\n"
     if "host_us" in record:
         return title + text + host_times(record)
+    if "limit_watts" in record:
+        return title + text + clock(record)
     if "ranks" in record:
         return f"{title}{record['ranks']} ranks over {record['transport'].upper()}. {text}{sharing(record)}"
     text += "Milliseconds of a call, medians over rounds in which all take turns.\n\n"

@@ -145,7 +145,7 @@ def test_every_module_imports_with_cupy_blocked() -> None:
     assert {f"cudistr.{m}" for m in ROOMS} <= set(modules)
     program = (
         "import sys, importlib\n"
-        "for m in ('cupy', 'cupyx', 'torch', 'jax', 'onnx', 'skimage', 'scipy', 'matplotlib', 'tqdm', 'gguf', 'tokenizers', 'mpi4py'):\n"
+        "for m in ('cupy', 'cupyx', 'torch', 'jax', 'onnx', 'skimage', 'scipy', 'matplotlib', 'tqdm', 'gguf', 'tokenizers', 'mpi4py', 'pynvml'):\n"
         "    sys.modules[m] = None\n"
         f"for m in {modules!r}:\n"
         "    importlib.import_module(m)\n"

@@ -144,6 +144,21 @@ def test_several_gpus(folder: Path) -> None:
     assert f"| exact | heads | {case} | 3.00 | - | - | - | - | - | - | - |" in text
 
 
+def test_clocks(folder: Path) -> None:
+    assert make_tables.clocks(folder) == make_tables.NONE
+    seen = {"exact": bench.Steady(2.0, 1500.0, 695.0, 1.0), "fa3": bench.Steady(2.25, 1980.0, 400.0, 0.0)}
+    timings = bench.Timings({name: of.ms for name, of in seen.items()})
+    rows = bench.make_rows(bench.Case(**CASE), {"exact": "hopper"}, timings, ["fa3"])
+    record = {**BENCH, "limit_watts": 700.0, "max_mhz": 1980.0, "rows": bench.add_clock(rows, seen)}
+    (folder / "gpu-x" / "clock.json").write_text(json.dumps(record))
+    text = make_tables.clocks(folder)
+    assert "### gpu-x/clock.json\n" in make_tables.all_tables(folder)
+    assert "on GPU X, commit 0123456789ab. Power limit 700 W, highest clock 1980 MHz." in text
+    case = "bfloat16 | 64 | 32/8 | 4 | 4096 | none"
+    assert f"| exact | {case} | 2.00 | 1500 | 695 | 1.39 | 100% |" in text
+    assert f"| FlashAttention-3 | {case} | 2.25 | 1980 | 400 | 0.900 | 0% |" in text
+
+
 def test_no_record(tmp_path: Path) -> None:
     assert make_tables.all_tables(tmp_path) == make_tables.readme_table(tmp_path) == make_tables.NONE
 
