@@ -87,7 +87,9 @@ def settle(
     tolerance: float | None,
     exact_if_faster: bool | None,
 ) -> Settled:
-    """Take exact attention in place of a reduction that is slower, if that is allowed."""
+    """Take exact attention for heads known to miss the tolerance, and in place of a reduction that is slower."""
+    if tolerance is not None and isinstance(reduction, Projection):
+        reduction = reduction.within(tolerance)
     if not problem.reduced or problem.device is None or problem.empty:
         return Settled(problem, reduction, tolerance, None)
     columns = 0.0
@@ -114,7 +116,7 @@ def attention(
     exact_if_faster: bool | None = None,
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
-    if _may_be_exact(tolerance, exact_if_faster):
+    if tolerance is not None or exact_if_faster:
         problem, reduction, tolerance, _ = settle(problem, reduction, tolerance, exact_if_faster)
     projection = reduction if isinstance(reduction, Projection) else None
     if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
@@ -244,14 +246,14 @@ def projected_problem(
     reduced = None
     if projection.mixed or kept or tolerance is not None:
         reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
-    fewer = projection.rank < projection.head_dim  # of every head that is reduced
-    replaced = reduced is None or (fewer and not kept and tolerance is None)
+    fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
+    replaced = reduced is None or (fewer and not kept)
     queries, keys = q, k
     if replaced:  # no head needs q and k themselves, and all heads lack the shift
         queries, keys = made.queries, made.keys
         reduced = reduced and reduced._replace(shift=None)
-    # Of rank 0 some may be exact: the others then multiply nothing.
-    alike = fewer and not projection.mixed and (projection.rank > 0 or tolerance is None)
+    left = {rank for rank in projection.ranks if rank < projection.head_dim}
+    alike = len(left) == 1 and 0 not in left
     return of_rank(problem, queries, keys, v, reduced, alike), replaced, reduced
 
 

@@ -443,6 +443,18 @@ class Projection(Reduction):
         )
         return np.repeat(np.square(own).astype(np.float32), self.heads // self.heads_kv, axis=0)
 
+    def within(self, tolerance: float) -> Projection:
+        """The same, with heads exact that a call with this tolerance would find to be so: by what the fit knows."""
+        key = "tolerance", tolerance
+        if key not in self._copies:
+            known = self.known()[:: max(1, self.heads // self.heads_kv), 0]
+            limit = np.float32(tolerance**2)
+            ranks = tuple(r if x <= limit else self.head_dim for r, x in zip(self.ranks, known, strict=True))
+            own = self if ranks == self.ranks else dataclasses.replace(self, ranks=ranks, _copies={})
+            self._copies[key] = self._copies.setdefault(("ranks", ranks), own)
+        found: Projection = self._copies[key]
+        return found
+
     def head_errors(self, batch: int, index: int) -> Any:
         """The same for each batch entry, (batch, heads, 2) on the current device; copied once."""
         key = "errors", index, batch

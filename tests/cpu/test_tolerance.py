@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudistr
-from cudistr import Projection, reference
+from cudistr import Projection, normalize, reference
 from tests.strategies import random
 
 
@@ -124,6 +127,28 @@ def test_rows_that_no_sample_sees_are_known_from_calibration():
         assert not np.isin(rows, reference.draw(missed, problem)[0]).any()
         found = reference.attention(q, k, v, reduction=projection, tolerance=0.3)
         assert (errors(found, exact).max() <= 0.3) == known
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 2**16), st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.03, np.nan]), min_size=2, max_size=2)
+)
+def test_heads_that_the_fit_knows_to_be_worse_are_not_looked_at(seed, known):
+    q, k, v = low_rank(seed, 12, 0.001, heads=4)
+    k, v = k[:, ::2], v[:, ::2]
+    projection = Projection.fit(q, k, rank=16)
+    table = np.array(known)[:, None] * np.ones((2, 3))
+    projection = dataclasses.replace(projection, output_errors=table, row_errors=table)
+    ranks = tuple(16 if error <= 0.02 else 32 for error in known)
+    narrowed = projection.within(0.02)
+    assert narrowed.ranks == ranks
+    assert narrowed is projection.within(0.02) and (narrowed is projection) == (ranks == (16, 16))
+    problem = normalize.problem(q, k, v, reduction=projection)
+    found = [reference.decide(q, k, v, problem, x, 0.02)[0] for x in (projection, narrowed)]
+    np.testing.assert_array_equal(*found)  # it decides nothing that is not decided so in the call
+    with mock.patch.object(reference, "decide", wraps=reference.decide) as decide:
+        cudistr.attention(q, k, v, reduction=projection, tolerance=0.02)
+    assert decide.call_args.args[4] is narrowed
 
 
 def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():

@@ -80,6 +80,30 @@ def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypat
         np.testing.assert_allclose(factors[0, head, same], like[same], rtol=1e-4)
 
 
+@pytest.mark.parametrize("worse", [(2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("kept", [(0, 0), (20, 9)], ids=str)
+def test_heads_that_are_not_looked_at(worse, kept):
+    q, k, v, projection = arrays(np.float16)
+    known = np.array([[0.06 if head in worse else 0.0] * 3 for head in range(3)])
+    projection = dataclasses.replace(projection, output_errors=known, row_errors=known).with_near(
+        kept[0], sinks=kept[1]
+    )
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection, causal=True)
+    like = compose.within(problem, projection, *given, None, True, None, 0.05)
+    options = {"causal": True, "tolerance": 0.05, "exact_if_faster": False, "return_lse": True}
+    for one, other in zip(cudistr.attention(*given, reduction=projection, **options), like[:2], strict=True):
+        same_bits(one, other)
+    narrowed = projection.within(0.05)
+    assert cp.asnumpy(narrowed.factors(np.float16, 0).widths).tolist() == [
+        -1 if h in worse else 16 for h in range(3)
+    ]
+    problem = normalize.problem(*given, reduction=narrowed, causal=True)
+    _, _, ranks, errors = compose.within(problem, narrowed, *given, None, False, None, 0.05)
+    np.testing.assert_array_equal(cp.asnumpy(ranks), cp.asnumpy(like[2]))
+    assert not cp.asnumpy(errors)[:, list(worse)].any()
+
+
 @pytest.mark.parametrize("family", ["portable", "hopper"])
 def test_lse_and_a_call_within_a_tolerance(family, monkeypatch):
     monkeypatch.setenv("CUDISTR_KERNEL", family)
