@@ -22,6 +22,7 @@ from cudistr import compiler, reference, tuned
 from cudistr.errors import CudaUnavailableError
 from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
 from cudistr.plan import (
+    DECIDE_ROWS,
     DTYPE_NUMBER,
     HOPPER_GROUP_ROWS,
     ITEMSIZE,
@@ -41,6 +42,7 @@ from cudistr.plan import (
     copied_queries,
     decide_kernel,
     draw_kernel,
+    draw_shares,
     energy_order,
     half_limit,
     keeps_keys,
@@ -168,10 +170,11 @@ _PROJECT = _parameters(
     ),
     ("scale", "f4"),
 )
+_BOUNDS = ("first", "end", "near_first", "near_end")
 _DRAW = _parameters(
-    ("residual ranks rows factors", "u8"),
-    ("band_low band_high near_low near_high", "i8"),
-    ("sinks seqlen_q seqlen_k head_dim", "i4"),
+    ("residual ranks rows factors counts", "u8"),
+    (" ".join(f"{bound}_{end}" for bound in _BOUNDS for end in ("least", "most")), "i4"),
+    ("sinks seqlen_q head_dim heads shares", "i4"),
 )
 _PROBE = _parameters(
     ("q k v qhat khat shift ranks rows outputs sums", "u8"),
@@ -181,7 +184,7 @@ _PROBE = _parameters(
     ("scale", "f4"),
 )
 _DECIDE = _parameters(
-    ("factors outputs sums wanted known ranks errors", "u8"),
+    ("factors outputs sums wanted known counts compared ranks errors", "u8"),
     ("splits", "i4"),
     ("limit spread share", "f4"),
 )
@@ -1018,6 +1021,17 @@ def project(
     return Projected(qhat, khat, shift, residual)
 
 
+def _row_bounds(seqlen_k: int, values: dict[str, int]) -> dict[str, int]:
+    """The bounds of keys as smxx_draw.cu has them: rows beyond which they do not move, in 32 bits."""
+    furthest = 2**31 - 1  # from any row to any key
+    shifts = (values["band_low"], values["band_high"] + 1, values["near_low"], values["near_high"] + 1)
+    found: dict[str, int] = {}
+    for name, shift in zip(_BOUNDS, shifts, strict=True):
+        least = max(-furthest, min(furthest, -shift))
+        found |= {f"{name}_least": least, f"{name}_most": min(furthest, least + seqlen_k)}
+    return found
+
+
 @functools.lru_cache(maxsize=256)
 def _decide_recipe(
     problem: Problem, columns: int, limit: float, spread: float
@@ -1034,9 +1048,11 @@ def _decide_recipe(
         "sinks": problem.sinks,
     }
     units = problem.batch * problem.heads
-    of_rows = {name: values[name] for name in _DRAW.names or () if name in values}
-    of_rows["head_dim"] = problem.head_dim
-    draw = _launch(draw_kernel(problem), units, device, problem.device, _DRAW, of_rows)
+    of_rows = {name: getattr(problem, name) for name in ("sinks", "seqlen_q", "head_dim")}
+    of_rows |= _row_bounds(problem.seqlen_k, values)
+    shares = draw_shares(problem, device)
+    of_rows |= {"heads": units, "shares": shares}
+    draw = _launch(draw_kernel(problem), shares * units, device, problem.device, _DRAW, of_rows)
     values |= {
         "columns": columns,
         "splits": splits,
@@ -1049,7 +1065,8 @@ def _decide_recipe(
     choice: dict[str, Any] = {"splits": splits, "limit": limit, "spread": spread}
     choice["share"] = 1 / problem.seqlen_q
     kernel = decide_kernel(problem.head_dim, problem.head_dim_v)
-    choose = _launch(kernel, units, device, problem.device, _DECIDE, choice)
+    blocks = check_blocks(PROBE_ROWS // DECIDE_ROWS * units)
+    choose = _launch(kernel, blocks, device, problem.device, _DECIDE, choice)
     return draw, probe, choose, 2 * splits
 
 
@@ -1080,12 +1097,14 @@ def decide(
     sums = cupy.ndarray((*parts, 2), np.float32)
     ranks = cupy.ndarray(wanted.shape, np.int32)
     errors = cupy.ndarray((*wanted.shape, 2), np.float32)
-    hold(rows, factors, outputs, sums, ranks, errors)
-    draw(*(x.data.ptr for x in (projected.residual, wanted, rows, factors)))
+    counts = cupy.ndarray(wanted.shape, np.int32)  # of what is compared
+    compared = cupy.ndarray((*wanted.shape, 2, PROBE_ROWS), np.float32)
+    hold(rows, factors, outputs, sums, ranks, errors, counts, compared)
+    draw(*(x.data.ptr for x in (projected.residual, wanted, rows, factors, counts)))
     shift = 0 if projected.shift is None else projected.shift.data.ptr
     drawn = [x.data.ptr for x in (wanted, rows, outputs, sums)]
     probe(*(x.data.ptr for x in (q, k, v, projected.queries, projected.keys)), shift, *drawn)
-    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, known, ranks, errors)))
+    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, known, counts, compared, ranks, errors)))
     return ranks, errors
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "copies_queries",
     "decide_kernel",
     "draw_kernel",
+    "draw_shares",
     "energy_order",
     "half_limit",
     "hopper_kernel",
@@ -1160,7 +1161,7 @@ def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) 
 PROBE_ROWS = 64  # sampled rows of each head
 PROBE_PARTS = 32  # of each, exact and reduced, at most: smxx_decide.cu has one for each lane of a warp
 DRAW_THREADS = 1024  # of smxx_draw.cu
-DECIDE_THREADS = 1024  # of smxx_decide.cu
+DECIDE_ROWS = 8  # of a thread block of smxx_decide.cu, which has a warp for each
 THIRD_BYTES = 75 * 1024  # of shared memory: a third of what a multiprocessor of Hopper has
 LEAST_SHARED_BYTES = 99 * 1024  # that a thread block may have on every GPU that is supported
 
@@ -1168,6 +1169,11 @@ LEAST_SHARED_BYTES = 99 * 1024  # that a thread block may have on every GPU that
 def draw_kernel(problem: Problem) -> Kernel:
     """The kernel that draws rows of each head."""
     return Kernel("smxx_draw", (("KEPT", int(bool(problem.near or problem.sinks))),), DRAW_THREADS)
+
+
+def draw_shares(problem: Problem, device: Device) -> int:
+    """Thread blocks of a head that draw its rows: two, of which each finds half, if all have a multiprocessor."""
+    return 2 if 2 * problem.batch * problem.heads <= device.multiprocessors else 1
 
 
 def probe_kernel(problem: Problem) -> Kernel:
@@ -1219,7 +1225,7 @@ def probe_splits(problem: Problem, device: Device) -> int:
 
 def decide_kernel(head_dim: int, head_dim_v: int) -> Kernel:
     """The kernel that compares them."""
-    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), DECIDE_THREADS)
+    return Kernel("smxx_decide", (("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v)), DECIDE_ROWS * 32)
 
 
 def check_device(device: Device, index: int) -> None:

@@ -156,7 +156,7 @@ def check_conversions(run: Run) -> None:
         if round_ == 1:  # numbers whose dropped bits are one and zeros: ties, for some of the formats
             x = (bits(np.ones(32)) + halves).view(np.float32)
         pair_words = random.integers(0, 2**32, (32, 3), np.uint32)
-        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 12)
+        found = run(CONVERT, np.concatenate([bits(x)[:, None], bits(y)[:, None], pair_words], axis=1), 13)
         low = np.ascontiguousarray(found & 0xFFFF).astype(np.uint16)
 
         with np.errstate(all="ignore"):
@@ -169,6 +169,14 @@ def check_conversions(run: Run) -> None:
                 power[~normal & (exact < 2.0**-126)], exact[~normal & (exact < 2.0**-126)].astype(np.float32)
             )
             assert (np.isnan(power) == np.isnan(x)).all()
+
+            reciprocal = found[:, 12].copy().view(np.float32)
+            exact = 1 / np.where(np.abs(x) < 2.0**-126, 0 * x, x).astype(np.float64)
+            exact = np.where(np.abs(exact) < 2.0**-126, 0 * exact, exact)
+            normal = np.isfinite(exact) & (np.abs(exact) > 2.0**-125)
+            assert (np.abs(reciprocal - exact)[normal] <= 2.0**-23 * np.abs(exact[normal])).all()
+            same_numbers(reciprocal[np.isinf(exact)], exact[np.isinf(exact)].astype(np.float32))
+            assert (np.isnan(reciprocal) == np.isnan(x)).all()
 
             finite = np.isfinite(x)
             tf32 = ((bits(x) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)

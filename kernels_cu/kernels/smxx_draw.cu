@@ -1,25 +1,38 @@
 // Query rows that stand for all of their head, drawn where they may matter: what smxx_probe.cu computes. One thread block
-// has one head; a warp has neighbouring rows, a lane every 32nd of them.
+// has one head, or two have: both sum, and each has half of the points.
 //
 // A row's chance is a quarter each of: uniform, and by one over the number of keys that do not stay exact and that it sees;
 // and half by its residual, the energy of the row that Qhat misses, if there are such keys. A row that takes more than its
-// share of 1 / ROWS is drawn for certain: points a constant apart are laid along the sum of all chances. The sum is one of
-// whole numbers, so that it is the same in any order, and every point has one row.
+// share of 1 / ROWS is drawn for certain: points a constant apart are laid along the sum of all chances.
+//
+// Sums of chances follow from what these are made of, so that rows are passed over once: a warp has neighbouring rows, in
+// chunks of whole steps, and sums one over the keys, and the residual, of each chunk. Then a warp has a point, and looks for
+// its row: among the warps' rows, their chunks, their steps, the lanes, and their rows. At each of these it takes the
+// first whose sum is beyond the point, or the last. So a point has one row however sums are rounded, and no later point has
+// an earlier row, because all of them round alike; sums have an order, and so every run has the same rows.
 //
 // Constants: KEPT, 1 if some keys stay exact.
-#include "tile/mask.cuh"
+#include "ptx/math.cuh"
 #include "tile/warp.cuh"
 
-// Queries see keys from query + band_low to query + band_high.
+// A bound of the keys that rows see: row + a shift, cut at 0 and at the last key. Rows are cut instead, so that 32 bits do.
+struct Bound {
+    i32 least, most;  // the rows that have key 0 and the last bound; there may be no such rows
+
+    DEVICE int of(int row) const { return min(max(row, least), most) - least; }
+};
+
 struct DrawParams {
     const float* residual;  // (batch, heads, seqlen_q), contiguous
     const i32* ranks;       // (batch, heads): of Qhat and Khat; head_dim: nothing to compare
     i32* rows;              // (batch, heads, ROWS): drawn, in order
     float* factors;         // the same shape: one over the chance of each
-    i64 band_low, band_high;
-    i64 near_low, near_high;  // the keys that stay exact, from query + near_low to query + near_high,
-    i32 sinks;                // and the first of all
-    i32 seqlen_q, seqlen_k, head_dim;
+    i32* counts;            // (batch, heads): set to zero for smxx_decide.cu
+    Bound first, end;            // the keys that a row sees, up to but not including the end
+    Bound near_first, near_end;  // those that stay exact,
+    i32 sinks;                   // and the first of all
+    i32 seqlen_q, head_dim;
+    i32 heads, shares;  // of all batch entries, and thread blocks of each: 1 or 2
 };
 
 namespace {
@@ -27,100 +40,153 @@ namespace {
 constexpr int kRows = 64;  // PROBE_ROWS in plan.py
 constexpr int kWarps = 32;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr float kUnits = 72057594037927936.f;  // 2**56 of them are a chance of 1
+constexpr int kEach = 4;  // rows that a lane has of a step
+constexpr int kStepRows = kEach * kWarpSize;
+constexpr int kChunks = 8;  // of a warp, at most: whole steps
+constexpr int kHalf = kWarpSize / 2;
+constexpr float kLeast = 1.17549435e-38f;  // one over a smaller number may be none
+constexpr float kLargest = 3.40282347e38f;
 
-// What a row's chance is made of.
-struct Chances {
-    Band band, near;
-    int sinks;
-    const float* residual;
-    float uniform, by_keys, by_residual;  // parts of a chance for: each row, one over its keys, all of the residual
-    float missed;                         // the residual of all rows
+// Keys that a row sees and that do not stay exact.
+DEVICE int count(const DrawParams& params, int row) {
+    const int end = params.end.of(row);
+    if (!KEPT) return end - params.first.of(row);
+    const int first = max(params.first.of(row), params.sinks);
+    const int kept = min(end, params.near_end.of(row)) - max(first, params.near_first.of(row));
+    return max(0, end - first) - max(0, kept);
+}
 
-    // Keys that the row sees and that do not stay exact.
-    DEVICE int count(int row) const {
-        const int first = max(band.first_key(row), sinks);
-        const int last = band.last_key(row);
-        if (!KEPT) return last - first + 1;
-        const int kept = min(last, near.last_key(row)) - max(first, near.first_key(row)) + 1;
-        return max(0, last - first + 1) - max(0, kept);
-    }
-    DEVICE float keys_of(int seen) const { return seen > 0 ? 1.f / static_cast<float>(seen) : 0.f; }
-    DEVICE float missed_of(int row, int seen) const {
-        const float x = residual[row];
-        return x > 0.f && x < infinity() && seen > 0 ? x : 0.f;
-    }
-    DEVICE u64 of(int row) const {
-        const int seen = count(row);
-        const float chance = uniform + by_keys * keys_of(seen) + by_residual * (missed_of(row, seen) / missed);
-        return static_cast<u64>(chance * kUnits);
+// What the chance of a row is made of: one over those keys, and the residual; zero if there are no such keys.
+struct Weights {
+    float keys, missed;
+};
+DEVICE Weights weights(const DrawParams& params, int row, float residual) {
+    const int seen = count(params, row);
+    const bool any = row < params.seqlen_q && seen > 0;
+    return {any ? reciprocal_approx(static_cast<float>(seen)) : 0.f,
+            any && residual > 0.f && residual < infinity() ? residual : 0.f};
+}
+
+// The chance of some rows, from the sums over them.
+struct Chance {
+    float uniform, by_keys, by_missed;
+
+    DEVICE float of(int rows, float keys, float missed) const {
+        return uniform * static_cast<float>(rows) + by_keys * keys + by_missed * missed;
     }
 };
 
-// The number of points before a place along the sum of chances: point j is at (j + 1/2) / kRows of it.
-DEVICE int points_before(u64 place, float total) {
-    const float points = static_cast<float>(place) / total * kRows - 0.5f;
-    const int whole = static_cast<int>(points);
-    return min(kRows, whole + (points > static_cast<float>(whole)));
+DEVICE float read(const float* residual, int row, int limit) { return row < limit ? residual[row] : 0.f; }
+
+// The first lane of which the sum up to it and with it is beyond a place, or the last one.
+DEVICE int first_beyond(float place, float sum, int last) {
+    const u32 beyond = __ballot_sync(kFullWarp, place < sum);
+    return beyond ? min(last, __ffs(beyond) - 1) : last;
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) smxx_draw(const DrawParams params) {
-    __shared__ float keys_sums[kWarps], missed_sums[kWarps];
-    __shared__ u64 chance_sums[kWarps];
+    __shared__ float of_chunks[2][kWarps * kChunks], of_warps[2][kWarps];  // one over the keys, and residual
     const int warp = thread_index() / kWarpSize;
     const int lane = thread_index() % kWarpSize;
-    const i64 head = block_index();
+    const int share = block_index() >= params.heads;
+    const i64 head = block_index() - share * params.heads;
     if (params.ranks[head] == params.head_dim) return;
-    const Band band = {params.band_low, params.band_high, params.seqlen_k};
-    const Band near = {params.near_low, params.near_high, params.seqlen_k};
-    Chances chances = {band, near, KEPT ? params.sinks : 0, params.residual + head * params.seqlen_q, 0.f, 0.f, 0.f, 0.f};
-    const int each = ((params.seqlen_q - 1) / kThreads + 1) * kWarpSize;
-    const int first = min(params.seqlen_q, warp * each);
-    const int last = first + min(each, params.seqlen_q - first);
+    if (share == 0 && thread_index() == 0) params.counts[head] = 0;
+    const float* residual = params.residual + head * params.seqlen_q;
+    const int steps = (params.seqlen_q - 1) / kStepRows + 1;
+    const int warp_steps = (steps - 1) / kWarps + 1;
+    const int chunk_steps = (warp_steps - 1) / kChunks + 1;
 
-    float keys = 0.f;
-    float missed = 0.f;
-#pragma unroll 4
-    for (int row = first + lane; row < last; row += kWarpSize) {
-        const int seen = chances.count(row);
-        keys += chances.keys_of(seen);
-        missed += chances.missed_of(row, seen);
-    }
-    keys = warp_sum(keys);
-    missed = warp_sum(missed);
-    if (lane == 0) {
-        keys_sums[warp] = keys;
-        missed_sums[warp] = missed;
-    }
-    __syncthreads();  // the sums of all warps are there
-    keys = warp_sum(keys_sums[lane]);
-    missed = warp_sum(missed_sums[lane]);
-    chances.uniform = 0.25f / static_cast<float>(params.seqlen_q);
-    chances.by_keys = keys > 0.f ? 0.25f / keys : 0.f;
-    const bool any = missed > 0.f && missed < infinity();
-    chances.by_residual = any ? 0.5f : 0.f;
-    chances.missed = any ? missed : infinity();
-
-    u64 sum = 0;
-#pragma unroll 4
-    for (int row = first + lane; row < last; row += kWarpSize) sum += chances.of(row);
-    sum = warp_sum(sum);
-    if (lane == 0) chance_sums[warp] = sum;
-    __syncthreads();  // all chances are known
-    const u64 of_warp = chance_sums[lane];
-    const float total = static_cast<float>(warp_sum(of_warp));
-    u64 place = warp_sum(lane < warp ? of_warp : u64(0));
-    for (int start = first; start < last; start += kWarpSize) {
-        const int row = start + lane;
-        const u64 chance = row < last ? chances.of(row) : 0;
-        const u64 end = place + sum_up_to(chance, lane);
-        const int until = points_before(end, total);
-        for (int point = points_before(end - chance, total); point < until; ++point) {
-            params.rows[head * kRows + point] = row;
-            params.factors[head * kRows + point] = total / static_cast<float>(chance);
+    int step = min(steps, warp * warp_steps);
+    const int last_step = min(steps, step + warp_steps);
+    const int limit = min(params.seqlen_q, last_step * kStepRows);
+    float next[kEach];  // of the next step, on its way while one is summed
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) next[i] = read(residual, step * kStepRows + i * kWarpSize + lane, limit);
+    float of_warp = 0.f;
+    for (int chunk = warp * kChunks; step < last_step; ++chunk) {
+        const int end = min(last_step, step + chunk_steps);
+        float keys = 0.f;
+        float missed = 0.f;
+        for (; step < end; ++step) {
+            const int row = step * kStepRows + lane;
+            float x[kEach];
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                x[i] = next[i];
+                next[i] = read(residual, row + kStepRows + i * kWarpSize, limit);
+            }
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                const Weights own = weights(params, row + i * kWarpSize, x[i]);
+                keys += own.keys;
+                missed += own.missed;
+            }
         }
-        place = from_lane(end, kWarpSize - 1);
+        // Half of the lanes sum the one, half the other.
+        const bool lower = lane < kHalf;
+        float sum = (lower ? keys : missed) + __shfl_xor_sync(kFullWarp, lower ? missed : keys, kHalf);
+#pragma unroll
+        for (int distance = kHalf / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+        of_warp += sum;
+        if (lane % kHalf == 0) of_chunks[lane / kHalf][chunk] = fminf(sum, kLargest);
+    }
+    if (lane % kHalf == 0) of_warps[lane / kHalf][warp] = fminf(of_warp, kLargest);
+    __syncthreads();  // the sums of all warps are there
+
+    const float all_keys = warp_sum(of_warps[0][lane]);
+    const float all_missed = warp_sum(of_warps[1][lane]);
+    const bool any = all_missed >= kLeast && all_missed < infinity();
+    const Chance chance = {0.25f * reciprocal_approx(static_cast<float>(params.seqlen_q)),
+                           all_keys > 0.f ? 0.25f * reciprocal_approx(all_keys) : 0.f, any ? 0.5f / all_missed : 0.f};
+    const int before = min(steps, lane * warp_steps) * kStepRows;
+    const int own_rows = max(0, min(warp_steps * kStepRows, params.seqlen_q - before));
+    const float until = sum_up_to(chance.of(own_rows, of_warps[0][lane], of_warps[1][lane]), lane);
+    const float total = from_lane(until, kWarpSize - 1);
+    for (int point = share * kWarps + warp; point < kRows; point += params.shares * kWarps) {
+        float place = (static_cast<float>(point) + 0.5f) / kRows * total;
+        const int group = first_beyond(place, until, kWarps - 1);
+        if (group > 0) place -= from_lane(until, group - 1);
+        int chunk = group * kChunks;
+        int at = group * warp_steps;
+        for (const int last = min(steps, at + warp_steps) - chunk_steps; at < last; at += chunk_steps, ++chunk) {
+            const float of_chunk = chance.of(chunk_steps * kStepRows, of_chunks[0][chunk], of_chunks[1][chunk]);
+            if (place < of_chunk) break;
+            place -= of_chunk;
+        }
+        float chances[kEach], sum;
+        for (const int last = min(steps, at + chunk_steps) - 1;; ++at) {
+            const int row = at * kStepRows + lane * kEach;
+            float own = 0.f;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                const Weights of = weights(params, row + i, read(residual, row + i, params.seqlen_q));
+                chances[i] = chance.of(1, of.keys, of.missed);
+                own += row + i < params.seqlen_q ? chances[i] : 0.f;
+            }
+            sum = sum_up_to(own, lane);
+            const float of_step = from_lane(sum, kWarpSize - 1);
+            if (at >= last || place < of_step) break;
+            place -= of_step;
+        }
+        const int first = at * kStepRows;
+        const int chosen = first_beyond(place, sum, min(kWarpSize, (params.seqlen_q - 1 - first) / kEach + 1) - 1);
+        if (chosen > 0) place -= from_lane(sum, chosen - 1);
+        const int row = first + lane * kEach;
+        int own = 0;
+        float drawn = chances[0];
+#pragma unroll
+        for (int i = 1; i < kEach; ++i) {
+            if (own < i - 1 || place < drawn || row + i >= params.seqlen_q) continue;
+            place -= drawn;
+            drawn = chances[i];
+            own = i;
+        }
+        if (lane == chosen) {
+            params.rows[head * kRows + point] = row + own;
+            params.factors[head * kRows + point] = total * reciprocal_approx(drawn);
+        }
     }
 }

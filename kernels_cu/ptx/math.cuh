@@ -9,6 +9,13 @@ DEVICE float exp2_approx(float x) {
     return y;
 }
 
+// rcp.approx.ftz: 1 / x with 1 ulp.
+DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // cvt.rna.tf32: x rounded to 10 mantissa bits, as the bits of a float.
 DEVICE u32 round_to_tf32(float x) {
     u32 y;

@@ -395,6 +395,7 @@ def test_sampled_rows_fit_every_gpu_and_their_splits_a_warp(one: Problem, device
 def test_sampled_rows_fill_the_gpu_once(near: int, batch: int, splits: int) -> None:
     one = problem(batch=batch, heads=16, heads_kv=16, head_dim=128, head_dim_v=128, seqlen_k=8192, near=near)
     assert planner.probe_splits(one, HOPPER) == splits
+    assert planner.draw_shares(one, HOPPER) == (1 if batch == 64 else 2)
 
 
 # The constants

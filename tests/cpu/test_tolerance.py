@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudistr
-from cudistr import Projection, normalize, reference
+from cudistr import Projection, launch, normalize, reference
+from cudistr.normalize import MAX_SEQLEN
 from tests.strategies import random
 
 
@@ -97,6 +98,25 @@ def test_rows_are_drawn_where_the_error_is():
     assert 170 in rows and (np.diff(rows) >= 0).all()
     # The factors count rows: their sum estimates how many there are.
     assert 0.5 < factors.mean() / 300 < 2
+
+
+lengths = st.one_of(st.integers(1, 300), st.integers(MAX_SEQLEN - 300, MAX_SEQLEN))
+shifts = st.one_of(st.integers(-400, 400), st.integers(-(2**33), 2**33), st.sampled_from([-(2**40), 2**40]))
+
+
+@settings(max_examples=300)
+@given(lengths, lengths, st.tuples(shifts, shifts, shifts, shifts), st.integers(0, 2**31), st.booleans())
+def test_bounds_of_keys_fit_32_bits(seqlen_q, seqlen_k, shifts, row, near_the_end):
+    row = max(0, seqlen_q - 1 - row % 600) if near_the_end else row % seqlen_q
+    names = ("band_low", "band_high", "near_low", "near_high")
+    found = launch._row_bounds(seqlen_k, dict(zip(names, shifts, strict=True)))
+    assert all(abs(x) < 2**31 for x in found.values())
+    for name, shift, after in zip(
+        ("first", "end", "near_first", "near_end"), shifts, (0, 1, 0, 1), strict=True
+    ):
+        least, most = (found[f"{name}_{end}"] for end in ("least", "most"))
+        cut = min(max(row, least), most)
+        assert cut - least == min(max(row + shift + after, 0), seqlen_k)
 
 
 def rare(seed, seqlen=2000, head_dim=128, pairs=24):

@@ -508,18 +508,21 @@ FAULTS |= {
         PROJECT, "float sum = product[tile][0][i] + product[tile][0][i + 2];", "float sum = product[tile][0][i + 2];", WRONG, RANKED
     ),
     "what Qhat misses by some of the sketch": Fault(PROJECT, "int distance = 4;", "int distance = 8;", "Not equal", WITHIN),
-    "rows drawn before all chances are known": Fault(
-        DRAW, f"{BARRIER}  // all chances are known", "", f"read {RACE}", WITHIN
-    ),
     "chances of rows from sums that are not there": Fault(
         DRAW, f"{BARRIER}  // the sums of all warps are there", "", f"read {RACE}", WITHIN
     ),
     "rows at the place of the next warp": Fault(
-        DRAW, "lane < warp ? of_warp", "lane <= warp ? of_warp", "nothing wrote|wrote too in this launch", WITHIN
+        DRAW, "from_lane(until, group - 1)", "from_lane(until, group)", "Not equal", WITHIN
     ),
+    "rows at the place of the next lane": Fault(
+        DRAW, "from_lane(sum, chosen - 1)", "from_lane(sum, chosen)", "Not equal", WITHIN
+    ),
+    "a chunk of rows too many": Fault(DRAW, "place -= of_chunk;", "", "Not equal", WITHIN, lengths=(4200, 150)),
     "a sample with another's chances": Fault(
-        DRAW, "total / static_cast<float>(chance)", "total", "Not equal", WITHIN
+        DRAW, "total * reciprocal_approx(drawn)", "total", "Not equal", WITHIN
     ),
+    "points of both thread blocks by one": Fault(DRAW, "share * kWarps + warp;", "warp;", "wrote too in this launch", WITHIN),
+    "a count of an earlier call": Fault(DRAW, "if (share == 0 && thread_index() == 0) params.counts[head] = 0;", "", "which nothing wrote", WITHIN),
     "no barrier before sampled keys are read": Fault(
         PROBE, f"{BARRIER}  // the queries, keys and values have landed", "//", RACE, WITHIN, lengths=(161, 1500)
     ),
@@ -539,11 +542,16 @@ FAULTS |= {
         DECIDE, "if (own < params.splits)", "if (own < 1)", "[Nn]ot equal", WITHIN
     ),
     "sampled rows that are not compared yet": Fault(
-        DECIDE, f"{BARRIER}  // all rows are compared", "", f"read {RACE}", WITHIN
+        DECIDE, f"{BARRIER}  // the rows of the thread block are compared", "", "writes in this launch", WITHIN
+    ),
+    "a head that is decided before its last rows": Fault(DECIDE, "!= kGroups - 1", "!= kGroups - 2", "which nothing wrote", WITHIN),
+    "a count that orders nothing": Fault(DECIDE, "atomic_add_in_order(", "atomic_add(", "writes in this launch", WITHIN),
+    "lanes that do not know what the first has found": Fault(
+        DECIDE, "__syncwarp();  // all lanes know", "// all lanes know", "writes in this launch", WITHIN
     ),
     "the worst row of another head": Fault(DECIDE, "params.known[head * 2 + 1]", "params.known[(head ^ 2) * 2 + 1]", "[Nn]ot equal", WITHIN),
-    "no row is missed": Fault(DECIDE, "+ params.known[head * 2 + 1]", "+ 0.f", "[Nn]ot equal", WITHIN),
-    "a smaller error than was known": Fault(DECIDE, "? params.known[head * 2] :", "? sampled :", "[Nn]ot equal", WITHIN),
+    "no row is missed": Fault(DECIDE, "+ worst", "+ 0.f", "[Nn]ot equal", WITHIN),
+    "a smaller error than was known": Fault(DECIDE, "? least :", "? sampled :", "[Nn]ot equal", WITHIN),
     "the rank of another head": Fault(DECIDE, "rank = params.wanted[head];", "rank = params.wanted[head ^ 2];", "Not equal|Arrays are not equal", WITHIN),
     "maxima of other scores": Fault(FLASH, "softmax.maximum[mt][half] -=", "softmax.maximum[mt][half] -= 0.f *", WRONG, KEPT),
     "a pass too few": Fault("tile/mask.cuh", "whole ? kWhole + 1 : count;", "whole ? kWhole + 1 : count - 1;", WRONG, KEPT),
@@ -1010,7 +1018,8 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         options["reduction"] = projection = util.of_ranks(q, k, *ranks).with_near(kept[0], sinks=kept[1])
     if "tolerance" in options:
         projection = util.with_errors(projection)
-        monkeypatch.setattr(Settings, "multiprocessors", 6)  # keys are split between several thread blocks
+        # Keys are split between several thread blocks, and two draw the rows of a head.
+        monkeypatch.setattr(Settings, "multiprocessors", 8)
         arrays = [util.on_device(x) for x in (q, k, v)]
         problem = normalize.problem(*arrays, reduction=projection)
         *_, chosen, errors = compose.within(

@@ -376,6 +376,22 @@ def test_probe(kernel: Kernel) -> None:
         assert any((used, 0) in compiler._functions for used in others.values())
 
 
+@pytest.mark.parametrize("head_dim_v", [40, 128, 192])
+@pytest.mark.parametrize("lengths", [(5, 70), (90, 1100)], ids=str)
+def test_a_tolerance_on_a_large_gpu(head_dim_v: int, lengths: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "multiprocessors", 132)  # as many parts of a sampled row as there may be
+    q, k, v = util.inputs(
+        3, np.float16, batch=2, heads=2, heads_kv=1, lengths=lengths, head_dim=64, head_dim_v=head_dim_v
+    )
+    projection = util.with_errors(util.of_ranks(q, k, 16))
+    arrays = [util.on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*arrays, reduction=projection, causal=True)
+    *_, ranks, errors = compose.within(problem, projection, *arrays, None, False, None, 0.9)
+    expected, like = reference.decide(q, k, v, problem, projection, 0.9)
+    np.testing.assert_array_equal(util.cp.asnumpy(ranks), expected)
+    np.testing.assert_allclose(util.cp.asnumpy(errors), like, rtol=0.02)
+
+
 def check_merged(out: Any, lse: Any, exact: Any, exact_lse: Any) -> None:
     """Rounding of the result; four of numbers of lse's size: two differences, a logarithm, a sum."""
     error = np.abs(util.cp.asnumpy(out).astype(np.float64) - exact).max()

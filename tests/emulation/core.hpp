@@ -36,6 +36,7 @@ struct Region {
 struct Global {
     Region region;
     std::unique_ptr<u32[]> writer;  // 1 + thread of the launch, per byte; 0: nobody in this launch
+    std::unique_ptr<u32[]> when;    // at which moment of that thread
 };
 
 enum Counter { kMultiply, kLoadMatrix, kLoadMatrixConflicts, kCopyAsync, kBlockBarrier, kShuffle, kRead, kWrite };
@@ -82,6 +83,17 @@ struct Write {
 
 typedef std::vector<u32> Clock;  // per column: the last moment that is known to be over
 
+// What a thread of a block told at a counter in global memory: all that it knew of its block.
+struct Told {
+    u64 block;
+    Clock known;
+};
+// That a thread of the running block learned at a counter, and when.
+struct Learned {
+    Write at;
+    std::vector<Told> what;
+};
+
 struct Machine {
     std::vector<std::unique_ptr<Fiber>> fibers;
     jmp_buf scheduler;
@@ -103,6 +115,9 @@ struct Machine {
     address_t dynamic_start = 0, dynamic_bytes = 0, dynamic_limit = 0;
     std::vector<Global> globals;
     std::vector<std::pair<address_t, address_t>> constants;  // the library's own segments
+
+    std::map<address_t, std::vector<Told>> told;  // in this launch, by counter
+    std::vector<Learned> learned;                 // by threads of this block
 
     std::vector<Clock> clocks;     // of each thread
     std::vector<Write> writes;     // per byte of shared memory
@@ -146,6 +161,8 @@ void yield();
 void learn(Clock& clock, const Clock& of);
 // The running thread lets `clock` know of all it did.
 void release(Clock& clock);
+// The running thread learns what others told at a counter, and tells what it knows.
+void learn_and_tell(address_t counter);
 
 inline address_t shared_pointer(u32 address) { return m.shared_start + (address - kSharedWindow); }
 inline Fiber& running() { return *m.fibers[m.running]; }

@@ -490,6 +490,10 @@ int atomic_add(int* counter, int value) {
     *counter += value;
     return before;
 }
+int atomic_add_in_order(int* counter, int value) {
+    learn_and_tell(reinterpret_cast<address_t>(counter));
+    return atomic_add(counter, value);
+}
 
 void warpgroup_multiply(Operands (&lanes)[kWarpLanes]) {
     const unsigned warp = m.running / kWarpLanes;

@@ -124,6 +124,21 @@ static bool all_set(const unsigned char* map, size_t bytes) {
     return true;
 }
 
+// Whether a thread knows that a write is over, of a thread of its block or of one that finished earlier.
+static bool is_over(unsigned thread, u32 writer, u32 when) {
+    const u64 block = (writer - 1) / m.threads;
+    const u32 who = (writer - 1) % m.threads;
+    const Clock& known = m.clocks[thread];
+    if (block == m.block) return when <= known[who];
+    for (const Learned& learned : m.learned) {
+        if (learned.at.clock > known[learned.at.who]) continue;
+        for (const Told& told : learned.what) {
+            if (told.block == block && when <= told.known[who]) return true;
+        }
+    }
+    return false;
+}
+
 void check_global(unsigned thread, address_t a, size_t bytes, bool write, const void* caller, const char* how) {
     Global* near = nullptr;
     for (Global& global : m.globals) {
@@ -138,6 +153,7 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
         if (write) {
             const u32 self = static_cast<u32>(m.block * m.threads + thread + 1);
             if (!global.writer) global.writer.reset(new u32[region.bytes]());
+            if (!global.when) global.when.reset(new u32[region.bytes]());
             for (size_t i = first; i < first + bytes; ++i) {
                 const u32 other = global.writer[i];
                 if (other && other != self) {
@@ -146,13 +162,15 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
                          (other - 1) / m.threads);
                 }
                 global.writer[i] = self;
+                global.when[i] = m.clocks[thread][thread];
             }
             if (region.written) memset(region.written + first, 1, bytes);
             return;
         }
         for (size_t i = first; i < first + bytes; ++i) {
             const u32 other = global.writer ? global.writer[i] : 0;
-            if (other && other != static_cast<u32>(m.block * m.threads + thread + 1)) {
+            if (other && other != static_cast<u32>(m.block * m.threads + thread + 1) &&
+                !is_over(thread, other, global.when[i])) {
                 fail(caller, "%s of %s at byte %zu by %s, which thread %u of block %u writes in this launch", how,
                      region.name, i, place_of(thread).c_str(), (other - 1) % m.threads, (other - 1) / m.threads);
             }
@@ -234,6 +252,14 @@ void learn(Clock& clock, const Clock& of) {
 void release(Clock& clock) {
     Clock& own = m.clocks[m.running];
     learn(clock, own);
+    ++own[m.running];
+}
+
+void learn_and_tell(address_t counter) {
+    std::vector<Told>& told = m.told[counter];
+    Clock& own = m.clocks[m.running];
+    m.learned.push_back({{own[m.running], m.running}, told});
+    told.push_back({m.block, own});
     ++own[m.running];
 }
 
@@ -400,6 +426,7 @@ void run_block() {
     std::fill(m.in_flight.begin(), m.in_flight.end(), 0);
     std::fill(m.read_epochs.begin(), m.read_epochs.end(), 0);
     std::fill(std::begin(m.votes), std::end(m.votes), false);
+    m.learned.clear();
     hopper_begin_block();
     for (unsigned t = 0; t < m.threads; ++t) {
         Fiber& fiber = *m.fibers[t];
@@ -548,6 +575,7 @@ extern "C" int machine_launch(const Launch* launch) {
                  launch->dynamic_limit);
         }
         m.globals.clear();
+        m.told.clear();
         for (u32 i = 0; i < launch->region_count; ++i) m.globals.push_back({launch->regions[i], nullptr});
         while (m.fibers.size() < m.threads) {
             m.fibers.push_back(std::make_unique<Fiber>());

@@ -70,6 +70,7 @@ void named_barrier(int barrier, int threads, bool wait);
 void async_proxy_fence();
 void copy_box(unsigned destination, const void* map, unsigned barrier, const int* x, int rank);
 int atomic_add(int* counter, int value);
+int atomic_add_in_order(int* counter, int value);
 struct WarpgroupProduct {
     float* d;  // tiles x 4
     int tiles;

@@ -46,9 +46,9 @@ extern "C" __global__ void __launch_bounds__(32) probe(const ProbeParams params)
     if (PROBE == 3) mma_m16n8k16_bf16(d, a, in[8], in[9]);
     if (PROBE == 4) mma_m16n8k8_tf32(d, a, in[8], in[9]);
     for (int i = 0; i < 4; ++i) params.out[lane * 4 + i] = __float_as_uint(d[i]);
-#elif PROBE == 5  // conversions of a float and of a pair of floats, sums, products and maxima of pairs: in 5 words, out 12
+#elif PROBE == 5  // conversions of a float and of a pair of floats, sums, products and maxima of pairs: in 5 words, out 13
     const u32* in = params.in + lane * 5;
-    u32* out = params.out + lane * 12;
+    u32* out = params.out + lane * 13;
     const float x = __uint_as_float(in[0]);
     const float y = __uint_as_float(in[1]);
     out[0] = __float_as_uint(exp2_approx(x));
@@ -63,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(32) probe(const ProbeParams params)
     out[9] = fma_f16x2(in[2], in[3], in[4]);
     out[10] = fma_bf16x2(in[2], in[3], in[4]);
     out[11] = max_bf16x2(in[2] & 0x7fff7fffu, in[3] & 0x7fff7fffu);
+    out[12] = __float_as_uint(reciprocal_approx(x));
 #elif PROBE == 6  // cp.async of lane's chunk, or of zeros where in[32 * 4 + lane] is 0; in 160 words, out 4 words a lane
     cp_async_chunk(shared_address(storage + lane * 16), params.in + lane * 4, params.in[128 + lane] != 0);
     cp_async_commit();

@@ -53,7 +53,9 @@ def test_decisions_are_those_of_the_host(dtype, options, kept, rank):
     same_bits(out[:, 1], exact[:, 1])
 
 
-@pytest.mark.parametrize("lengths", [(3, 40), (70, 70), (1025, 60), (2500, 90)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(1, 9), (3, 40), (70, 70), (1025, 60), (2500, 90), (9000, 60), (33000, 30)], ids=str
+)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (30, 0)}], ids=str)
 @pytest.mark.parametrize("kept", [(0, 0), (20, 9)], ids=str)
 def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypatch):
@@ -63,15 +65,8 @@ def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypat
     projection = Projection.fit(q, k, rank=16).with_near(kept[0], sinks=kept[1])
     given = [on_device(x) for x in (q, k, v)]
     problem = normalize.problem(*given, reduction=projection, **options)
-    held = []
-    monkeypatch.setattr(launch, "hold", lambda *arrays: held.extend(arrays))
     made = launch.project(problem, *given[:2], projection.factors(q.dtype, 0), True, sketched=True)
-    known = [x(1, 0) for x in (projection.head_ranks, projection.head_errors)]
-    launch.decide(problem, *given, made, *known, 0.05, reference.SPREAD)
-    rows, factors = (
-        next(cp.asnumpy(x) for x in held if x.shape == (1, 2, PROBE_ROWS) and x.dtype == dtype)
-        for dtype in (np.int32, np.float32)
-    )
+    rows, factors = drawn(problem, projection, given, made, monkeypatch)
     for head, residual in enumerate(cp.asnumpy(made.residual)[0]):
         expected, like = reference.draw(residual.astype(np.float64), problem)
         # A point on the border between two rows falls to either, as sums are rounded.
@@ -102,6 +97,49 @@ def test_heads_that_are_not_looked_at(worse, kept):
     _, _, ranks, errors = compose.within(problem, narrowed, *given, None, False, None, 0.05)
     np.testing.assert_array_equal(cp.asnumpy(ranks), cp.asnumpy(like[2]))
     assert not cp.asnumpy(errors)[:, list(worse)].any()
+
+
+def drawn(problem, projection, given, made, monkeypatch):
+    """The rows of each head that a call draws, and their factors."""
+    held = []
+    monkeypatch.setattr(launch, "hold", lambda *arrays: held.extend(arrays))
+    known = [x(1, 0) for x in (projection.head_ranks, projection.head_errors)]
+    launch.decide(problem, *given, made, *known, 0.05, reference.SPREAD)
+    return (
+        next(cp.asnumpy(x) for x in held if x.shape == (1, 2, PROBE_ROWS) and x.dtype == dtype)
+        for dtype in (np.int32, np.float32)
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, 3e38, np.inf, -np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("where", [slice(None), slice(700, 701)], ids=["all", "one"])
+def test_every_point_has_a_row_whatever_is_missed(value, where, monkeypatch):
+    q, k, v = (np.random.default_rng(9).standard_normal((1, 2, 900, 32), np.float32) for _ in range(3))
+    projection = Projection.fit(q, k, rank=16)
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection, causal=True)
+    made = launch.project(problem, *given[:2], projection.factors(q.dtype, 0), True, sketched=True)
+    residual = np.ones((1, 2, 900), np.float32)
+    residual[..., where] = value
+    made = made._replace(residual=cp.asarray(residual))
+    rows, factors = drawn(problem, projection, given, made, monkeypatch)
+    assert (np.diff(rows) >= 0).all() and rows.min() >= 0 and rows.max() < 900
+    assert (factors > 0).all() and np.isfinite(factors).all()
+    # But for sums that float32 does not have, they are those of the host.
+    if value != 1e-42 and (value != 3e38 or where != slice(None)):
+        expected, _ = reference.draw(residual[0, 0].astype(np.float64), problem)
+        assert np.abs(rows - expected).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_exact(value):
+    q, k, v, projection = arrays(np.float32)
+    v[0, 0, 3, 5] = value
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection)
+    _, _, ranks, errors = compose.within(problem, projection, *given, None, False, None, 0.9)
+    assert cp.asnumpy(ranks)[0, 0] == 32 and np.isnan(cp.asnumpy(errors)[0, 0]).all()
+    assert cp.asnumpy(ranks)[0, 2] == 16
 
 
 @pytest.mark.parametrize("family", ["portable", "hopper"])

@@ -8,6 +8,12 @@ DEVICE float exp2_approx(float x) {
     return fabsf(y) < smallest ? 0.f : y;
 }
 
+DEVICE float reciprocal_approx(float x) {
+    const float smallest = __uint_as_float(0x00800000u);
+    const float y = 1.f / (fabsf(x) < smallest ? 0.f * x : x);
+    return fabsf(y) < smallest ? 0.f * y : y;
+}
+
 // Half of the last kept bit is added to the magnitude, which rounds ties away from zero.
 DEVICE u32 round_to_tf32(float x) {
     const u32 bits = __float_as_uint(x);
