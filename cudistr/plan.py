@@ -1186,12 +1186,16 @@ def probe_kernel(problem: Problem) -> Kernel:
     tile_k = (64, 32, 16)[(wide > 64) + (wide > 128)] if itemsize == 2 else 32 if wide <= 64 else 16
     row_bytes = (problem.head_dim + pad) * itemsize
     stage = tile_k * (2 * row_bytes + (columns_v + pad) * itemsize)
+    kept = bool(problem.near or problem.sinks)
+    per_row = (
+        2 * row_bytes + 8 + 8 * kept
+    )  # of queries, with the spans of keys that they see, and that stay exact
     # Three thread blocks of a multiprocessor with two tiles each on their way, or fewer, or of fewer rows.
     choices = [
-        (rows, stages, 2 * rows * row_bytes + stages * stage)
+        (rows, stages, rows * per_row + stages * stage)
         for most, stages in ((THIRD_BYTES, 3), (LEAST_SHARED_BYTES, 2), (LEAST_SHARED_BYTES, 1))
         for rows in (64, 32, 16)
-        if 2 * rows * row_bytes + stages * stage <= most and (rows == 64 or stages < 3)
+        if rows * per_row + stages * stage <= most and (rows == 64 or stages < 3)
     ]
     rows, stages, shared_bytes = choices[0]
     constants = {
@@ -1202,7 +1206,7 @@ def probe_kernel(problem: Problem) -> Kernel:
         "TILE_K": tile_k,
         "STAGES": stages,
         "BLOCKS": 2,
-        "KEPT": int(bool(problem.near or problem.sinks)),
+        "KEPT": int(kept),
         "ALIGNED": int(problem.aligned),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
         "SHARED_BYTES": shared_bytes,

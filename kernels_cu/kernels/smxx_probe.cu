@@ -77,6 +77,11 @@ struct SharedStorage {
     QueryTile q, qhat;
     KeyTile k[kStages], khat[kStages];
     ValueTile v[kStages];
+    // What each row sees, and those near it that stay exact: there are no registers for it.
+    KeySpan seen[ROWS];
+#if KEPT
+    KeySpan near[ROWS];
+#endif
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
@@ -88,18 +93,10 @@ DEVICE int own_row(const int (&rows)[2], int warp_row, int below) {
 
 // Whether a key of the tile that begins with the given one is in a span.
 DEVICE bool meets(const KeySpan& span, int key) { return max(span.first, key) <= min(span.last, key + TILE_K - 1); }
+// Whether all of them are.
+DEVICE bool covers(const KeySpan& span, int key) { return span.first <= key && span.last >= key + TILE_K - 1; }
 
-// The keys that stay exact: those near a row, and the first of all.
-struct Kept {
-    Band near;
-    int sinks;
-
-    DEVICE KeySpan of(int row) const { return {near.first_key(row), near.last_key(row)}; }
-    // Whether there are any in a tile for the rows of the warp's lanes.
-    DEVICE bool some(int key, const int (&rows)[2]) const {
-        return __any_sync(kFullWarp, key < sinks || meets(of(rows[0]), key) || meets(of(rows[1]), key));
-    }
-};
+DEVICE KeySpan span_of(const Band& band, int row) { return {band.first_key(row), band.last_key(row)}; }
 
 // The tiles of keys and values of a thread block, one after another, on their way to the ring.
 struct Ring {
@@ -131,17 +128,17 @@ struct Ring {
     }
 };
 
-// Gives reduced rows the exact scores of keys that stay exact.
-DEVICE void keep(Scores& scores, const Kept& those, const int (&rows)[2], int key) {
+// Gives reduced rows the exact scores of keys that stay exact: those near a row, and the first of all.
+DEVICE void keep(Scores& scores, const KeySpan (&rows)[2], int sinks, int key) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const KeySpan near = those.of(rows[half]);
+        const KeySpan near = rows[half];
 #pragma unroll
         for (int nt = 0; nt < kKeyTiles; ++nt) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int own = key + nt * 8 + i;
-                const bool kept = own < those.sinks || (own >= near.first && own <= near.last);
+                const bool kept = own < sinks || (own >= near.first && own <= near.last);
                 if (kept) scores[1][nt][half * 2 + i] = scores[0][nt][half * 2 + i];
             }
         }
@@ -182,6 +179,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
     const T* k = params.k + batch * params.k_batch + head_kv * params.k_head;
     const T* khat = params.khat + unit_kv * params.seqlen_k * params.columns;
     const T* v = params.v + batch * params.v_batch + head_kv * params.v_head;
+    if (thread < ROWS) {
+        const int row = params.rows[batch_head * kDrawn + group * ROWS + thread];
+        shared.seen[thread] = span_of(band, row);
+#if KEPT
+        shared.near[thread] = span_of({params.near_low, params.near_high, params.seqlen_k}, row);
+#endif
+    }
     if (thread < kRowWarps * kWarpSize) {
         for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
             const i64 row = own_row(rows, warp_row, i / kChunks);
@@ -209,7 +213,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
     const u32 reduced_queries = left_address<T>(shared.qhat, block_row, lane);
     const int part_column = thread / kWarpSize / kRowWarps * kOutColumns;
 #if KEPT
-    const Kept kept = {{params.near_low, params.near_high, params.seqlen_k}, params.sinks};
     float shift[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -226,11 +229,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
         const int stage_before = stage == 0 ? kStages - 1 : stage - 1;
         if (kStages == 1) ring.advance(shared, next, stage_before);
         cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-        __syncthreads();  // the queries, keys and values have landed, and every warp is done with the tile before
+        __syncthreads();  // queries, keys, values and spans have landed, and every warp is done with the tile before
         if (kStages > 1) ring.advance(shared, next, stage_before);
-        const int own[2] = {own_row(rows, warp_row, lane / 4), own_row(rows, warp_row, lane / 4 + 8)};
-        const KeySpan seen[2] = {{band.first_key(own[0]), band.last_key(own[0])},
-                                 {band.first_key(own[1]), band.last_key(own[1])}};
+        const int own = block_row + lane / 4;
+        const KeySpan seen[2] = {shared.seen[own], shared.seen[own + 8]};
         if (__any_sync(kFullWarp, meets(seen[0], key) || meets(seen[1], key))) {
             Scores scores = {};
             multiply(scores[0], queries, shared.k[stage], lane, kSteps);
@@ -242,10 +244,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) scores[1][nt][i] += shift[i / 2];
             }
-            if (kept.some(key, own)) keep(scores, kept, own, key + lane % 4 * 2);
+            const KeySpan near[2] = {shared.near[own], shared.near[own + 8]};
+            if (__any_sync(kFullWarp, key < params.sinks || meets(near[0], key) || meets(near[1], key))) {
+                keep(scores, near, params.sinks, key + lane % 4 * 2);
+            }
 #endif
-            apply_mask(scores[0], seen, key + lane % 4 * 2);
-            apply_mask(scores[1], seen, key + lane % 4 * 2);
+            if (__any_sync(kFullWarp, !covers(seen[0], key) || !covers(seen[1], key))) {
+                apply_mask(scores[0], seen, key + lane % 4 * 2);
+                apply_mask(scores[1], seen, key + lane % 4 * 2);
+            }
             float rescale[2][2] = {{1.f, 1.f}, {1.f, 1.f}}, of_tile[2][2];
             softmax.raise(scores, softmax.kAllRows, kLog2E, rescale);
             softmax.apply(rescale, output);

@@ -524,11 +524,14 @@ FAULTS |= {
     "points of both thread blocks by one": Fault(DRAW, "share * kWarps + warp;", "warp;", "wrote too in this launch", WITHIN),
     "a count of an earlier call": Fault(DRAW, "if (share == 0 && thread_index() == 0) params.counts[head] = 0;", "", "which nothing wrote", WITHIN),
     "no barrier before sampled keys are read": Fault(
-        PROBE, f"{BARRIER}  // the queries, keys and values have landed", "//", RACE, WITHIN, lengths=(161, 1500)
+        PROBE, f"{BARRIER}  // queries, keys, values and spans have landed", "//", RACE, WITHIN, lengths=(161, 1500)
     ),
     "sampled keys overwritten before the barrier": Fault(
         PROBE, "cp_async_wait<kStages == 1", "ring.advance(shared, next, stage_before);\n        cp_async_wait<kStages == 1", RACE, WITHIN,
         lengths=(161, 1500)
+    ),
+    "a sample of all keys that a row sees some of": Fault(
+        PROBE, "span.last >= key + TILE_K - 1", "span.last >= key", "Not equal", WITHIN, lengths=(161, 33)
     ),
     "no wait for sampled keys": Fault(
         PROBE, "cp_async_wait<kStages == 1 ? 0 : kStages - 2>();", "", "has not landed", WITHIN
@@ -561,7 +564,7 @@ FAULTS |= {
     "an exact sample for a reduced one": Fault(
         DECIDE, "lane >= params.splits", "lane >= 0", "Not equal|Arrays are not equal", KEPT_WITHIN
     ),
-    "a sample without the first keys": Fault(PROBE, "key < sinks || ", "", "Not equal", KEPT_WITHIN),
+    "a sample without the first keys": Fault(PROBE, "key < params.sinks || ", "", "Not equal", KEPT_WITHIN),
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
