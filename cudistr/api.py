@@ -118,9 +118,10 @@ def attention(
     ratio of weighted sums, and four standard errors of its logarithm are added before it is held against the tolerance.
     If the projection was fitted with v, so is one row as bad as the worst of the calibration data (``row_errors``),
     since a query that attends to one far key by what the projection misses is rare, and no rule favours it; and no head
-    is taken to be better than it was on that data (``output_errors``). The decision is made on the device, without
-    synchronisation, and can be captured. It is a statement about a sample and about calibration data: an error that
-    sits in a few rows out of thousands, unlike any of the calibration data, can escape it. :func:`attention_error` with
+    is taken to be better than it was on that data (``output_errors``), so that one that was worse than the tolerance
+    there is exact without a sample. The decision is made on the device, without synchronisation, and can be captured.
+    It is a statement about a sample and about calibration data: an error that sits in a few rows out of thousands,
+    unlike any of the calibration data, can escape it. :func:`attention_error` with
     the same arguments says what was chosen, and measures it with other rows.
 
     References
@@ -274,7 +275,8 @@ def attention_plan(
     CallPlan
         ``print`` it, or read
 
-        - ``reduction``: what is computed, None if it is exact attention;
+        - ``reduction``: what is computed, None if it is exact attention; of a projection with a ``tolerance``, heads
+          that its fit knows to be worse have head_dim columns;
         - ``reason``: why, in a sentence;
         - ``kernels``: names of this library's kernels in the order of their launches, none for NumPy arrays;
         - ``tiles``: a line for each attention kernel with its tiles and thread blocks.

@@ -88,7 +88,7 @@ def explain(
         )
     else:
         reason = f"as asked for: {settled.worth}"
-    chosen = asked if settled.problem.reduced else None
+    chosen = settled.reduction if settled.problem.reduced else None
     return CallPlan(chosen, reason, tuple(names), tuple(map(_tiles, plans)))
 
 

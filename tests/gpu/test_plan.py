@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,15 @@ def test_a_tolerance_that_is_exact_says_so():
     given, options = arguments("tolerance", np.float16)
     report = cudistr.attention_error(*given, **options)
     assert {r for entry in report.ranks for r in entry} == {32}
+
+
+def test_a_plan_has_the_heads_that_the_fit_knows_to_be_worse():
+    given, options = arguments("tolerance", np.float16)
+    known = np.linspace(0.0, 2.0, options["reduction"].heads_kv)[:, None] * np.ones(3)
+    options["reduction"] = dataclasses.replace(options["reduction"], output_errors=known, row_errors=known)
+    plan = cudistr.attention_plan(*given, **options, exact_if_faster=False)
+    assert plan.reduction.ranks == tuple(16 if error <= 0.99 else 32 for error in known[:, 0])
+    assert set(plan.reduction.ranks) == {16, 32}
 
 
 def test_enough_keys_are_reduced():
