@@ -48,7 +48,7 @@ def generate(_app):
         (generated / f"{name}.md").write_text(text, encoding="utf-8")
     pareto_figure.draw(generated / "pareto.svg")
     grouping_figure.draw(generated / "grouping.svg")
-    for example in ("02_grouped", "06_measured_error"):
+    for example in ("02_grouped", "06_measured_error", "07_tolerance"):
         run = subprocess.run(
             [sys.executable, str(HERE.parent / "examples" / f"{example}.py")],
             cwd=HERE.parent,

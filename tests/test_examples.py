@@ -116,6 +116,15 @@ def test_measured_error() -> None:
     assert float(text.splitlines()[-1].split()[0]) < low  # columns that are alike have a smaller error
 
 
+def test_tolerance() -> None:
+    text = example("07_tolerance.py")
+    assert text.splitlines()[-1] == "ranks of the heads: 32, 32, 64, 64"
+    loose, kept = text.split("tolerance ")[1:]
+    heads = [[float(x) for x in re.findall(rf"head \d +{NUMBER}", part)] for part in (loose, kept)]
+    assert [len(errors) for errors in heads] == [4, 4]
+    assert max(heads[0][:2]) < 0.05 < min(heads[0][2:]) and max(heads[1]) < 0.05
+
+
 def test_evaluate() -> None:
     text = example("08_evaluate.py")
     if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("skimage") is None:
