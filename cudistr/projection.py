@@ -446,13 +446,14 @@ class Projection(Reduction):
 
     def within(self, tolerance: float) -> Projection:
         """The same, with heads exact that a call with this tolerance would find to be so: by what the fit knows."""
-        key = "tolerance", tolerance
+        key = "tolerance", tolerance, self.near, self.sinks  # copies are those of any exact keys
         if key not in self._copies:
             known = self.known()[:: max(1, self.heads // self.heads_kv), 0]
             limit = np.float32(tolerance**2)
             ranks = tuple(r if x <= limit else self.head_dim for r, x in zip(self.ranks, known, strict=True))
-            own = self if ranks == self.ranks else dataclasses.replace(self, ranks=ranks, _copies={})
-            self._copies[key] = self._copies.setdefault(("ranks", ranks), own)
+            copies = self._copies.setdefault(("ranks", *ranks), {})
+            same = ranks == self.ranks
+            self._copies[key] = self if same else dataclasses.replace(self, ranks=ranks, _copies=copies)
         found: Projection = self._copies[key]
         return found
 

@@ -163,6 +163,8 @@ def test_heads_that_the_fit_knows_to_be_worse_are_not_looked_at(seed, known):
     narrowed = projection.within(0.02)
     assert narrowed.ranks == ranks
     assert narrowed is projection.within(0.02) and (narrowed is projection) == (ranks == (16, 16))
+    near = projection.with_near(40, sinks=9).within(0.02)
+    assert (near.ranks, near.near, near.sinks) == (ranks, 40, 9) and (narrowed.near, narrowed.sinks) == (0, 0)
     problem = normalize.problem(q, k, v, reduction=projection)
     found = [reference.decide(q, k, v, problem, x, 0.02)[0] for x in (projection, narrowed)]
     np.testing.assert_array_equal(*found)  # it decides nothing that is not decided so in the call
