@@ -452,10 +452,10 @@ class Projection(Reduction):
             limit = np.float32(tolerance**2)
             ranks = tuple(r if x <= limit else self.head_dim for r, x in zip(self.ranks, known, strict=True))
             copies = self._copies.setdefault(("ranks", *ranks), {})
-            same = ranks == self.ranks
-            self._copies[key] = self if same else dataclasses.replace(self, ranks=ranks, _copies=copies)
-        found: Projection = self._copies[key]
-        return found
+            other = ranks != self.ranks
+            self._copies[key] = dataclasses.replace(self, ranks=ranks, _copies=copies) if other else None
+        found: Projection | None = self._copies[key]
+        return self if found is None else found
 
     def head_errors(self, batch: int, index: int) -> Any:
         """The same for each batch entry, (batch, heads, 2) on the current device; copied once."""
