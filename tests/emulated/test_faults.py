@@ -531,7 +531,7 @@ FAULTS |= {
         lengths=(161, 1500)
     ),
     "a sample of all keys that a row sees some of": Fault(
-        PROBE, "span.last >= key + TILE_K - 1", "span.last >= key", "Not equal", WITHIN, lengths=(161, 33)
+        PROBE, "span.last >= key + TILE_K - 1", "span.last >= key", "Not equal", WITHIN, lengths=(161, 97)
     ),
     "no wait for sampled keys": Fault(
         PROBE, "cp_async_wait<kStages == 1 ? 0 : kStages - 2>();", "", "has not landed", WITHIN

@@ -131,7 +131,7 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
         options |= {"reduction": cudistr.Energy(16, near=40, sinks=9), "copied": True}
     elif problem.ranked is not None:
         rank = problem.ranked.columns
-        reduced = util.of_ranks(q, k, rank, rank if problem.ranked.alike else problem.head_dim)
+        reduced = util.of_ranks(q, k, rank, rank if problem.ranked.alike else rank // 2)
         options["reduction"] = reduced.with_near(40, sinks=9)
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
