@@ -121,8 +121,8 @@ def attention(
     is taken to be better than it was on that data (``output_errors``), so that one that was worse than the tolerance
     there is exact without a sample. The decision is made on the device, without synchronisation, and can be captured.
     It is a statement about a sample and about calibration data: an error that sits in a few rows out of thousands,
-    unlike any of the calibration data, can escape it. :func:`attention_error` with
-    the same arguments says what was chosen, and measures it with other rows.
+    unlike any of the calibration data, can escape it. :func:`attention_error` with the same arguments says what was
+    chosen, and measures it with other rows.
 
     References
     ----------

@@ -1074,7 +1074,7 @@ def run(args: argparse.Namespace) -> int:
     if args.clock and args.seconds <= SETTLE_SECONDS:
         raise ValueError(
             f"--seconds must be more than {SETTLE_SECONDS} with --clock, got {args.seconds:g}: clock and power "
-            "have not settled before."
+            f"have not settled before. Leave it out for {CLOCK_SECONDS}."
         )
     if args.distributed:
         return int(importlib.import_module("cudistr.distributed.measure").run(args))

@@ -89,7 +89,7 @@ def settle(
 ) -> Settled:
     """Take exact attention for heads known to miss the tolerance, and in place of a reduction that is slower."""
     if tolerance is not None and isinstance(reduction, Projection):
-        reduction = reduction.within(tolerance)
+        reduction = reduction.narrowed(tolerance)
     if not problem.reduced or problem.device is None or problem.empty:
         return Settled(problem, reduction, tolerance, None)
     columns = 0.0
@@ -252,9 +252,7 @@ def projected_problem(
     if replaced:  # no head needs q and k themselves, and all heads lack the shift
         queries, keys = made.queries, made.keys
         reduced = reduced and reduced._replace(shift=None)
-    left = {rank for rank in projection.ranks if rank < projection.head_dim}
-    alike = len(left) == 1 and 0 not in left
-    return of_rank(problem, queries, keys, v, reduced, alike), replaced, reduced
+    return of_rank(problem, queries, keys, v, reduced, projection.alike), replaced, reduced
 
 
 def of_rank(

@@ -381,10 +381,20 @@ class Projection(Reduction):
         return len(set(self.ranks)) > 1 or 0 in self.ranks
 
     @property
+    def reduced(self) -> set[int]:
+        """The ranks of heads that are not exact."""
+        return {rank for rank in self.ranks if rank < self.head_dim}
+
+    @property
+    def alike(self) -> bool:
+        """Whether heads that are not exact all use the same columns, and some."""
+        return len(self.reduced) == 1 and 0 not in self.reduced
+
+    @property
     def columns(self) -> int:
         """Columns of Qhat and Khat. Heads that use head_dim columns use those of q and k themselves."""
-        reduced = (r for r in self.ranks if r < self.head_dim)
-        return max([*reduced, min(RANK_MULTIPLE, self.head_dim)])  # at least those of one matrix instruction
+        # At least those of one matrix instruction.
+        return max([*self.reduced, min(RANK_MULTIPLE, self.head_dim)])
 
     def check_mean(self, dtype: str) -> None:
         """Refuse a dtype in which keys with the mean of the calibration keys cannot be."""
@@ -444,7 +454,7 @@ class Projection(Reduction):
         )
         return np.repeat(np.square(own).astype(np.float32), self.heads // self.heads_kv, axis=0)
 
-    def within(self, tolerance: float) -> Projection:
+    def narrowed(self, tolerance: float) -> Projection:
         """The same, with heads exact that a call with this tolerance would find to be so: by what the fit knows."""
         key = "tolerance", tolerance, self.near, self.sinks  # copies are those of any exact keys
         if key not in self._copies:

@@ -160,10 +160,10 @@ def test_heads_that_the_fit_knows_to_be_worse_are_not_looked_at(seed, known):
     table = np.array(known)[:, None] * np.ones((2, 3))
     projection = dataclasses.replace(projection, output_errors=table, row_errors=table)
     ranks = tuple(16 if error <= 0.02 else 32 for error in known)
-    narrowed = projection.within(0.02)
+    narrowed = projection.narrowed(0.02)
     assert narrowed.ranks == ranks
-    assert narrowed is projection.within(0.02) and (narrowed is projection) == (ranks == (16, 16))
-    near = projection.with_near(40, sinks=9).within(0.02)
+    assert narrowed is projection.narrowed(0.02) and (narrowed is projection) == (ranks == (16, 16))
+    near = projection.with_near(40, sinks=9).narrowed(0.02)
     assert (near.ranks, near.near, near.sinks) == (ranks, 40, 9) and (narrowed.near, narrowed.sinks) == (0, 0)
     problem = normalize.problem(q, k, v, reduction=projection)
     found = [reference.decide(q, k, v, problem, x, 0.02)[0] for x in (projection, narrowed)]

@@ -89,7 +89,7 @@ def test_heads_that_are_not_looked_at(worse, kept):
     options = {"causal": True, "tolerance": 0.05, "exact_if_faster": False, "return_lse": True}
     for one, other in zip(cudistr.attention(*given, reduction=projection, **options), like[:2], strict=True):
         same_bits(one, other)
-    narrowed = projection.within(0.05)
+    narrowed = projection.narrowed(0.05)
     assert cp.asnumpy(narrowed.factors(np.float16, 0).widths).tolist() == [
         -1 if h in worse else 16 for h in range(3)
     ]
