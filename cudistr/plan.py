@@ -888,7 +888,7 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
     tile = _hopper_tile(problem, device) if _hopper_covers(problem, device) else None
     if tile is None:
         return None
-    group, weighted = _group(problem), _weighted(problem)
+    group, weighted, rank = _group(problem), _weighted(problem), _rank(problem)
     constants = {
         "DTYPE": DTYPE_NUMBER[problem.dtype],
         "HEAD_DIM": problem.head_dim,
@@ -900,7 +900,8 @@ def hopper_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile] | Non
         "TILE_K": tile.tile_k,
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
-        "RANK": _rank(problem),
+        "RANK": rank,
+        "NEAR": int(rank > 0 and any(not x.reduced for x in passes(problem))),
         "COPIED": int(problem.ranked is not None and problem.ranked.copied),
         "KEPT": int(keeps_keys(problem)),
         "HALF": int(_half(problem)),

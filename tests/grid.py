@@ -169,6 +169,7 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
             for mask, options in (("", {}), (" causal", {"causal": True})):
                 problem = _replace(_problem(dtype, d, d, **options), ranked=ranked)
                 yield f"{dtype} {d} rank{rank}{mask}", problem
+                yield f"{dtype} {d} rank{rank} near{mask}", _replace(problem, near=40, sinks=9)
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
     for dtype, d, dv, g in HOPPER_RANK1:

@@ -19,6 +19,7 @@
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see HopperParams; not with
 //               GROUP
 //   RANK        with RANKED, not 0: a head has so many columns, fewer than HEAD_DIM, or HEAD_DIM; not with COPIED
+//   NEAR        1: with RANK, heads that are reduced keep some keys exact too
 //   COPIED      1: with RANKED, of heads that all have HEAD_DIM columns: in what is reduced other queries stand for theirs,
 //               see smxx_copied_queries.cu
 //   KEPT        1: with GROUP, some keys are exact, see HopperParams
@@ -43,8 +44,7 @@ struct HopperParams {
     TensorMap qhat;  // in the place of q and k for heads of fewer than HEAD_DIM columns; COPIED: of q where it is reduced
 #if !COPIED
     TensorMap khat;
-    // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM; with RANK what is less is that
-    const i32* ranks;
+    const i32* ranks;  // (batch, heads), contiguous: the columns that count, multiples of 16 from 0 to HEAD_DIM
 #endif
 #endif
 #if RANKED || KEPT
@@ -100,6 +100,7 @@ constexpr int kTerms = HEAD_DIM / kMembers;  // of a score
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kRanks = RANKED && !COPIED;  // whether heads may differ in their columns
 constexpr bool kExactLoop = KEPT || RANK;   // whether exact tiles have a loop of their own
+constexpr bool kFirstExact = KEPT || NEAR;  // whether every tile of queries begins with one
 // A tile is short for a consumer whose queries see none but its first keys, so many: such tiles come before the loops and
 // are multiplied so far only. With groups and tiles of 128 keys that saves less than it takes; under a causal mask also
 // where tiles of keys are as long as those of queries, each of which has one that is short for its first consumer alone.
@@ -108,6 +109,7 @@ constexpr bool kShortWhole = !kGrouped && TILE_K > kShortKeys && TILE_K != BLOCK
 constexpr bool kShortTiles = kShortWhole || (RANKED && TILE_K > kShortKeys) || (kGrouped && TILE_K > 2 * kShortKeys);
 static_assert(RANKED || !COPIED, "queries change where exact keys end");
 static_assert(!RANK || (RANKED && !COPIED && RANK < HEAD_DIM), "heads of one rank have fewer columns where they are reduced");
+static_assert(!NEAR || RANK, "where ranks are read, the first tile of keys may be of any");
 static_assert(!HALF || (kGrouped && DTYPE == 1 && !kWeighted), "float16 sums are of bfloat16 columns without weights");
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumers: registers are shared out for these");
 static_assert(BLOCK_M % kGroupRows == 0 && TILE_K % 16 == 0, "tiles are made of warpgroup products");
@@ -556,8 +558,7 @@ struct Producer {
     DEVICE void copy(const Place& place) {
         shared.notes.head_kv = place.head / params.heads_per_kv;
 #if RANKED && !COPIED
-        const int rank = params.ranks[place.batch_head];
-        shared.notes.columns = own().columns = RANK && rank < HEAD_DIM ? RANK : rank;
+        shared.notes.columns = own().columns = params.ranks[place.batch_head];
 #else
         shared.notes.columns = HEAD_DIM;
 #endif
@@ -568,15 +569,16 @@ struct Producer {
             count += tiles;
             exact += params.passes.reduced(pass) ? 0 : tiles;
         }
-        // Consumers begin with a tile, with groups an exact one: maybe keys beyond the last, zeros and invisible.
-        const bool none = (KEPT ? exact : count) == 0;
+        // Consumers begin with a tile, maybe an exact one: it may have keys beyond the last, zeros and invisible.
+        const bool none = (kFirstExact ? exact : count) == 0;
         own().count = count + none;
-        own().exact = exact + (KEPT && none);
+        own().exact = exact + (kFirstExact && none);
         if (none) {
             note(place, {0, 0, 0, 0});
-            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, columns, true, true, true);
+            const int width = NEAR ? HEAD_DIM : columns;
+            copy_tile(place, KEPT ? (params.seqlen_k + 7) / 8 * 8 : params.seqlen_k, width, true, true, true);
         }
-        bool first = !(KEPT && none);
+        bool first = !(kFirstExact && none);
         for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const PassTiles tiles(params, place, pass);
             note(place, params.passes.band(pass));
@@ -1301,7 +1303,7 @@ struct Consumer {
                 const bool in_turn = kBeginInTurn && work_number < params.turns && !apart;
                 if (in_turn) wait_for_turn();
                 if (walk.width() > 0) {
-                    start(operands, scores[0], step, walk, KEPT || !walk.reduced());
+                    start(operands, scores[0], step, walk, kFirstExact || !walk.reduced());
                     wgmma_wait<0>();
                 } else {
                     wgmma_clear(scores[0]);

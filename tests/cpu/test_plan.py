@@ -546,17 +546,19 @@ def test_where_other_queries_stand_for_those_of_a_reduction() -> None:
 
 
 def test_where_a_rank_is_a_constant() -> None:
-    def rank(one: Problem) -> int:
-        kernel, _ = planner.attention_kernel(one, HOPPER)
-        return dict(kernel.constants)["RANK"]
+    def rank(one: Problem) -> tuple[int, int]:
+        constants = dict(planner.attention_kernel(one, HOPPER)[0].constants)
+        return constants["RANK"], constants["NEAR"]
 
     strides = (0, 256 * 48, 48)
     ranked = Ranked(48, strides, strides)
     alike = problem(ranked=ranked._replace(alike=True), near=40)
-    for changes in {}, {"sinks": 9, "left": 50, "right": 0}, {"near": 0, "sinks": 9, "left": 50}, {"near": 0}:
-        assert rank(dataclasses.replace(alike, **changes)) == 48  # type: ignore[arg-type]
+    for changes in {}, {"sinks": 9, "left": 50, "right": 0}, {"near": 0, "sinks": 9, "left": 50}:
+        assert rank(dataclasses.replace(alike, **changes)) == (48, 1)  # type: ignore[arg-type]
+    assert rank(dataclasses.replace(alike, near=0)) == (48, 0)
+    assert rank(dataclasses.replace(alike, near=0, sinks=9, left=50, seqlen_q=70, seqlen_k=200, right=0)) == (48, 0)
     for other in None, ranked, ranked._replace(copied=True):
-        assert rank(dataclasses.replace(alike, ranked=other)) == 0
+        assert rank(dataclasses.replace(alike, ranked=other)) == (0, 0)
     # The portable kernel reads it.
     asked = [dataclasses.replace(alike, ranked=x, family="portable") for x in (ranked, alike.ranked)]
     assert planner.attention_kernel(asked[0], HOPPER) == planner.attention_kernel(asked[1], HOPPER)
@@ -570,7 +572,7 @@ def test_a_rank_that_is_a_constant_changes_nothing_else() -> None:
         for rank in range(16, head_dim, 16):
             ranked = Ranked(rank, strides, strides, alike=True)
             found = plan(dataclasses.replace(one, ranked=ranked), HOPPER)
-            constants = dict(read.attention.constants) | {"RANK": rank}
+            constants = dict(read.attention.constants) | {"RANK": rank, "NEAR": 1}
             assert dict(found.attention.constants) == constants
             kernel = dataclasses.replace(read.attention, constants=found.attention.constants)
             assert found == dataclasses.replace(read, attention=kernel)

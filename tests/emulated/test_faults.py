@@ -874,6 +874,7 @@ ON_HOPPER |= {
 }
 # Heads of one rank, 32 of 128 columns, a panel of two; and tiles of queries from which all exact keys are far away.
 ONE_RANK = {"ranks": (32, 32), "kept": (40, 9), "head_dim": 128}
+NO_EXACT_KEYS = {"ranks": (32, 128), "head_dim": 128}
 NO_EXACT_TILE = {"ranks": (32, 32), "kept": (40, 0), "head_dim": 128}
 NO_EXACT_TILE_OF_GROUPS = {"reduction": cudistr.LSH(2, near=40)}
 ON_HOPPER |= {
@@ -892,7 +893,15 @@ ON_HOPPER |= {
         lengths=(300, 60),
     ),
     "a first tile that is reduced taken for an exact one": Fault(
-        HOPPER, "KEPT || !walk.reduced()", "true", f"{RACE}|{WRONG}", NO_EXACT_TILE, lengths=(300, 60)
+        HOPPER, "kFirstExact || !walk.reduced()", "true", f"{RACE}|{WRONG}", NO_EXACT_KEYS
+    ),
+    "a first tile of no exact key that has too few columns": Fault(
+        HOPPER,
+        "width = NEAR ? HEAD_DIM : columns;",
+        "width = columns;",
+        "nothing wrote",
+        NO_EXACT_TILE,
+        lengths=(300, 60),
     ),
     "an exact head that makes the passes of others": Fault(
         HOPPER,
