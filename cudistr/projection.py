@@ -167,7 +167,7 @@ class Projection(Reduction):
         near: int = 0,
         sinks: int = 0,
         scale: float | None = None,
-        rows: int = 128,
+        rows: int = 512,
         seed: int = 0,
     ) -> Projection:
         """Find the factors on calibration data.
@@ -191,7 +191,7 @@ class Projection(Reduction):
             As :func:`cudistr.attention` will be called; only of use with v.
         near, sinks : int, default 0
             As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
-        rows : int, default 128
+        rows : int, default 512
             With v: query rows of each head and batch entry that are sampled for the weights. Errors are found of the
             others, at most 2048; where there are no others, of the same.
         seed : int, default 0

@@ -141,7 +141,7 @@ def test_rows_that_no_sample_sees_are_known_from_calibration():
     *calibration, _ = rare(25)
     exact = reference.attention(q, k, v)
     for known in (False, True):
-        projection = Projection.fit(*calibration[: 2 + known], rank=16)
+        projection = Projection.fit(*calibration[: 2 + known], rank=16, rows=128)
         problem = cudistr.normalize.problem(q, k, v, reduction=projection)
         missed = ((q[0, 0] @ projection.sketch()[0]) ** 2).sum(axis=1)
         assert not np.isin(rows, reference.draw(missed, problem)[0]).any()
