@@ -21,8 +21,9 @@ ROWS = 128  # of a block of queries on the CPU: those of LSH's default
 FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
 KINDS = ("exact", "lsh", "energy", "projection", *RIVALS)
 FITS = ("self", "static")
-# Of projection, besides near and sinks; a tolerance of 0 is none.
-OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0}
+# Of projection, besides near and sinks. A tolerance of 0 is none; tokens are those that each text of a static fit begins
+# with, 0 for all.
+OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0, "tokens": 0}
 
 Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
 
@@ -83,6 +84,11 @@ def parse(spec: str) -> Method:
         if options["fit"] not in FITS:
             raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
         options["tolerance"] = _tolerance(options)
+        tokens = options["tokens"]
+        if not isinstance(tokens, int) or tokens < 0 or (tokens and options["fit"] != "static"):
+            raise EvalError(
+                f"--reduction: tokens must be a number such as 2048, and go with fit=static, got {spec!r}"
+            )
         if number is None and options["share"] == "yes":
             raise EvalError(
                 f"--reduction: {spec!r} shares ranks, for which it needs their mean, such as projection:32"
@@ -130,12 +136,16 @@ def prepare(
         size: dict[str, Any] = {"tolerance": FIT_MARGIN * tolerance}
     else:
         size = {"rank": int(inputs[0][0].shape[3]) if share else rank}
-    key = (options["fit"], options["weights"], near, sinks, *size.items())
+    tokens = options["tokens"] or None
+    if tokens and not causal:
+        raise EvalError("--reduction: tokens is for texts, whose first tokens see no others; it is for smollm2")
+    key = (options["fit"], options["weights"], near, sinks, tokens, *size.items())
     if key not in fitted:
         sources = [inputs] if options["fit"] == "self" else calibration
         fitted[key] = layers = []
         for layer in range(depth):
-            q, k, *v = zip(*(source[layer] for source in sources), strict=True)
+            cut = ([x[:, :, :tokens] for x in source[layer]] for source in sources)
+            q, k, *v = zip(*cut, strict=True)
             values = v[0] if options["weights"] == "output" else None
             layers.append(cudistr.Projection.fit(q, k, values, **size, causal=causal, near=near, sinks=sinks))
     chosen = cudistr.Projection.share(fitted[key], rank) if share else fitted[key]

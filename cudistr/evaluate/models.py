@@ -19,8 +19,8 @@ from .errors import EvalError
 __all__ = ["Case", "dinov2", "save", "smollm2", "to_dtype"]
 
 SIZE = 518  # pixels of a photograph's side: 1370 tokens, what DINOv2 was trained for
-CALIBRATION_STARTS = (30000, 60000, 75000, 90000)  # tokens of the text, far from what is evaluated
-CALIBRATION_TOKENS = 2048
+CALIBRATION_STARTS = (30000, 46000, 62000, 78000)  # tokens of the text, behind what is evaluated
+CALIBRATION_TOKENS = 16000  # from each of these on, at most: as many as are evaluated
 SAVED_TOKENS = 96000  # of the text, enough for both
 
 Forward = Callable[[vit.Attention], Any]
@@ -90,7 +90,7 @@ def smollm2(folder: Path | None, seqlen: int, dtype: Any, xp: Any) -> Case:
         "SmolLM2-135M-Instruct",
         True,
         [forward(0, seqlen)],
-        [[forward(start, CALIBRATION_TOKENS) for start in CALIBRATION_STARTS]],
+        [[forward(start, min(seqlen, CALIBRATION_TOKENS)) for start in CALIBRATION_STARTS]],
         score,
         {"seqlen": seqlen, "layers": model.depth, "heads": model.heads, "heads_kv": model.heads_kv},
     )

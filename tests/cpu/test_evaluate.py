@@ -41,6 +41,9 @@ def test_parse() -> None:
         ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),
         ("projection:32,bear=2", "projection has no option bear"),
         ("projection:32,fit=mine", "fit must be one of self, static, got 'mine'"),
+        ("projection:32,tokens=2048", "tokens must be a number such as 2048, and go with fit=static"),
+        ("projection:32,fit=static,tokens=few", "tokens must be a number such as 2048"),
+        ("projection:32,fit=static,tokens=-1", "tokens must be a number such as 2048"),
         ("projection", "'projection' needs a number, such as projection:32"),
         ("projection,tolerance=2", "tolerance must be a number between 0 and 1, such as 0.02, got 2"),
         (
@@ -229,6 +232,7 @@ def test_eval_writes_a_record(
         "projection:16,share=yes",
         "projection:16,fit=static,near=4,sinks=2",
         "projection:0,fit=static,near=4",
+        "projection:16,fit=static,near=4,sinks=2,tokens=20",
         "projection,fit=static,tolerance=0.1",
     ]
     words = ["eval", "--device", "cpu", "--seqlen", "50", "--weights", str(tmp_path / "weights")]
@@ -241,7 +245,9 @@ def test_eval_writes_a_record(
     assert all(row["error_worst"] > 0 and "ms_attention" not in row for row in rows[1:])
     assert rows[2]["dim"] == 16
     assert 0 < rows[4]["dim"] < 16  # exact keys alone
-    assert 0 < rows[5]["dim"] <= 32
+    assert rows[5]["dim"] == rows[3]["dim"]
+    assert rows[5]["error_mean"] > rows[3]["error_mean"]  # fitted to fewer tokens
+    assert 0 < rows[6]["dim"] <= 32
     assert "projection:16,share=yes" in capsys.readouterr().out
 
 
