@@ -21,8 +21,8 @@ ROWS = 128  # of a block of queries on the CPU: those of LSH's default
 FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
 KINDS = ("exact", "lsh", "energy", "projection", *RIVALS)
 FITS = ("self", "static")
-# Of projection, besides near and sinks. A tolerance of 0 is none; tokens are those that each text of a static fit begins
-# with, 0 for all.
+# Of projection, besides near and sinks. A tolerance of 0 is none; a static fit goes by so many first tokens of each
+# text, 0 for all.
 OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0, "tokens": 0}
 
 Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
