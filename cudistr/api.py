@@ -311,7 +311,7 @@ def attention_plan(
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)
     exact_if_faster = normalize.check_exact_if_faster(exact_if_faster)
     with launch.placed(problem.device, adopted.stream):
-        return explain(problem, reduction, q_in, k_in, v_in, tolerance, exact_if_faster)
+        return explain(problem, reduction, k_in, v_in, tolerance, exact_if_faster)
 
 
 def group(q: Any, reduction: LSH | Energy, k: Any = None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
-from cudistr.plan import Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
+from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 from cudistr.worth import Worth, worth
@@ -18,8 +18,8 @@ __all__ = [
     "Part",
     "Settled",
     "attention",
+    "copied_problem",
     "in_one_kernel",
-    "of_rank",
     "parts",
     "projected_problem",
     "settle",
@@ -164,14 +164,19 @@ def _copied(
     assert problem.device is not None
     with launch.placed(problem.device, stream):
         queries, shift = launch.copied(problem, q, k)
-        if problem.near or problem.sinks:
+        own, reduced = copied_problem(problem, k, v), None
+        if own.ranked is not None:
             reduced = launch.Reduced(queries, k, None, shift)
-            whole = of_rank(problem, q, k, v, reduced)
         else:
-            q, reduced = queries, None
-            whole = of_rank(problem, queries, k, v, None)
-        own = dataclasses.replace(whole, reduction=None, restore=False)
+            q = queries
         return launch.attention(own, q, k, v, out, return_lse, None, None, reduced)
+
+
+def copied_problem(problem: Problem, k: Any, v: Any) -> Problem:
+    """What is launched with queries that stand for others: in their place, or beside them where keys stay exact."""
+    kept = bool(problem.near or problem.sinks)
+    aligned = problem.aligned or _aligned((k, problem.k_strides), (v, problem.v_strides))
+    return _behind(problem, problem.head_dim, kept, True, False, not kept, aligned)
 
 
 def within(
@@ -220,7 +225,10 @@ def _projected(
         if tolerance is not None:
             known = projection.head_errors(problem.batch, problem.device)
             ranks, errors = launch.decide(problem, q, k, v, made, ranks, known, tolerance, reference.SPREAD)
-        own, replaced, reduced = projected_problem(problem, projection, q, k, v, made, ranks, tolerance)
+        own, replaced = projected_problem(problem, projection, v, tolerance)
+        reduced = None
+        if own.ranked is not None:
+            reduced = launch.Reduced(made.queries, made.keys, ranks, None if replaced else made.shift)
         queries, keys = (made.queries, made.keys) if replaced else (q, k)
         result, lse = launch.attention(own, queries, keys, v, out, return_lse, None, None, reduced)
         if lse is not None and replaced and made.shift is not None:
@@ -229,51 +237,44 @@ def _projected(
 
 
 def projected_problem(
-    problem: Problem,
-    projection: Projection,
-    q: Any,
-    k: Any,
-    v: Any,
-    made: launch.Projected,
-    ranks: Any,
-    tolerance: float | None,
-) -> tuple[Problem, bool, launch.Reduced | None]:
-    """What is launched behind a projection.
-
-    The problem, whether Qhat and Khat take the place of q and k in it, and what is beside them.
-    """
+    problem: Problem, projection: Projection, v: Any, tolerance: float | None
+) -> tuple[Problem, bool]:
+    """What is launched behind a projection, and whether Qhat and Khat take the place of q and k in it."""
     kept = bool(problem.near or problem.sinks)
-    reduced = None
-    if projection.mixed or kept or tolerance is not None:
-        reduced = launch.Reduced(made.queries, made.keys, ranks, made.shift)
+    ranked = projection.mixed or kept or tolerance is not None
     fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
-    replaced = reduced is None or (fewer and not kept)
-    queries, keys = q, k
-    if replaced:  # no head needs q and k themselves, and all heads lack the shift
-        queries, keys = made.queries, made.keys
-        reduced = reduced and reduced._replace(shift=None)
-    return of_rank(problem, queries, keys, v, reduced, projection.alike), replaced, reduced
+    # Where no head needs q and k themselves: all heads lack the shift then.
+    replaced = not ranked or (fewer and not kept)
+    aligned = problem.aligned or _aligned((v, problem.v_strides))
+    return _behind(problem, projection.columns, ranked, False, projection.alike, replaced, aligned), replaced
 
 
-def of_rank(
-    problem: Problem, queries: Any, keys: Any, v: Any, reduced: launch.Reduced | None, alike: bool = False
+def _aligned(*arrays: tuple[Any, tuple[int, int, int]]) -> bool:
+    return all(rows_aligned(x.data.ptr, strides, x.itemsize) for x, strides in arrays)
+
+
+@functools.lru_cache(maxsize=1024)
+def _behind(
+    problem: Problem, columns: int, ranked: bool, copied: bool, alike: bool, replaced: bool, aligned: bool
 ) -> Problem:
-    """The problem of queries and keys, which are Qhat and Khat unless some heads have q and k themselves."""
-    q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in (queries, keys))
-    return dataclasses.replace(
-        problem,
-        head_dim=queries.shape[3],
-        rank=None,
-        ranked=None if reduced is None else _ranked(reduced, alike),
-        q_strides=q_strides,
-        k_strides=k_strides,
-        aligned=all(
-            rows_aligned(x.data.ptr, strides, x.itemsize)
-            for x, strides in ((queries, q_strides), (keys, k_strides), (v, problem.v_strides))
-        ),
+    """The problem that is left when Qhat and Khat are there, of so many columns; ``copied``: Qhat alone, of k itself.
+
+    They are contiguous. ``replaced``: they stand in the place of q and k. ``aligned``: whether all other arrays are.
+    """
+    q_strides = _contiguous(problem, problem.heads, problem.seqlen_q, columns)
+    k_strides = (
+        problem.k_strides if copied else _contiguous(problem, problem.heads_kv, problem.seqlen_k, columns)
     )
+    changes: dict[str, Any] = {"reduction": None, "rank": None, "restore": False}
+    if ranked:
+        changes["ranked"] = Ranked(columns, q_strides, k_strides, copied, alike)
+    if replaced:
+        made = (q_strides,) if copied else (q_strides, k_strides)
+        changes |= {"head_dim": columns, "q_strides": q_strides, "k_strides": k_strides}
+        changes["aligned"] = aligned and all(rows_aligned(0, x, ITEMSIZE[problem.dtype]) for x in made)
+    return dataclasses.replace(problem, **changes)
 
 
-def _ranked(reduced: launch.Reduced, alike: bool) -> Ranked:
-    q_strides, k_strides = (row_strides(x.shape, x.strides, x.itemsize) for x in reduced[:2])
-    return Ranked(reduced.queries.shape[3], q_strides, k_strides, reduced.ranks is None, alike)
+def _contiguous(problem: Problem, heads: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Strides of a contiguous array as the problem's own are given."""
+    return row_strides((problem.batch, heads, rows), (heads * rows * columns, rows * columns, columns), 1)

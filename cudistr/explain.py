@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from cudistr import compose, launch
 from cudistr.normalize import Problem, exact
 from cudistr.plan import (
-    ITEMSIZE,
     Plan,
     check_device,
     copied_queries,
@@ -63,7 +60,6 @@ class CallPlan:
 def explain(
     problem: Problem,
     reduction: Reduction | None,
-    q: Any,
     k: Any,
     v: Any,
     tolerance: float | None,
@@ -77,7 +73,7 @@ def explain(
         return CallPlan(asked, "NumPy arrays are computed by the float64 reference", (), ())
     check_device(launch.device_properties(problem.device), problem.device)
     settled = compose.settle(problem, reduction, tolerance, exact_if_faster)
-    names, plans = _Steps(problem.device).of(settled, q, k, v)
+    names, plans = _Steps(problem.device).of(settled, k, v)
     if settled.worth is None:
         reason = "as asked for"
     elif not settled.problem.reduced:
@@ -110,17 +106,17 @@ class _Steps:
         self.names: list[str] = []
         self.plans: list[Plan] = []
 
-    def of(self, settled: compose.Settled, q: Any, k: Any, v: Any) -> tuple[list[str], list[Plan]]:
+    def of(self, settled: compose.Settled, k: Any, v: Any) -> tuple[list[str], list[Plan]]:
         problem, reduction, tolerance, _ = settled
         if problem.rank is not None:
             assert isinstance(reduction, Projection)
-            self._projected(problem, reduction, q, k, v, tolerance)
+            self._projected(problem, reduction, v, tolerance)
             return self.names, self.plans
         kept = bool(problem.near or problem.sinks)
         if kept and not any(x.reduced for x in passes(problem)):
             self._one(compose.parts(problem)[0].problem)
         elif copies_queries(problem, self.device):
-            self._copied(problem, q, k, v)
+            self._copied(problem, k, v)
         elif not kept or compose.in_one_kernel(problem, self.device):
             self._one(problem)
         else:
@@ -145,7 +141,7 @@ class _Steps:
             self.names.append(chosen.split.kernel.name)
         self.plans.append(chosen)
 
-    def _copied(self, problem: Problem, q: Any, k: Any, v: Any) -> None:
+    def _copied(self, problem: Problem, k: Any, v: Any) -> None:
         reduction, keys = problem.reduction, problem.seqlen_k - problem.sinks
         if isinstance(reduction, LSH):
             self.names.append(prepare_kernel(problem.dtype, problem.head_dim, problem.aligned).name)
@@ -157,16 +153,9 @@ class _Steps:
             else energy_order(problem.dtype, problem.head_dim, problem.aligned, 1)
         )
         self.names += [find.kernel.name, copied_queries(problem)[0].kernel.name]
-        made = _contiguous(problem, problem.heads, problem.seqlen_q, problem.head_dim)
-        if problem.near or problem.sinks:
-            whole = compose.of_rank(problem, q, k, v, launch.Reduced(made, k, None))
-        else:
-            whole = compose.of_rank(problem, made, k, v, None)
-        self._one(dataclasses.replace(whole, reduction=None, restore=False))
+        self._one(compose.copied_problem(problem, k, v))
 
-    def _projected(
-        self, problem: Problem, projection: Projection, q: Any, k: Any, v: Any, tolerance: float | None
-    ) -> None:
+    def _projected(self, problem: Problem, projection: Projection, v: Any, tolerance: float | None) -> None:
         kept = bool(problem.near or problem.sinks)
         if kept and tolerance is None and not any(x.reduced for x in passes(problem)):
             return self._one(exact(problem))
@@ -175,17 +164,4 @@ class _Steps:
         if tolerance is not None:
             decide = decide_kernel(problem.head_dim, problem.head_dim_v)
             self.names += [x.name for x in (draw_kernel(problem), probe_kernel(problem), decide)]
-        queries = _contiguous(problem, problem.heads, problem.seqlen_q, columns)
-        keys = _contiguous(problem, problem.heads_kv, problem.seqlen_k, columns)
-        made = launch.Projected(queries, keys, None, None)
-        own, _, _ = compose.projected_problem(problem, projection, q, k, v, made, (), tolerance)
-        return self._one(own)
-
-
-def _contiguous(problem: Problem, heads: int, rows: int, columns: int) -> Any:
-    """The layout of an array that a call would make."""
-    size = ITEMSIZE[problem.dtype]
-    strides = (heads * rows * columns * size, rows * columns * size, columns * size, size)
-    data = SimpleNamespace(ptr=0)
-    shape = (problem.batch, heads, rows, columns)
-    return SimpleNamespace(shape=shape, strides=strides, itemsize=size, data=data)
+        return self._one(compose.projected_problem(problem, projection, v, tolerance)[0])

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -1090,21 +1091,22 @@ def decide(
     import cupy
 
     draw, probe, choose, count = _decide_recipe(problem, projected.queries.shape[3], tolerance**2, spread)
-    rows = cupy.ndarray((problem.batch, problem.heads, PROBE_ROWS), np.int32)
-    factors = cupy.ndarray(rows.shape, np.float32)
-    parts = (problem.batch, problem.heads, count, PROBE_ROWS)
-    outputs = cupy.ndarray((*parts, problem.head_dim_v), np.float32)
-    sums = cupy.ndarray((*parts, 2), np.float32)
     ranks = cupy.ndarray(wanted.shape, np.int32)
     errors = cupy.ndarray((*wanted.shape, 2), np.float32)
-    counts = cupy.ndarray(wanted.shape, np.int32)  # of what is compared
-    compared = cupy.ndarray((*wanted.shape, 2, PROBE_ROWS), np.float32)
-    hold(rows, factors, outputs, sums, ranks, errors, counts, compared)
-    draw(*(x.data.ptr for x in (projected.residual, wanted, rows, factors, counts)))
+    # What the kernels leave for each other, words of 4 bytes, in one piece: every array of its own takes the host time.
+    of_rows = problem.batch * problem.heads * PROBE_ROWS
+    lengths = (of_rows, of_rows, 2 * of_rows, count * of_rows * problem.head_dim_v, 2 * count * of_rows)
+    *starts, end = itertools.accumulate(lengths, initial=0)
+    scratch = cupy.cuda.alloc(4 * (end + problem.batch * problem.heads))
+    hold(ranks, errors, scratch)
+    rows, factors, compared, outputs, sums = (scratch.ptr + 4 * start for start in starts)
+    counts = scratch.ptr + 4 * end  # of what is compared
+    draw(projected.residual.data.ptr, wanted.data.ptr, rows, factors, counts)
     shift = 0 if projected.shift is None else projected.shift.data.ptr
-    drawn = [x.data.ptr for x in (wanted, rows, outputs, sums)]
-    probe(*(x.data.ptr for x in (q, k, v, projected.queries, projected.keys)), shift, *drawn)
-    choose(*(x.data.ptr for x in (factors, outputs, sums, wanted, known, counts, compared, ranks, errors)))
+    made = (projected.queries.data.ptr, projected.keys.data.ptr, shift)
+    probe(q.data.ptr, k.data.ptr, v.data.ptr, *made, wanted.data.ptr, rows, outputs, sums)
+    decided = (ranks.data.ptr, errors.data.ptr)
+    choose(factors, outputs, sums, wanted.data.ptr, known.data.ptr, counts, compared, *decided)
     return ranks, errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import zipfile
@@ -45,7 +46,8 @@ class Projection(Reduction):
     instead of head_dim columns. Make one with :meth:`fit` or :meth:`load`.
 
     This is an approximation. How good it is depends on how alike the calibration data and the data of a call are;
-    :func:`cudistr.attention_error` measures it.
+    :func:`cudistr.attention_error` measures it. Of a model with rotary positions they are alike only if the calibration
+    data is as long: factors of shorter texts fail at positions that these do not have.
 
     Attributes
     ----------
@@ -141,7 +143,7 @@ class Projection(Reduction):
         """All that planning has to know, without arrays."""
         return self.__dict__["_outline"]  # type: ignore[no-any-return]
 
-    @property
+    @functools.cached_property
     def rank(self) -> int:
         """The largest of ``ranks``."""
         return max(self.ranks, default=0)
@@ -375,22 +377,23 @@ class Projection(Reduction):
         arrays = {name: content[name] for name in names}
         return cls(heads, heads_kv, head_dim, ranks, near, sinks, **arrays)
 
-    @property
+    # Calls ask for these every time.
+    @functools.cached_property
     def mixed(self) -> bool:
         """Whether a kernel has to be told how many columns each head uses."""
         return len(set(self.ranks)) > 1 or 0 in self.ranks
 
-    @property
-    def reduced(self) -> set[int]:
+    @functools.cached_property
+    def reduced(self) -> frozenset[int]:
         """The ranks of heads that are not exact."""
-        return {rank for rank in self.ranks if rank < self.head_dim}
+        return frozenset(rank for rank in self.ranks if rank < self.head_dim)
 
-    @property
+    @functools.cached_property
     def alike(self) -> bool:
         """Whether heads that are not exact all use the same columns, and some."""
         return len(self.reduced) == 1 and 0 not in self.reduced
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """Columns of Qhat and Khat. Heads that use head_dim columns use those of q and k themselves."""
         # At least those of one matrix instruction.
@@ -398,8 +401,10 @@ class Projection(Reduction):
 
     def check_mean(self, dtype: str) -> None:
         """Refuse a dtype in which keys with the mean of the calibration keys cannot be."""
+        if dtype != "float16":
+            return
         largest = float(np.abs(self.mean).max(initial=0.0))
-        if dtype == "float16" and largest > float(np.finfo(np.float16).max):
+        if largest > float(np.finfo(np.float16).max):
             raise ValueError(
                 f"reduction: the mean of the projection's calibration keys reaches {largest:.6g}, beyond float16 "
                 "(65504), which k is. Fit the projection on keys like those of this call, or pass q, k and v as "

@@ -138,7 +138,9 @@ def prepare(
         size = {"rank": int(inputs[0][0].shape[3]) if share else rank}
     tokens = options["tokens"] or None
     if tokens and not causal:
-        raise EvalError("--reduction: tokens is for texts, whose first tokens see no others; it is for smollm2")
+        raise EvalError(
+            "--reduction: tokens is for texts, whose first tokens see no others; it is for smollm2"
+        )
     key = (options["fit"], options["weights"], near, sinks, tokens, *size.items())
     if key not in fitted:
         sources = [inputs] if options["fit"] == "self" else calibration
