@@ -28,6 +28,7 @@ SKETCH = 16  # random vectors; columns of one matrix instruction
 # Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
 ERROR_ROWS = 2048  # of a head and a batch entry, that errors are found of
+ROW_MARGIN = 2.0  # a row that no sample has may be so many times as bad as the worst of these
 MAX_WEIGHTED = 2**23  # numbers at once in the sums that are weighted by the output: 32 MiB in float32
 MAX_CACHED = 2**18  # the same of what fits into a CPU's cache
 RANK_UNIT = 8  # what ranks are counted in where they are shared out: head_dim is a multiple of it
@@ -450,12 +451,16 @@ class Projection(Reduction):
         return vectors - a @ (b.swapaxes(1, 2) @ vectors)
 
     def known(self) -> NDArray[np.float32]:
-        """Squares of each head's ``output_errors`` and ``row_errors`` at its rank, (heads, 2); 0 without them."""
+        """Squares of each head's ``output_errors`` at its rank, and of ROW_MARGIN ``row_errors``, (heads, 2).
+
+        They are 0 where the fit has none.
+        """
         if not self.output_errors.size or not self.row_errors.size:
             return np.zeros((self.heads, 2), np.float32)
         at = [ranks_allowed(self.head_dim).index(rank) for rank in self.ranks]
         own = np.stack(
-            [x[np.arange(self.heads_kv), at] for x in (self.output_errors, self.row_errors)], axis=1
+            [x[np.arange(self.heads_kv), at] for x in (self.output_errors, ROW_MARGIN * self.row_errors)],
+            axis=1,
         )
         return np.repeat(np.square(own).astype(np.float32), self.heads // self.heads_kv, axis=0)
 

@@ -34,7 +34,7 @@ DEFAULTS = {
         f"projection:32,weights=plain,{NEAR}", f"projection:48,share=yes,{NEAR}",
         f"projection:32,share=yes,{NEAR}", f"projection:18,share=yes,{NEAR}", f"projection:16,share=yes,{NEAR}",
         f"projection:32,share=yes,fit=static,{NEAR}", f"projection:18,share=yes,fit=static,{NEAR}",
-        "projection,tolerance=0.02",
+        f"projection,tolerance=0.02,{NEAR}", f"projection,tolerance=0.02,fit=static,{NEAR}",
     ],
     "dinov2": [
         "exact", "lsh:2", "lsh:4", "lsh:2,representative=mean", "projection:32,weights=plain", "projection:32",
