@@ -176,7 +176,7 @@ def copied_problem(problem: Problem, k: Any, v: Any) -> Problem:
     """What is launched with queries that stand for others: in their place, or beside them where keys stay exact."""
     kept = bool(problem.near or problem.sinks)
     aligned = problem.aligned or _aligned((k, problem.k_strides), (v, problem.v_strides))
-    return _behind(problem, problem.head_dim, kept, True, False, not kept, aligned)
+    return _behind(problem, problem.head_dim, ranked=kept, copied=True, replaced=not kept, aligned=aligned)
 
 
 def within(
@@ -246,7 +246,10 @@ def projected_problem(
     # Where no head needs q and k themselves: all heads lack the shift then.
     replaced = not ranked or (fewer and not kept)
     aligned = problem.aligned or _aligned((v, problem.v_strides))
-    return _behind(problem, projection.columns, ranked, False, projection.alike, replaced, aligned), replaced
+    own = _behind(
+        problem, projection.columns, ranked=ranked, alike=projection.alike, replaced=replaced, aligned=aligned
+    )
+    return own, replaced
 
 
 def _aligned(*arrays: tuple[Any, tuple[int, int, int]]) -> bool:
@@ -255,11 +258,19 @@ def _aligned(*arrays: tuple[Any, tuple[int, int, int]]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _behind(
-    problem: Problem, columns: int, ranked: bool, copied: bool, alike: bool, replaced: bool, aligned: bool
+    problem: Problem,
+    columns: int,
+    *,
+    ranked: bool,
+    replaced: bool,
+    aligned: bool,
+    copied: bool = False,
+    alike: bool = False,
 ) -> Problem:
-    """The problem that is left when Qhat and Khat are there, of so many columns; ``copied``: Qhat alone, of k itself.
+    """The problem that is left when Qhat and Khat are there, contiguous and of so many columns.
 
-    They are contiguous. ``replaced``: they stand in the place of q and k. ``aligned``: whether all other arrays are.
+    ``ranked``: heads, or keys, may need q and k beside them. ``replaced``: they stand in the place of q and k.
+    ``copied``: there is Qhat alone, and k is Khat. ``aligned``: whether all other arrays are.
     """
     q_strides = _contiguous(problem, problem.heads, problem.seqlen_q, columns)
     k_strides = (

@@ -27,7 +27,8 @@ NOISE = 1e-7
 SKETCH = 16  # random vectors; columns of one matrix instruction
 # Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
-ERROR_ROWS = 2048  # of a head and a batch entry, that errors are found of
+WEIGHT_ROWS = 512  # of a head and a batch entry, that weights are found of
+ERROR_ROWS = 2048  # the same of errors
 ROW_MARGIN = 2.0  # a row that no sample has may be so many times as bad as the worst of these
 MAX_WEIGHTED = 2**23  # numbers at once in the sums that are weighted by the output: 32 MiB in float32
 MAX_CACHED = 2**18  # the same of what fits into a CPU's cache
@@ -170,7 +171,7 @@ class Projection(Reduction):
         near: int = 0,
         sinks: int = 0,
         scale: float | None = None,
-        rows: int = 512,
+        rows: int | None = None,
         seed: int = 0,
     ) -> Projection:
         """Find the factors on calibration data.
@@ -194,9 +195,9 @@ class Projection(Reduction):
             As :func:`cudistr.attention` will be called; only of use with v.
         near, sinks : int, default 0
             As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
-        rows : int, default 512
-            With v: query rows of each head and batch entry that are sampled for the weights. Errors are found of the
-            others, at most 2048; where there are no others, of the same.
+        rows : int, optional
+            With v: query rows of each head and batch entry that are sampled for the weights, by default 512, or half of
+            those that there are. Errors are found of the others, at most 2048; where there are no others, of the same.
         seed : int, default 0
             Of that sample, 0 to 2**32 - 1.
 
@@ -236,9 +237,9 @@ class Projection(Reduction):
                 "Pass a relative error such as 0.01."
             )
         near, sinks = exact_keys("Projection.fit", near, sinks)
-        rows, seed = normalize.check_sample(rows, seed)
+        asked, seed = normalize.check_sample(WEIGHT_ROWS if rows is None else rows, seed)
         batches = _batches(q, k, v)
-        sums = _Sums(near, sinks, causal, scale, rows, seed)
+        sums = _Sums(near, sinks, causal, scale, None if rows is None else asked, seed)
         for batch in batches:
             sums.add(*batch)
         full = sums.best()
@@ -570,7 +571,7 @@ class _Sums:
     """What the factors need of the calibration data: sums of products, head_dim x head_dim per KV head."""
 
     def __init__(
-        self, near: int, sinks: int, causal: bool, scale: float | None, rows: int, seed: int
+        self, near: int, sinks: int, causal: bool, scale: float | None, rows: int | None, seed: int
     ) -> None:
         self.first: normalize.Problem | None = None
         self.count = 0
@@ -628,13 +629,15 @@ class _Sums:
         )
 
     def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
-        """These rows, or a sample of them."""
-        return self._sample(self._seeing(problem), 0, self.rows)
+        """A sample of these rows, or all."""
+        seeing = self._seeing(problem)
+        # Some are left for the errors, if nobody asked for all.
+        count = min(WEIGHT_ROWS, (len(seeing) + 1) // 2) if self.rows is None else self.rows
+        return self._sample(seeing, 0, count)
 
     def _held_out(self, problem: normalize.Problem) -> NDArray[np.intp]:
         """Those that were not drawn, which the factors fit too well; the same ones if there are no others."""
-        seeing = self._seeing(problem)
-        drawn = self._sample(seeing, 0, self.rows)
+        seeing, drawn = self._seeing(problem), self._drawn(problem)
         return self._sample(np.setdiff1d(seeing, drawn), 1, ERROR_ROWS) if len(drawn) < len(seeing) else drawn
 
     def _sample(self, rows: NDArray[np.intp], stream: int, count: int) -> NDArray[np.intp]:

@@ -251,6 +251,13 @@ def test_eval_writes_a_record(
     assert "projection:16,share=yes" in capsys.readouterr().out
 
 
+def test_tokens_are_for_texts() -> None:
+    found = methods.parse("projection:16,fit=static,tokens=9")
+    layers = [arrays(2, 2, 40)]
+    with pytest.raises(EvalError, match="tokens is for texts"):
+        methods.prepare(found, layers, [layers], False, {})
+
+
 def test_missing_weights_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "--device", "cpu", "--weights", str(tmp_path)]) == 1
     assert "lacks files smollm2-*.npz. Write them with --save-weights" in capsys.readouterr().err

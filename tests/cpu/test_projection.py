@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudistr
+from cudistr import projection as projection_module
 from cudistr import reference
 from tests.cpu.fakes import library
 from tests.strategies import (
@@ -493,6 +495,30 @@ def test_values_make_the_output_error_smaller():
     plain = Projection.fit(q, k, rank=16)
     weighted = Projection.fit(q, k, v, rank=16)
     assert (head_errors(weighted, q, k, v, False) < 0.8 * head_errors(plain, q, k, v, False)).all()
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "drawn", "held"), [(1, 1, 1), (90, 45, 45), (1000, 500, 500), (3000, 512, 2048)]
+)
+def test_rows_are_left_for_the_errors(seqlen, drawn, held):
+    seen = []
+
+    def felt(*arguments):
+        seen.append(arguments[4](arguments[3]))
+        return np.ones((2, 16, 16))
+
+    def felt_ranks(*arguments):
+        seen.append(arguments[6])
+        return np.zeros((2, len(arguments[6]))), 1.0
+
+    with (
+        mock.patch.object(projection_module, "_felt", felt),
+        mock.patch.object(projection_module, "_felt_ranks", felt_ranks),
+    ):
+        Projection.fit(*random(9, 3, 1, 1, seqlen, 16), rank=0)
+    weights, errors = seen
+    assert (len(weights), len(errors)) == (drawn, held)
+    assert seqlen == 1 or not np.intersect1d(weights, errors).size
 
 
 def test_tolerance_with_values_is_of_the_output():
