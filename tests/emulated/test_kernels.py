@@ -130,9 +130,11 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     if problem.ranked is not None and problem.ranked.copied:
         options |= {"reduction": cudistr.Energy(16, near=40, sinks=9), "copied": True}
     elif problem.ranked is not None:
-        rank = problem.ranked.columns
-        reduced = util.of_ranks(q, k, rank, rank if problem.ranked.alike else rank // 2)
-        options["reduction"] = reduced.with_near(40, sinks=9)
+        rank, alone = problem.ranked.columns, problem.ranked.alike and not problem.near
+        # Beside a head that is exact one of a rank, beside exact keys two.
+        other = problem.head_dim if alone else rank if problem.ranked.alike else rank // 2
+        reduced = util.of_ranks(q, k, rank, other)
+        options["reduction"] = reduced if alone else reduced.with_near(40, sinks=9)
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
         util.check_tf32(q, k, v, layout, **options)

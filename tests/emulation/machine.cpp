@@ -207,7 +207,8 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
 void check_atomic(unsigned thread, address_t a, size_t bytes, const void* caller, const char* how) {
     for (Global& global : m.globals) {
         const address_t start = global.region.start;
-        if (a >= start && a + bytes <= start + global.region.bytes) global.writer.reset();
+        if (!global.writer || a < start || a + bytes > start + global.region.bytes) continue;
+        std::fill_n(global.writer.get() + (a - start), bytes, 0);
     }
     check_global(thread, a, bytes, false, caller, how);
 }
