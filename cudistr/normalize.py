@@ -833,7 +833,7 @@ def check_exact_if_faster(value: Any) -> bool | None:
 
 
 def check_sample(rows: Any, seed: Any) -> tuple[int, int]:
-    """``rows`` and ``seed`` of :func:`cudistr.attention_error` as Python ints.
+    """``rows`` and ``seed`` of :func:`cudistr.attention_error` and of `Projection.fit` as Python ints.
 
     Raises
     ------
@@ -841,14 +841,16 @@ def check_sample(rows: Any, seed: Any) -> tuple[int, int]:
     """
     numbers = []
     for name, value, remedy in (
-        ("rows", rows, "Pass how many query rows of each head to compare, 64 for example."),
+        ("rows", rows, "Pass how many query rows of each head to sample, 64 for example."),
         ("seed", seed, "Pass an integer from 0 to 2**32 - 1."),
     ):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an integer, got {_kind(value)} {value!r}. {remedy}")
         numbers.append(operator.index(value))
     if numbers[0] < 1:
-        raise ValueError(f"rows must be at least 1, got {numbers[0]}. The default is 64; all rows are exact.")
+        raise ValueError(
+            f"rows must be at least 1, got {numbers[0]}. Pass 64, for example; as many as there are takes all."
+        )
     if not 0 <= numbers[1] < 2**32:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {numbers[1]}.")
     return numbers[0], numbers[1]

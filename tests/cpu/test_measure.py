@@ -267,12 +267,16 @@ def test_report_prints_as_a_table():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"rows": 0}, ValueError, "rows must be at least 1, got 0. The default is 64; all rows are exact."),
+        (
+            {"rows": 0},
+            ValueError,
+            "rows must be at least 1, got 0. Pass 64, for example; as many as there are takes all.",
+        ),
         ({"rows": -3}, ValueError, "rows must be at least 1, got -3"),
         (
             {"rows": 2.5},
             TypeError,
-            "rows must be an integer, got float 2.5. Pass how many query rows of each head to compare, 64",
+            "rows must be an integer, got float 2.5. Pass how many query rows of each head to sample, 64",
         ),
         ({"rows": True}, TypeError, "rows must be an integer, got bool True"),
         ({"rows": None}, TypeError, "rows must be an integer, got NoneType None"),

@@ -105,10 +105,8 @@ def drawn(problem, projection, given, made, monkeypatch):
     monkeypatch.setattr(launch, "hold", lambda *memory: held.extend(memory))
     known = [x(1, 0) for x in (projection.head_ranks, projection.head_errors)]
     launch.decide(problem, *given, made, *known, 0.05, reference.SPREAD)
-    both = cp.ndarray(
-        (2, 1, 2, PROBE_ROWS), np.int32, held[-1]
-    )  # what the kernels leave for each other begins so
-    rows, factors = cp.asnumpy(both)
+    # What the kernels leave for each other begins with these.
+    rows, factors = cp.asnumpy(cp.ndarray((2, 1, 2, PROBE_ROWS), np.int32, held[-1]))
     return rows, factors.view(np.float32)
 
 
