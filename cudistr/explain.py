@@ -84,6 +84,9 @@ def explain(
         )
     else:
         reason = f"as asked for: {settled.worth}"
+    rows, keys = settled.problem.exact_block
+    if (rows, keys) != (1, 1):
+        reason += f"; exact keys are whole blocks of {rows} queries and {keys} keys"
     chosen = settled.reduction if settled.problem.reduced else None
     return CallPlan(chosen, reason, tuple(names), tuple(map(_tiles, plans)))
 

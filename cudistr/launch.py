@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cudistr import compiler, reference, tuned
 from cudistr.errors import CudaUnavailableError
-from cudistr.normalize import MAX_SHARDS, Problem, row_strides, rows_aligned
+from cudistr.normalize import MAX_SHARDS, Problem, near_keys, row_strides, rows_aligned
 from cudistr.plan import (
     DECIDE_ROWS,
     DTYPE_NUMBER,
@@ -97,12 +97,14 @@ _HALF = _parameters(("q k v out lse partial permutation wide", "u8"), *_EVERY_AT
 _KEPT = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
 _PASSES = range(MAX_PASSES + 1)
 _BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
-_ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end") for i in _PASSES), "i4")
+_NEAR = (("near_start near_stop", "i8"), ("exact_rows exact_keys", "i4"))
+_ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end", "part") for i in _PASSES), "i4")
 _RANKED = _parameters(
     ("q k v out lse partial permutation qhat khat ranks shift", "u8"),
     ("qhat_batch qhat_head qhat_row khat_batch khat_head khat_row", "i8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
     _BANDS,
+    *_NEAR,
     _ENDS,
     ("exact_passes passes", "i4"),
     ("split_rows", "i8"),
@@ -122,6 +124,7 @@ _HOPPER_BAND = (("out_batch out_head out_row band_low band_high", "i8"), *_HOPPE
 _HOPPER_PASSES = (
     ("out_batch out_head out_row", "i8"),
     _BANDS,
+    *_NEAR,
     _ENDS,
     ("exact_passes passes", "i4"),
     *_HOPPER_END,
@@ -175,12 +178,13 @@ _BOUNDS = ("first", "end", "near_first", "near_end")
 _DRAW = _parameters(
     ("residual ranks rows factors counts", "u8"),
     (" ".join(f"{bound}_{end}" for bound in _BOUNDS for end in ("least", "most")), "i4"),
-    ("sinks seqlen_q head_dim heads shares", "i4"),
+    ("exact_rows exact_keys sinks seqlen_q head_dim heads shares", "i4"),
 )
 _PROBE = _parameters(
     ("q k v qhat khat shift ranks rows outputs sums", "u8"),
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row", "i8"),
-    ("band_low band_high near_low near_high", "i8"),
+    ("band_low band_high", "i8"),
+    *_NEAR,
     ("sinks heads heads_per_kv seqlen_q seqlen_k columns splits", "i4"),
     ("scale", "f4"),
 )
@@ -471,6 +475,17 @@ def _extent(problem: Problem) -> dict[str, int]:
     }
 
 
+def _near(problem: Problem) -> dict[str, int]:
+    """The keys near a query that stay exact, as the parameters of kernels name them."""
+    near = near_keys(problem)
+    return {
+        "near_start": near.start,
+        "near_stop": near.stop,
+        "exact_rows": near.rows,
+        "exact_keys": near.keys,
+    }
+
+
 def _passes(problem: Problem) -> dict[str, int]:
     """The passes over the keys of a reduced problem, as the parameters of attention kernels name them."""
     position = problem.seqlen_k - problem.seqlen_q  # of the first query
@@ -483,8 +498,9 @@ def _passes(problem: Problem) -> dict[str, int]:
         UNBOUNDED if problem.right is None else problem.right,
     )
     values = {"exact_passes": sum(not x.reduced for x in chosen), "passes": len(chosen)}
+    values |= _near(problem)
     for i, one in (*enumerate(chosen), (MAX_PASSES, whole)):
-        values |= {f"pass_first{i}": one.first, f"pass_end{i}": one.last}
+        values |= {f"pass_first{i}": one.first, f"pass_end{i}": one.last, f"pass_part{i}": one.part}
         values |= {f"pass_low{i}": position + one.low, f"pass_high{i}": position + one.high}
     return values
 
@@ -1025,7 +1041,7 @@ def project(
 def _row_bounds(seqlen_k: int, values: dict[str, int]) -> dict[str, int]:
     """The bounds of keys as smxx_draw.cu has them: rows beyond which they do not move, in 32 bits."""
     furthest = 2**31 - 1  # from any row to any key
-    shifts = (values["band_low"], values["band_high"] + 1, values["near_low"], values["near_high"] + 1)
+    shifts = (values["band_low"], values["band_high"] + 1, values["near_start"], values["near_stop"])
     found: dict[str, int] = {}
     for name, shift in zip(_BOUNDS, shifts, strict=True):
         least = max(-furthest, min(furthest, -shift))
@@ -1041,16 +1057,11 @@ def _decide_recipe(
     assert problem.device is not None
     device = device_properties(problem.device)
     splits, kernel = probe_splits(problem, device), probe_kernel(problem)
-    position = problem.seqlen_k - problem.seqlen_q  # of the first query
-    values: dict[str, Any] = {
-        **_extent(problem),
-        "near_low": position - problem.near + 1,
-        "near_high": position + problem.near - 1,
-        "sinks": problem.sinks,
-    }
+    values: dict[str, Any] = {**_extent(problem), **_near(problem), "sinks": near_keys(problem).sinks}
     units = problem.batch * problem.heads
-    of_rows = {name: getattr(problem, name) for name in ("sinks", "seqlen_q", "head_dim")}
+    of_rows = {name: values[name] for name in ("exact_rows", "exact_keys", "sinks", "seqlen_q")}
     of_rows |= _row_bounds(problem.seqlen_k, values)
+    of_rows["head_dim"] = problem.head_dim
     shares = draw_shares(problem, device)
     of_rows |= {"heads": units, "shares": shares}
     draw = _launch(draw_kernel(problem), shares * units, device, problem.device, _DRAW, of_rows)

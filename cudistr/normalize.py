@@ -21,6 +21,7 @@ from cudistr.reductions import KEEP_MULTIPLE, LSH, RANK_MULTIPLE, Energy, LowRan
 
 __all__ = [
     "Adopted",
+    "NearKeys",
     "Problem",
     "Ranked",
     "adopt",
@@ -31,6 +32,8 @@ __all__ = [
     "check_sample",
     "check_tolerance",
     "exact",
+    "exact_block",
+    "near_keys",
     "problem",
 ]
 
@@ -86,6 +89,8 @@ class Problem:
     near, sinks : int
         Keys that the reduction leaves exact: less than ``near`` positions away from the query's own, and the first
         ``sinks``. They have left ``reduction``, whose own are 0.
+    exact_block : tuple of int
+        Queries and keys of a block: where one of its keys stays exact for one of its queries, all do for all of them.
     rank : int or None
         Columns that a projection leaves of Q and K where it reduces. ``reduction`` is None then.
     ranked : Ranked or None
@@ -117,6 +122,7 @@ class Problem:
     family: str | None = None
     near: int = 0
     sinks: int = 0
+    exact_block: tuple[int, int] = (1, 1)
     rank: int | None = None
     ranked: Ranked | None = None
     restore: bool = False
@@ -148,7 +154,50 @@ class Problem:
 @functools.lru_cache(maxsize=1024)
 def exact(problem: Problem) -> Problem:
     """The problem without its reduction. Kept, since a call may need it every time."""
-    return dataclasses.replace(problem, reduction=None, rank=None, near=0, sinks=0, restore=False)
+    changes: dict[str, Any] = {"near": 0, "sinks": 0, "exact_block": (1, 1), "restore": False}
+    return dataclasses.replace(problem, reduction=None, rank=None, **changes)
+
+
+EXACT_BLOCK_SEQLEN_Q = 64  # up to so many queries are one short tile
+EXACT_BLOCK_SEQLEN_K = 4096  # from so many keys on blocks are a small part of them
+
+
+def exact_block(seqlen_q: int, seqlen_k: int, head_dim_v: int) -> tuple[int, int]:
+    """Queries and keys of the blocks that stay exact as a whole beside a projection.
+
+    Whole tiles of the Hopper kernel, so that none has to be multiplied both ways, and no pass over the keys ends
+    within one. Queries: two of its tiles, or three of the portable kernel's, for up to 64 columns of V; one for more.
+    Keys: of its longest tiles.
+    """
+    if seqlen_q <= EXACT_BLOCK_SEQLEN_Q or seqlen_k < EXACT_BLOCK_SEQLEN_K:
+        return 1, 1
+    return (384, 128) if head_dim_v <= 64 else (128, 192) if head_dim_v <= 128 else (128, 128)
+
+
+class NearKeys(NamedTuple):
+    """Which keys stay exact for the queries of a block of ``rows``.
+
+    Those from ``start`` up to but not including ``stop``, counted from the first of these queries, and what is left
+    of the blocks of ``keys`` that they begin and end in; and the first ``sinks``, whole blocks. There are none near a
+    query where ``start`` is not below ``stop``; then nothing is a block.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    keys: int
+    sinks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def near_keys(problem: Problem) -> NearKeys:
+    """The keys of a problem that stay exact."""
+    position = problem.seqlen_k - problem.seqlen_q  # of the first query
+    rows, keys = problem.exact_block
+    sinks = min(-(-problem.sinks // keys) * keys, problem.seqlen_k)
+    if problem.near == 0:
+        rows = keys = 1
+    return NearKeys(position - problem.near + 1, position + rows - 1 + problem.near, rows, keys, sinks)
 
 
 class Adopted(NamedTuple):
@@ -545,6 +594,9 @@ def _problem(
         family=family,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
+        exact_block=exact_block(seqlen_q, seqlen_k, head_dim_v)
+        if rank is not None and (near or sinks)
+        else (1, 1),
         restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )

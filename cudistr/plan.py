@@ -8,8 +8,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from cudistr.errors import UnsupportedDeviceError
-from cudistr.normalize import Problem, exact
+from cudistr.normalize import Problem, exact, near_keys
 from cudistr.reductions import BLOCK_Q_DEFAULT, LSH, Energy
 
 __all__ = [
@@ -277,7 +279,8 @@ MAX_PASSES = 5  # that a head makes: Passes in kernels_cu/tile/mask.cuh
 class Pass:
     """Keys ``first`` to ``last - 1``, seen where ``low <= key - position of the query <= high``.
 
-    ``reduced`` says whether their scores are.
+    ``reduced`` says whether their scores are. ``part`` is which of them: all, or those before, in, or after the blocks
+    of keys near a query's block, see :func:`cudistr.normalize.near_keys`.
     """
 
     reduced: bool
@@ -285,6 +288,10 @@ class Pass:
     last: int
     low: int
     high: int
+    part: int = 0  # Passes::Part
+
+
+BEFORE, NEAR, AFTER = 1, 2, 3
 
 
 @functools.lru_cache(maxsize=1024)
@@ -298,7 +305,8 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
         reduced  j >= sinks,  j <= p - near     and the same for j >= p + near
 
     Without exact keys there is one. At most five remain, exact ones first; three under a causal mask. Sinks come before
-    near keys: the Hopper kernel begins with tiles of few keys.
+    near keys: the Hopper kernel begins with tiles of few keys. Where whole blocks stay exact, parts of the keys are
+    in the place of bounds by ``near``.
     """
     keys, near, sinks = problem.seqlen_k, problem.near, problem.sinks
     # All that j - p can be, cut to what the mask lets through.
@@ -309,11 +317,32 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
     wanted += [Pass(False, 0, keys, max(low, 1 - near), min(high, near - 1))] if near else []
     wanted += [Pass(True, sinks, keys, *side) for side in sides]
     position = keys - problem.seqlen_q  # of the first query; the last one sits at the last key
+    if problem.exact_block != (1, 1):
+        sinks = near_keys(problem).sinks
+        parts = (BEFORE, AFTER) if near else (0,)
+        wanted = [Pass(False, 0, sinks, low, high, part) for part in parts]
+        wanted += [Pass(False, 0, keys, low, high, NEAR)] if near else []
+        wanted += [Pass(True, sinks, keys, low, high, part) for part in parts]
+        return tuple(x for x in wanted if _any_block_sees(problem, x, position))
     return tuple(
         x
         for x in wanted
         if x.first < x.last and max(x.low, x.first - keys + 1) <= min(x.high, x.last - 1 - position)
     )
+
+
+def _any_block_sees(problem: Problem, own: Pass, position: int) -> bool:
+    """Whether a query sees a key in a pass over a part of the keys."""
+    near = near_keys(problem)
+    row = np.arange(0, problem.seqlen_q, near.rows if own.part else problem.seqlen_q)
+    last_row = np.minimum(row + near.rows if own.part else problem.seqlen_q, problem.seqlen_q) - 1
+    start = (row + near.start) // near.keys * near.keys
+    stop = -(-(row + near.stop) // near.keys) * near.keys
+    first = np.maximum(own.first, {NEAR: start, AFTER: stop}.get(own.part, 0))
+    end = np.minimum(own.last, {BEFORE: start, NEAR: stop}.get(own.part, own.last))
+    # Rows of a block from which on its last key is seen, and up to which its first one is.
+    sees = np.maximum(row, first - own.high - position) <= np.minimum(last_row, end - 1 - own.low - position)
+    return bool(((first < end) & sees).any())
 
 
 SMALL_SEQLEN_Q = 64  # up to here a 128-row tile would be half empty
@@ -837,6 +866,8 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
                 return tile
         return None
     keys = next(sizes for columns, sizes in HOPPER_KEYS if head_dim_v <= columns)
+    if problem.exact_block[1] in keys:
+        keys = problem.exact_block[1:]  # then no pass ends within a tile
     smaller = tiles(range(keys[0] - 16, 0, -16))[:1]
     return min(tiles(keys) or smaller, key=cost, default=None)
 

@@ -334,6 +334,14 @@ class Projection(Reduction):
         ------
         TypeError, ValueError
             If one is not an integer, or negative.
+
+        Notes
+        -----
+        From 4096 keys and 65 queries on, whole blocks stay exact: if a key is exact for a query, all keys of its
+        block are, for all queries of the query's block. Blocks are counted from the first query and the first key.
+        They have 128 queries and 192 keys; with ``head_dim_v`` up to 64, 384 and 128; with more than 128, 128 and 128.
+        So there may be more exact keys than asked for, never fewer, and a call is faster (see "Exact keys" in the
+        documentation).
         """
         near, sinks = exact_keys("Projection.with_near", near, sinks)
         return dataclasses.replace(self, near=near, sinks=sinks)
@@ -581,7 +589,10 @@ class _Sums:
     def problem(self, q: Any, k: Any, v: Any) -> normalize.Problem:
         """The checked call of one batch, its exact keys included."""
         problem = normalize.problem(q, k, k if v is None else v, causal=self.causal, scale=self.scale)
-        return dataclasses.replace(problem, near=self.near, sinks=self.sinks)
+        if not (self.near or self.sinks):
+            return problem
+        block = normalize.exact_block(problem.seqlen_q, problem.seqlen_k, problem.head_dim_v)
+        return dataclasses.replace(problem, near=self.near, sinks=self.sinks, exact_block=block)
 
     def add(self, q: Any, k: Any, v: Any) -> None:
         """Count one batch in."""
@@ -623,10 +634,7 @@ class _Sums:
 
     def _seeing(self, problem: normalize.Problem) -> NDArray[np.intp]:
         """Rows of one head that see keys which are not exact."""
-        reach = np.arange(problem.seqlen_q) + problem.seqlen_k - problem.seqlen_q
-        return (
-            np.flatnonzero(reach >= self.near + self.sinks) if problem.right == 0 else np.arange(len(reach))
-        )
+        return np.flatnonzero(reference.reduced_count(problem) > 0)
 
     def _drawn(self, problem: normalize.Problem) -> NDArray[np.intp]:
         """A sample of these rows, or all."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cudistr import normalize
-from cudistr.normalize import Problem
+from cudistr.normalize import Problem, near_keys
 from cudistr.plan import PROBE_ROWS
 from cudistr.reductions import LSH, Energy, Reduction, projections
 
@@ -301,17 +301,25 @@ def reduced_count(problem: Problem) -> NDArray[np.intp]:
     position = np.arange(problem.seqlen_q) + (problem.seqlen_k - problem.seqlen_q)
     low = 0 if problem.left is None else position - problem.left
     high = problem.seqlen_k - 1 if problem.right is None else position + problem.right
-    first, last = np.maximum(low, problem.sinks), np.minimum(high, problem.seqlen_k - 1)
-    near = np.minimum(last, position + problem.near - 1) - np.maximum(first, position - problem.near + 1) + 1
+    first, last = np.maximum(low, near_keys(problem).sinks), np.minimum(high, problem.seqlen_k - 1)
+    start, stop = _near(np.arange(problem.seqlen_q), problem)
+    near = np.minimum(last, stop - 1) - np.maximum(first, start) + 1
     count: NDArray[np.intp] = np.maximum(last - first + 1, 0) - np.maximum(near, 0)
     return np.broadcast_to(count, problem.seqlen_q)
 
 
+def _near(rows: Any, problem: Problem) -> tuple[Any, Any]:
+    """The first key near each query row that stays exact, and the first one beyond; there may be no such keys."""
+    near = near_keys(problem)
+    first = rows // near.rows * near.rows
+    return (first + near.start) // near.keys * near.keys, -(-(first + near.stop) // near.keys) * near.keys
+
+
 def kept(rows: Any, problem: Problem, xp: Any = np) -> Any:
     """Which keys the reduction leaves exact for the query rows, bool (len(rows), seqlen_k); seen or not."""
-    position = rows[:, None] + (problem.seqlen_k - problem.seqlen_q)
+    start, stop = _near(rows[:, None], problem)
     keys = xp.arange(problem.seqlen_k)[None, :]
-    return (abs(keys - position) < problem.near) | (keys < problem.sinks)
+    return ((keys >= start) & (keys < stop)) | (keys < near_keys(problem).sinks)
 
 
 def _scores(q: Float, k: Float, problem: Problem) -> Float:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cudistr import normalize
+
 # Deadlines are timing assertions in disguise: the first GPU example of a shape compiles its kernel.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("local", **_common)
@@ -70,3 +72,13 @@ def _give_memory_back() -> Iterator[None]:
         import cupy
 
         cupy.get_default_memory_pool().free_all_blocks()
+
+
+@pytest.fixture
+def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Beside a projection whole blocks of keys stay exact, however few there are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(normalize, "EXACT_BLOCK_SEQLEN_K", 1)
+        normalize._problem.cache_clear()
+        yield
+    normalize._problem.cache_clear()

@@ -270,13 +270,20 @@ def seen_pairs(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any =
     return seen
 
 
-def kept_pairs(seqlen_q: int, seqlen_k: int, near: int, sinks: int) -> np.ndarray:
-    """For which query which key stays exact, (seqlen_q, seqlen_k), pair by pair from the definition."""
-    kept = np.zeros((seqlen_q, seqlen_k), bool)
-    for i in range(seqlen_q):
-        for j in range(seqlen_k):
-            kept[i, j] = abs(j - (i + seqlen_k - seqlen_q)) < near or j < sinks
-    return kept
+def kept_pairs(
+    seqlen_q: int, seqlen_k: int, near: int, sinks: int, block: tuple[int, int] = (1, 1)
+) -> np.ndarray:
+    """For which query which key stays exact, (seqlen_q, seqlen_k), pair by pair from the definition.
+
+    A block of so many queries and keys does as a whole, whether or not all of them are there.
+    """
+    rows, keys = (
+        np.arange(-(-n // size) * size) for n, size in zip((seqlen_q, seqlen_k), block, strict=True)
+    )
+    ahead = keys - (rows[:, None] + seqlen_k - seqlen_q)
+    kept = (abs(ahead) < near) | (keys < sinks)
+    blocks = kept.reshape(len(rows) // block[0], block[0], len(keys) // block[1], block[1]).any(axis=(1, 3))
+    return np.repeat(np.repeat(blocks, block[0], axis=0), block[1], axis=1)[:seqlen_q, :seqlen_k]
 
 
 def naive_scores(

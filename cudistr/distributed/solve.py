@@ -54,6 +54,7 @@ def whole(problem: Problem, options: Options, queries: Layout, keys: Layout) -> 
         right=right,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
+        exact_block=(1, 1),  # shares of keys may end within a block
     )
 
 
@@ -72,7 +73,9 @@ def attend(call: Call, q: Any, k: Any, v: Any, options: Options) -> tuple[Any, A
     k, v = (x[:, :, slice(*call.keys)] for x in (k, v))
     reduction = None if call.exact else options.reduction
     problem = normalize.problem(q, k, v, reduction=reduction, scale=options.scale, softcap=options.softcap)
-    problem = dataclasses.replace(problem, left=call.left, right=call.right, near=0, sinks=0)
+    problem = dataclasses.replace(
+        problem, left=call.left, right=call.right, near=0, sinks=0, exact_block=(1, 1)
+    )
     projection = reduction if isinstance(reduction, Projection) and problem.rank is not None else None
     if problem.device is None:
         return reference.solve(q, k, v, problem, projection)

@@ -185,6 +185,10 @@ struct LoopShared<kExact> {
     QueryTile q;
     PlainKeyTile k;
     ValueTile v[kValueStages];
+
+    // The keys that stay exact, where nothing else lies: behind the columns of the first query.
+    DEVICE KeyRange& near() { return *reinterpret_cast<KeyRange*>(&q.at(0, kDepth)); }
+    static_assert((QueryTile::kPitch - kDepth) * sizeof(T) >= sizeof(KeyRange), "a row has a pad");
 };
 union SharedStorage {
     LoopShared<kFusion> loop;
@@ -585,10 +589,15 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         }
     }
     softmax.clear();
+#if RANKED
+    // Found by one thread: the others have no registers for it.
+    if (thread == 0) shared.near() = params.passes.near.of(first_row, params.seqlen_k);
+    __syncthreads();
+#endif
 
     for (int pass = first_pass; pass < end_pass; ++pass) {
 #if RANKED
-        const CutBand band = params.passes.band(pass);
+        const CutBand band = params.passes.band(pass, shared.near());
         const bool reduced = params.passes.reduced(pass);
         if (pass == params.passes.exact) subtract_lacking(params, place, softmax);
         const int columns = reduced ? rank : kDepth;

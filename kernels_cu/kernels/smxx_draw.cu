@@ -29,7 +29,8 @@ struct DrawParams {
     float* factors;         // the same shape: one over the chance of each
     i32* counts;            // (batch, heads): set to zero for smxx_decide.cu
     Bound first, end;            // the keys that a row sees, up to but not including the end
-    Bound near_first, near_end;  // those that stay exact,
+    Bound near_first, near_end;  // those that stay exact, of the first row of a block, before whole blocks of keys are taken,
+    i32 exact_rows, exact_keys;  // of such blocks,
     i32 sinks;                   // and the first of all
     i32 seqlen_q, head_dim;
     i32 heads, shares;  // of all batch entries, and thread blocks of each: 1 or 2
@@ -52,7 +53,10 @@ DEVICE int count(const DrawParams& params, int row) {
     const int end = params.end.of(row);
     if (!KEPT) return end - params.first.of(row);
     const int first = max(params.first.of(row), params.sinks);
-    const int kept = min(end, params.near_end.of(row)) - max(first, params.near_first.of(row));
+    const int block = row / params.exact_rows * params.exact_rows;
+    const int near_first = params.near_first.of(block) / params.exact_keys * params.exact_keys;
+    const int near_end = (params.near_end.of(block) + params.exact_keys - 1) / params.exact_keys * params.exact_keys;
+    const int kept = min(end, near_end) - max(first, near_first);
     return max(0, end - first) - max(0, kept);
 }
 

@@ -39,8 +39,8 @@ struct ProbeParams {
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
     i64 band_low, band_high;
-    i64 near_low, near_high;  // the keys that stay exact, from query + near_low to query + near_high,
-    i32 sinks;                // and the first of all
+    ExactBlocks near;  // the keys that stay exact,
+    i32 sinks;         // and the first of all
     i32 heads, heads_per_kv, seqlen_q, seqlen_k;
     i32 columns, splits;
     float scale;
@@ -183,7 +183,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) smxx_probe(const 
         const int row = params.rows[batch_head * kDrawn + group * ROWS + thread];
         shared.seen[thread] = span_of(band, row);
 #if KEPT
-        shared.near[thread] = span_of({params.near_low, params.near_high, params.seqlen_k}, row);
+        const KeyRange near = params.near.of(row, params.seqlen_k);
+        shared.near[thread] = {near.first, near.end - 1};
 #endif
     }
     if (thread < kRowWarps * kWarpSize) {

@@ -39,16 +39,48 @@ struct CutBand {
     DEVICE int highest(int bound, int first_key) const { return min(bound, end - first_key - 1); }
 };
 
+// Keys from the first up to but not including the end; none if there is nothing between them.
+struct KeyRange {
+    i32 first, end;
+};
+
+// Keys that stay exact, whole blocks of them, for a block of queries: those from start to stop, counted from the first of
+// these queries, and what is left of the blocks of keys that they begin and end in.
+struct ExactBlocks {
+    i64 start, stop;
+    i32 rows, keys;  // of a block
+
+    // Those of a query's block, none of them before key 0. Bounds beyond the last key may be brought nearer.
+    DEVICE KeyRange of(int query, int seqlen_k) const {
+        const i64 block = query / rows * rows;
+        const int from = static_cast<int>(max(i64(0), min(i64(seqlen_k), block + start)));
+        const int to = static_cast<int>(max(i64(0), min(i64(seqlen_k), block + stop)));
+        return {from / keys * keys, (to + keys - 1) / keys * keys};
+    }
+};
+
 // The passes over their keys that the queries of a head make, one after another, if heads differ in the columns of Q and K
 // that count, and some keys may stay exact. A head that is reduced makes the first count of them, of which the first exact
 // ones multiply Q and K themselves; a head that is whole makes kWhole alone. No query sees a key in two passes.
 struct Passes {
     static constexpr int kWhole = 5;
+    enum Part { kAll, kBefore, kNear, kAfter };  // of the keys, as the exact blocks of a tile of queries divide them
     i64 low[kWhole + 1], high[kWhole + 1];
+    ExactBlocks near;  // a block has whole tiles of queries, if a pass is of a part
     i32 first[kWhole + 1], end[kWhole + 1];
+    i32 part[kWhole + 1];
     i32 exact, count;
 
-    DEVICE CutBand band(int pass) const { return {low[pass], high[pass], first[pass], end[pass]}; }
+    // What the queries of a block see.
+    DEVICE CutBand band(int pass, const KeyRange& exact) const {
+        CutBand band = {low[pass], high[pass], first[pass], end[pass]};
+        const int own = part[pass];
+        if (own == kNear) band.first = max(band.first, exact.first);
+        if (own == kAfter) band.first = max(band.first, exact.end);
+        if (own == kBefore) band.end = min(band.end, exact.first);
+        if (own == kNear) band.end = min(band.end, exact.end);
+        return band;
+    }
     // Of a head that is whole, or not: the first pass, the one after the last, and whether the last is reduced.
     DEVICE int begin(bool whole) const { return whole ? kWhole : 0; }
     DEVICE int after(bool whole) const { return whole ? kWhole + 1 : count; }

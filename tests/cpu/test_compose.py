@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import cudistr
 from cudistr import compose, normalize, reference
+from cudistr import plan as planner
 from tests.strategies import (
     cases,
     expanded,
@@ -75,10 +76,56 @@ def test_parts_see_every_visible_key_once(seqlen_q, seqlen_k, mask, near, sinks)
     assert len(parts) <= (3 if mask.get("causal") else 5)
 
 
-@given(lengths, lengths, masks, counts, counts)
-def test_reduced_keys_are_counted(seqlen_q, seqlen_k, mask, near, sinks):
+blocks = st.sampled_from([(1, 1), (4, 4), (4, 6), (12, 4), (128, 192)])
+
+
+def in_blocks(seqlen_q, seqlen_k, mask, near, sinks, block):
+    """A problem of which whole blocks stay exact."""
     q, k = np.zeros((1, 1, seqlen_q, 16), "f4"), np.zeros((1, 1, seqlen_k, 16), "f4")
     problem = normalize.problem(q, k, k, reduction=cudistr.LSH(2, near=near, sinks=sinks), **mask)
+    return dataclasses.replace(problem, exact_block=block)
+
+
+def seen_in_pass(one: planner.Pass, problem: normalize.Problem) -> np.ndarray:
+    """Which keys queries see in a pass."""
+    seen = np.zeros((problem.seqlen_q, problem.seqlen_k), bool)
+    rows = problem.exact_block[0]
+    near = kept_pairs(problem.seqlen_q, problem.seqlen_k, problem.near, 0, problem.exact_block)
+    for i, j in np.ndindex(seen.shape):
+        middle = i // rows * rows + rows // 2 + problem.seqlen_k - problem.seqlen_q
+        side = planner.NEAR if near[i, j] else planner.BEFORE if j < middle else planner.AFTER
+        ahead = j - (i + problem.seqlen_k - problem.seqlen_q)
+        seen[i, j] = one.first <= j < one.last and one.low <= ahead <= one.high and one.part in (0, side)
+    return seen
+
+
+@given(lengths, lengths, masks, counts, counts, blocks)
+def test_passes_see_every_visible_key_once(seqlen_q, seqlen_k, mask, near, sinks, block):
+    problem = in_blocks(seqlen_q, seqlen_k, mask, near, sinks, block)
+    seen = seen_pairs(seqlen_q, seqlen_k, mask.get("causal", False), mask.get("window"))
+    kept = kept_pairs(seqlen_q, seqlen_k, near, sinks, block)
+    total = np.zeros((2, seqlen_q, seqlen_k), int)
+    found = planner.passes(problem)
+    for one in found:
+        own = seen_in_pass(one, problem)
+        assert own.any()
+        total[int(one.reduced)] += own
+    np.testing.assert_array_equal(total[0], seen & kept)
+    np.testing.assert_array_equal(total[1], seen & ~kept)
+    assert len(found) <= (3 if mask.get("causal") else planner.MAX_PASSES)
+
+
+@given(lengths, lengths, masks, counts, counts, blocks)
+def test_blocks_stay_exact_as_a_whole(seqlen_q, seqlen_k, mask, near, sinks, block):
+    problem = in_blocks(seqlen_q, seqlen_k, mask, near, sinks, block)
+    found = reference.kept(np.arange(seqlen_q), problem)
+    np.testing.assert_array_equal(found, kept_pairs(seqlen_q, seqlen_k, near, sinks, block))
+    assert (found | ~kept_pairs(seqlen_q, seqlen_k, near, sinks)).all()
+
+
+@given(lengths, lengths, masks, counts, counts, blocks)
+def test_reduced_keys_are_counted(seqlen_q, seqlen_k, mask, near, sinks, block):
+    problem = in_blocks(seqlen_q, seqlen_k, mask, near, sinks, block)
     rows = np.arange(seqlen_q)
     seen = reference.visible(rows, problem) & ~reference.kept(rows, problem)
     np.testing.assert_array_equal(reference.reduced_count(problem), seen.sum(axis=1))

@@ -166,6 +166,17 @@ def test_projection():
     check(2, q, k, v, layout, parallel="heads", reduction=projection, causal=True, tolerance=0.9)
 
 
+def test_exact_keys_of_a_ring_are_no_whole_blocks(request):
+    q, k, v = arrays((400, 400), heads=2, heads_kv=2, head_dim=32)
+    projection = cudistr.Projection.fit(q, k, rank=16).with_near(20, sinks=3)
+    options = {"reduction": projection, "causal": True}
+    expected = cudistr.attention(q, k, v, **options)
+    request.getfixturevalue("whole_blocks")
+    assert not np.allclose(cudistr.attention(q, k, v, **options), expected, rtol=1e-3)
+    found, *_ = over_ranks(2, q, k, v, Layout.split(400, 2), **options)
+    np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("parallel", "reduction"),
     [

@@ -45,6 +45,13 @@ def arguments(kind, dtype, lengths=(150, 170)):
     return given, options | ({"tolerance": 0.99} if "tolerance" in reduction else {})
 
 
+def test_blocks_of_exact_keys_are_told(whole_blocks):
+    given, options = arguments("projection, near", np.float16)
+    assert "whole blocks of 384 queries and 128 keys" in str(cudistr.attention_plan(*given, **options))
+    given, options = arguments("projection", np.float16)
+    assert "blocks of" not in str(cudistr.attention_plan(*given, **options)).splitlines()[0]
+
+
 @pytest.mark.parametrize("kind", REDUCTIONS)
 @pytest.mark.parametrize("family", ["portable", "hopper"])
 def test_kernels_are_those_that_run(kind, family, monkeypatch):

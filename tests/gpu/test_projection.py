@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cudistr
+from cudistr import normalize
 from tests.gpu.util import check_kernel, cp, inputs, of_ranks, on_device, rising, same_bits, splits
 from tests.strategies import DTYPES, LAYOUTS
 
@@ -125,6 +126,35 @@ def test_ranks_of_heads(dtype, family, head_dim, ranks, near, options, monkeypat
         )
     )
     check_kernel(q, k, v, reduction=of_ranks(q, k, *ranks).with_near(near, sinks=near // 4), **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "family", "dims", "ranks", "lengths"),
+    [
+        ("float16", "portable", (64, 64), (32, 32), (500, 1100)),
+        ("bfloat16", "portable", (128, 128), (16, 128), (300, 900)),
+        ("float32", "portable", (40, 40), (0, 16), (450, 700)),
+        ("float16", "portable", (64, 256), (16, 48), (300, 600)),
+        ("float16", "hopper", (64, 64), (32, 32), (500, 1100)),
+        ("bfloat16", "hopper", (64, 64), (16, 64), (900, 900)),
+        ("bfloat16", "hopper", (128, 128), (64, 64), (300, 900)),
+        ("float16", "hopper", (128, 96), (0, 128), (400, 700)),
+        ("bfloat16", "hopper", (128, 256), (64, 64), (300, 700)),
+        ("float16", "hopper", (128, 128), (16, 48), (700, 300)),  # rows before the first key
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (330, 190)}], ids=str)
+@pytest.mark.parametrize(("near", "sinks"), [(90, 70), (1, 0), (0, 9)], ids=str)
+def test_whole_blocks_of_exact_keys(
+    dtype, family, dims, ranks, lengths, options, near, sinks, monkeypatch, whole_blocks
+):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    shape = {"batch": 1, "heads": 2, "heads_kv": 2, "lengths": lengths}
+    q, k, v = shifted(*inputs(62, DTYPES[dtype], **shape, head_dim=dims[0], head_dim_v=dims[1]))
+    projection = of_ranks(q, k, *ranks).with_near(near, sinks=sinks)
+    assert normalize.problem(q, k, v, reduction=projection, **options).exact_block != (1, 1)
+    check_kernel(q, k, v, reduction=projection, **options)
 
 
 @pytest.mark.parametrize(

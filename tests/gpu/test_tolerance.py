@@ -75,6 +75,30 @@ def test_rows_are_drawn_as_the_host_draws_them(lengths, options, kept, monkeypat
         np.testing.assert_allclose(factors[0, head, same], like[same], rtol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [(200, 600), (600, 600), (900, 700)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (330, 190)}], ids=str)
+@pytest.mark.parametrize("kept", [(20, 9), (0, 9), (1, 0)], ids=str)
+@pytest.mark.parametrize("head_dim_v", [32, 96])
+def test_decisions_beside_whole_blocks(lengths, options, kept, head_dim_v, monkeypatch, whole_blocks):
+    generator = np.random.default_rng(10)
+    sizes = zip((lengths[0], *lengths[1:] * 2), (32, 32, head_dim_v), strict=True)
+    q, k, v = (generator.standard_normal((1, 2, n, d), np.float32) for n, d in sizes)
+    q *= generator.exponential(size=(1, 2, lengths[0], 1)).astype(np.float32)
+    projection = Projection.fit(q, k, rank=16).with_near(kept[0], sinks=kept[1])
+    problem = normalize.problem(q, k, v, reduction=projection, **options)
+    assert problem.exact_block != (1, 1)
+    _, wanted = reference.decide(q, k, v, problem, projection, 0.9)
+    given = [on_device(x) for x in (q, k, v)]
+    problem = normalize.problem(*given, reduction=projection, **options)
+    _, _, _, errors = compose.within(problem, projection, *given, None, False, None, 0.9)
+    np.testing.assert_allclose(cp.asnumpy(errors), wanted, rtol=0.03, atol=1e-4)
+    made = launch.project(problem, *given[:2], projection.factors(q.dtype, 0), True, sketched=True)
+    rows, _ = drawn(problem, projection, given, made, monkeypatch)
+    for head, residual in enumerate(cp.asnumpy(made.residual)[0]):
+        expected, _ = reference.draw(residual.astype(np.float64), problem)
+        assert (rows[0, head] == expected).mean() >= 0.95
+
+
 @pytest.mark.parametrize("worse", [(2,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("kept", [(0, 0), (20, 9)], ids=str)
 def test_heads_that_are_not_looked_at(worse, kept):
