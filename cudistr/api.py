@@ -116,7 +116,7 @@ def attention(
     With ``tolerance``, rows of a head are drawn uniformly, by one over the number of keys that they see and that do not
     stay exact, and by how much of the query the projection misses. The squared error is estimated from them by the
     ratio of weighted sums, and four standard errors of its logarithm are added before it is held against the tolerance.
-    If the projection was fitted with v, so is one row twice as bad as the worst of the calibration data
+    If the projection was fitted with v, so is one row three times as bad as the worst of the calibration data
     (``row_errors``), since a query that attends to one far key by what the projection misses is rare, and no rule
     favours it; and no head is taken to be better than it was on that data (``output_errors``), so that one that was
     worse than the tolerance there is exact without a sample. The decision is made on the device, without
