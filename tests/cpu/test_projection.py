@@ -481,7 +481,9 @@ def test_row_errors_are_those_of_the_worst_row(causal, near):
             worst = np.maximum(worst, relative.reshape(2, 2, 2).max(axis=(0, 2)))
         np.testing.assert_allclose(projection.row_errors[:, i] ** 2, worst, rtol=5e-3)
         known = projection.known()
-        np.testing.assert_allclose(known[:, 1], np.repeat(9 * worst, 2), rtol=5e-3)  # of a row three times as bad
+        np.testing.assert_allclose(
+            known[:, 1], np.repeat(9 * worst, 2), rtol=5e-3
+        )  # of a row three times as bad
         np.testing.assert_allclose(known[:, 0], np.repeat(projection.output_errors[:, i] ** 2, 2), rtol=1e-6)
 
 

@@ -567,6 +567,32 @@ FAULTS |= {
     "a sample without the first keys": Fault(PROBE, "key < params.sinks || ", "", "Not equal", KEPT_WITHIN),
 }  # fmt: skip
 
+# Whole blocks of keys that stay exact: of 384 queries and 128 keys.
+MASK = "tile/mask.cuh"
+BLOCKS = {**RANKED, "kept": (90, 9), "blocks": True}
+BLOCKS_WITHIN = {**WITHIN, "kept": (90, 9), "blocks": True}
+FAULTS |= {
+    "exact keys that end within a block": Fault(
+        MASK, "(to + keys - 1) / keys", "to / keys", WRONG, BLOCKS, lengths=(900, 900)
+    ),
+    "exact keys of each tile of queries": Fault(
+        MASK, "query / rows * rows;", "query;", WRONG, BLOCKS, lengths=(900, 900)
+    ),
+    "keys behind the exact ones seen twice": Fault(
+        MASK, "if (own == kAfter) band.first", "if (false) band.first", WRONG, BLOCKS, lengths=(900, 900)
+    ),
+    "exact keys that not all threads know yet": Fault(
+        FLASH, f"params.seqlen_k);\n    {BARRIER}", "params.seqlen_k);", f"{RACE}|nothing wrote", BLOCKS, lengths=(900, 900)
+    ),
+    "a sample whose exact keys end within a block": Fault(
+        PROBE, "near.end - 1};", "near.end - 50};", "Not equal", BLOCKS_WITHIN, lengths=(900, 900)
+    ),
+    "rows drawn by exact keys of their own": Fault(
+        "kernels/smxx_draw.cu", "row / params.exact_rows * params.exact_rows;", "row;", "Not equal", BLOCKS_WITHIN,
+        lengths=(900, 900),
+    ),
+}  # fmt: skip
+
 # Hopper: what works beside the threads, and what orders it.
 ON_HOPPER = {
     # Barriers
@@ -986,6 +1012,9 @@ ON_HOPPER |= {
         "no thread of block .* can go on",
         lengths=(1200, 100),
     ),
+    "exact keys of the first tile of queries": Fault(
+        HOPPER, "near.of(first_row,", "near.of(0,", WRONG, BLOCKS, lengths=(900, 900)
+    ),
     "a last product with values that is not waited for": Fault(
         HOPPER,
         "wgmma_wait<0>();\n        wgmma_pin(output[0]);\n    }",
@@ -1021,6 +1050,8 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict(fault.options)
     monkeypatch.setattr(Settings, "multiprocessors", options.pop("multiprocessors", Settings.multiprocessors))
     ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))
+    if options.pop("blocks", False):
+        monkeypatch.setattr(normalize, "EXACT_BLOCK_SEQLEN_K", 1)  # no other call here has these lengths
     q, k, v = util.inputs(
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
         head_dim=options.pop("head_dim", 128 if ranks and max(ranks) > 64 else 64),

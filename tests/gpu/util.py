@@ -12,9 +12,9 @@ from unittest import mock
 import numpy as np
 
 import cudistr
-from cudistr import launch, reference
+from cudistr import launch, normalize, reference
 from cudistr import plan as planner
-from tests.strategies import BFLOAT16, LAYOUTS
+from tests.strategies import BFLOAT16, LAYOUTS, kept_pairs
 
 try:
     import cupy as cp
@@ -71,14 +71,6 @@ def mask(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None)
     if right is not None:
         seen = seen & (ahead <= right)
     return seen
-
-
-def kept_mask(
-    seqlen_q: int, seqlen_k: int, reduction: cudistr.LSH | cudistr.Energy | cudistr.Projection
-) -> np.ndarray:
-    """For which query which key stays exact, (seqlen_q, seqlen_k)."""
-    ahead = np.arange(seqlen_k)[None, :] - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
-    return (np.abs(ahead) < reduction.near) | (np.arange(seqlen_k) < reduction.sinks)
 
 
 def rising(q: np.ndarray, k: np.ndarray, rise: float) -> None:
@@ -152,7 +144,8 @@ def baseline(
         qhat = rounded(xp.matmul(queries, a), dtype, xp)
         khat = rounded(xp.matmul(keys - mean[:, None], b), dtype, xp)
         shift = xp.matmul(queries, mean[:, :, None])
-        kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
+        block = normalize.exact_block(q.shape[2], k.shape[2], v.shape[3])
+        kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks, block))
         exact = xp.matmul(queries, keys.swapaxes(2, 3))
         scores = xp.where(kept, exact, xp.matmul(qhat, khat.swapaxes(2, 3)) + shift)
     elif reduction is None or getattr(reduction, "group_size", 0) == 1:
@@ -161,7 +154,7 @@ def baseline(
         permutations, means = map(xp.asarray, reference.solve_columns(q, reduction, k))
         means = rounded(means, dtype, xp) if copied else means
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
-        kept = xp.asarray(kept_mask(q.shape[2], k.shape[2], reduction))
+        kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks))
         for n in range(permutations.shape[2]):
             rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
             columns = permutations[:, :, n, None, :].astype(np.int64)
@@ -182,7 +175,7 @@ def baseline(
         permutations, numbers = reference.solve_columns(q, reduction, k if reduction.by_keys else None)
         permutations = xp.asarray(permutations.astype(np.int64))
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
-        kept = kept_mask(q.shape[2], k.shape[2], reduction)
+        kept = kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks)
         for n in range(permutations.shape[2]):
             rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
             columns = permutations[:, :, n, None, :]
@@ -248,6 +241,9 @@ def allowed(base: np.ndarray, exact: np.ndarray, roundoff: float) -> Allowed:
 def compare(out: Any, exact: np.ndarray, base: np.ndarray, what: str = "out") -> None:
     """Assert that a kernel's result is about as close to the float64 one as the baseline is."""
     limit = allowed(base, exact, ROUNDOFF[np.dtype(out.dtype)])
+    assert limit.relative < 0.1, (
+        f"{what}: the baseline has more than rounding errors, {limit.relative / 2:.3g}"
+    )
     error = cp.asnumpy(out).astype(np.float64) - exact
     largest, norm = np.abs(error).max(), np.linalg.norm(exact)  # NaN fails the comparisons below
     relative = np.linalg.norm(error) / norm if norm else 0.0
