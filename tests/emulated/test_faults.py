@@ -270,7 +270,8 @@ FAULTS = {
         "tile/mask.cuh", "return min(bound, seqlen_k - first_key - 1);", "return bound;", WRONG
     ),
     "the wrong key head": Fault(
-        FLASH, "place.head / params.heads_per_kv;\n    const T* k", "place.head;\n    const T* k", "cp.async of 16 bytes outside"
+        FLASH, "place.head / params.heads_per_kv;\n    const T* k", "place.head;\n    const T* k",
+        "cp.async of (16 bytes outside|an array .* writes in this launch)",  # by what lies behind k
     ),
     "the rows of the output one too far": Fault(
         FLASH, "(first_row + row) * params.out_row;", "(first_row + row + 1) * params.out_row;", "(outside|wrote too)"

@@ -14,6 +14,7 @@ import numpy as np
 import cudistr
 from cudistr import launch, normalize, reference
 from cudistr import plan as planner
+from cudistr.projection import ROW_MARGIN
 from tests.strategies import BFLOAT16, LAYOUTS, kept_pairs
 
 try:
@@ -400,4 +401,4 @@ def with_errors(projection: cudistr.Projection) -> cudistr.Projection:
     allowed = len(range(0, projection.head_dim, 16)) + 1
     errors = np.arange(1.0, projection.heads_kv * allowed + 1).reshape(-1, allowed) / 100
     errors[0] += 8.0
-    return dataclasses.replace(projection, output_errors=errors, row_errors=(9 - errors) / 2)
+    return dataclasses.replace(projection, output_errors=errors, row_errors=(9 - errors) / ROW_MARGIN)
