@@ -242,9 +242,6 @@ def allowed(base: np.ndarray, exact: np.ndarray, roundoff: float) -> Allowed:
 def compare(out: Any, exact: np.ndarray, base: np.ndarray, what: str = "out") -> None:
     """Assert that a kernel's result is about as close to the float64 one as the baseline is."""
     limit = allowed(base, exact, ROUNDOFF[np.dtype(out.dtype)])
-    assert limit.relative < 0.1, (
-        f"{what}: the baseline has more than rounding errors, {limit.relative / 2:.3g}"
-    )
     error = cp.asnumpy(out).astype(np.float64) - exact
     largest, norm = np.abs(error).max(), np.linalg.norm(exact)  # NaN fails the comparisons below
     relative = np.linalg.norm(error) / norm if norm else 0.0
