@@ -32,7 +32,7 @@ __all__ = [
     "check_sample",
     "check_tolerance",
     "exact",
-    "exact_block",
+    "keeping",
     "near_keys",
     "problem",
 ]
@@ -43,6 +43,11 @@ MAX_SEQLEN = (
 )  # positions are 32-bit inside a kernel; the margin keeps sums with a tile from wrapping
 FAMILIES = ("portable", "hopper")  # of attention kernels
 MAX_SHARDS = 32  # pointers that the merge kernel takes in its parameter block
+
+SMALL_SEQLEN_Q = (
+    64  # up to here a 128-row tile would be half empty; heads may share one, and no keys come in blocks
+)
+EXACT_BLOCK_SEQLEN_K = 4096  # from so many keys on blocks of exact ones are a small part of them
 
 _DTYPES = {
     np.dtype(np.float16): "float16",
@@ -158,20 +163,18 @@ def exact(problem: Problem) -> Problem:
     return dataclasses.replace(problem, reduction=None, rank=None, **changes)
 
 
-EXACT_BLOCK_SEQLEN_Q = 64  # up to so many queries are one short tile
-EXACT_BLOCK_SEQLEN_K = 4096  # from so many keys on blocks are a small part of them
+def keeping(problem: Problem, near: int, sinks: int) -> Problem:
+    """The problem of a projection with so many exact keys: to the key, or whole blocks of them where that is faster.
 
-
-def exact_block(seqlen_q: int, seqlen_k: int, head_dim_v: int) -> tuple[int, int]:
-    """Queries and keys of the blocks that stay exact as a whole beside a projection.
-
-    Whole tiles of the Hopper kernel, so that none has to be multiplied both ways, and no pass over the keys ends
-    within one. Queries: two of its tiles, or three of the portable kernel's, for up to 64 columns of V; one for more.
-    Keys: of its longest tiles.
+    Blocks are whole tiles of queries of both kernels, and of the longest tiles of keys of the Hopper kernel, so that no
+    tile has to be multiplied both ways, and no pass over the keys ends within one. Queries: two tiles of the Hopper
+    kernel, or three of the portable one, for up to 64 columns of V; one for more.
     """
-    if seqlen_q <= EXACT_BLOCK_SEQLEN_Q or seqlen_k < EXACT_BLOCK_SEQLEN_K:
-        return 1, 1
-    return (384, 128) if head_dim_v <= 64 else (128, 192) if head_dim_v <= 128 else (128, 128)
+    block = 1, 1
+    if (near or sinks) and problem.seqlen_q > SMALL_SEQLEN_Q and problem.seqlen_k >= EXACT_BLOCK_SEQLEN_K:
+        columns = problem.head_dim_v
+        block = (384, 128) if columns <= 64 else (128, 192) if columns <= 128 else (128, 128)
+    return dataclasses.replace(problem, near=near, sinks=sinks, exact_block=block)
 
 
 class NearKeys(NamedTuple):
@@ -571,7 +574,7 @@ def _problem(
     strides = [
         row_strides(s, b, itemsize) for s, b in ((q_shape, q_bytes), (k_shape, k_bytes), (v_shape, v_bytes))
     ]
-    return Problem(
+    found = Problem(
         batch=batch,
         heads=heads,
         heads_kv=heads_kv,
@@ -594,12 +597,10 @@ def _problem(
         family=family,
         near=min(near, span),
         sinks=min(sinks, seqlen_k),
-        exact_block=exact_block(seqlen_q, seqlen_k, head_dim_v)
-        if rank is not None and (near or sinks)
-        else (1, 1),
         restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )
+    return found if rank is None else keeping(found, found.near, found.sinks)
 
 
 def _check_steps(name: str, shape: tuple[int, ...], steps: tuple[int, ...], itemsize: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cudistr.errors import UnsupportedDeviceError
-from cudistr.normalize import Problem, exact, near_keys
+from cudistr.normalize import SMALL_SEQLEN_Q, Problem, exact, near_keys
 from cudistr.reductions import BLOCK_Q_DEFAULT, LSH, Energy
 
 __all__ = [
@@ -273,6 +273,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 MAX_PASSES = 5  # that a head makes: Passes in kernels_cu/tile/mask.cuh
+ALL, BEFORE, NEAR, AFTER = range(4)  # parts of the keys: Passes::Part there
 
 
 @dataclass(frozen=True)
@@ -288,10 +289,7 @@ class Pass:
     last: int
     low: int
     high: int
-    part: int = 0  # Passes::Part
-
-
-BEFORE, NEAR, AFTER = 1, 2, 3
+    part: int = ALL
 
 
 @functools.lru_cache(maxsize=1024)
@@ -319,7 +317,7 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
     position = keys - problem.seqlen_q  # of the first query; the last one sits at the last key
     if problem.exact_block != (1, 1):
         sinks = near_keys(problem).sinks
-        parts = (BEFORE, AFTER) if near else (0,)
+        parts = (BEFORE, AFTER) if near else (ALL,)
         wanted = [Pass(False, 0, sinks, low, high, part) for part in parts]
         wanted += [Pass(False, 0, keys, low, high, NEAR)] if near else []
         wanted += [Pass(True, sinks, keys, low, high, part) for part in parts]
@@ -334,8 +332,9 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
 def _any_block_sees(problem: Problem, own: Pass, position: int) -> bool:
     """Whether a query sees a key in a pass over a part of the keys."""
     near = near_keys(problem)
-    row = np.arange(0, problem.seqlen_q, near.rows if own.part else problem.seqlen_q)
-    last_row = np.minimum(row + near.rows if own.part else problem.seqlen_q, problem.seqlen_q) - 1
+    rows = problem.seqlen_q if own.part == ALL else near.rows
+    row = np.arange(0, problem.seqlen_q, rows)
+    last_row = np.minimum(row + rows, problem.seqlen_q) - 1
     start = (row + near.start) // near.keys * near.keys
     stop = -(-(row + near.stop) // near.keys) * near.keys
     first = np.maximum(own.first, {NEAR: start, AFTER: stop}.get(own.part, 0))
@@ -343,9 +342,6 @@ def _any_block_sees(problem: Problem, own: Pass, position: int) -> bool:
     # Rows of a block from which on its last key is seen, and up to which its first one is.
     sees = np.maximum(row, first - own.high - position) <= np.minimum(last_row, end - 1 - own.low - position)
     return bool(((first < end) & sees).any())
-
-
-SMALL_SEQLEN_Q = 64  # up to here a 128-row tile would be half empty
 
 
 def _group(problem: Problem) -> int:

@@ -589,10 +589,7 @@ class _Sums:
     def problem(self, q: Any, k: Any, v: Any) -> normalize.Problem:
         """The checked call of one batch, its exact keys included."""
         problem = normalize.problem(q, k, k if v is None else v, causal=self.causal, scale=self.scale)
-        if not (self.near or self.sinks):
-            return problem
-        block = normalize.exact_block(problem.seqlen_q, problem.seqlen_k, problem.head_dim_v)
-        return dataclasses.replace(problem, near=self.near, sinks=self.sinks, exact_block=block)
+        return normalize.keeping(problem, self.near, self.sinks)
 
     def add(self, q: Any, k: Any, v: Any) -> None:
         """Count one batch in."""

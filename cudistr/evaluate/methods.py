@@ -171,9 +171,12 @@ def mean_dim(
         reduced = float(np.mean(reduction.ranks if ranks is None else ranks))
     else:
         return None
-    rows = np.zeros((1, 1, seqlen, 8), np.float32)
+    rows = np.zeros((1, 1, seqlen, head_dim), np.float32)
     problem = normalize.problem(rows, rows, rows, causal=causal)
-    problem = dataclasses.replace(problem, near=reduction.near, sinks=reduction.sinks)
+    if isinstance(reduction, cudistr.Projection):
+        problem = normalize.keeping(problem, reduction.near, reduction.sinks)
+    else:
+        problem = dataclasses.replace(problem, near=reduction.near, sinks=reduction.sinks)
     every = np.arange(seqlen)
     seen = reference.visible(every, problem)
     exact = float((seen & reference.kept(every, problem)).sum() / seen.sum())
@@ -228,7 +231,7 @@ def _on_cpu(
         of_keys = k if reduction.by_keys else None
         normalize.check_group(q, reduction, of_keys)
         orders, numbers = reference.solve_columns(q, reduction, of_keys)
-    near, sinks = getattr(reduction, "near", 0), getattr(reduction, "sinks", 0)
+    problem = normalize.problem(q, k, v, reduction=reduction, causal=causal)
     rows_per_block = ROWS if orders is None else reduction.rows_per_block
     for h in range(heads):
         kv = h * k.shape[1] // heads
@@ -258,20 +261,16 @@ def _on_cpu(
                         copied = np.empty_like(block)
                         copied[:, order] = np.repeat(qhat, reduction.group_size, axis=1) * own[0]
                 scores = scale * (qhat @ khat.T)
-                if copied is not None and (near or sinks):
-                    scores += reference.restored(block, copied, keys[sinks:], float(scale))
+                if copied is not None and problem.restore:
+                    scores += reference.restored(block, copied, keys[problem.sinks :], float(scale))
             elif reduced_keys is not None:
                 scores = reduced_queries[start:stop] @ reduced_keys[:last].T + shift[start:stop]
             else:
                 scores = scale * (block @ keys[:last].T)
-            if near or sinks:
-                # Only blocks of keys that hold an exact one: those near the rows, and the first.
-                first, beyond = max(0, start - near + 1), min(last, stop + near - 1)
-                gap = np.arange(first, beyond)[None, :] - np.arange(start, stop)[:, None]
-                exact = scale * (block @ keys[first:beyond].T)
-                scores[:, first:beyond] = np.where(np.abs(gap) < near, exact, scores[:, first:beyond])
-                some = min(sinks, last)
-                scores[:, :some] = scale * (block @ keys[:some].T)
+            if problem.near or problem.sinks:
+                kept = reference.kept(np.arange(start, stop), problem)[:, :last]
+                some = np.flatnonzero(kept.any(axis=0))  # no other keys are multiplied
+                scores[:, some] = np.where(kept[:, some], scale * (block @ keys[some].T), scores[:, some])
             if causal:
                 scores[:, start:][np.triu(np.ones((stop - start,) * 2, bool), 1)] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)

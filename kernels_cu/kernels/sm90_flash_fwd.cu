@@ -381,7 +381,7 @@ DEVICE CutBand band_of(const HopperParams& params, const Place& place, int pass)
 #if RANKED && !COPIED
     return params.passes.band(pass, place.near);
 #else
-    return params.passes.band(pass, {});
+    return params.passes.band(pass);
 #endif
 }
 

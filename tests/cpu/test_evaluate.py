@@ -15,6 +15,7 @@ import cudistr
 from cudistr import cli, evaluate, reference
 from cudistr.demo.measure import Device
 from cudistr.evaluate import EvalError, llama, measure, methods, rivals
+from tests.strategies import kept_pairs
 
 
 def arrays(heads: int, heads_kv: int, seqlen: int, head_dim: int = 32) -> list[np.ndarray]:
@@ -110,6 +111,18 @@ def test_mean_dim_counts_exact_keys() -> None:
     projection = cudistr.Projection.fit(q, k, rank=16).with_near(1)
     found = methods.mean_dim(projection, 64, 4, True, np.array([[64, 16]]))
     assert found == pytest.approx((4 * 64 + 6 * 40) / 10)
+
+
+def test_whole_blocks_of_exact_keys(whole_blocks: None) -> None:
+    q, k, v = arrays(4, 2, 900)
+    (reduction,) = methods.prepare(methods.parse("projection:16,near=9,sinks=3"), [(q, k, v)], [], True, {})
+    found = methods.attend(q, k, v, reduction, True, np)
+    wanted = reference.attention(q, k, v, reduction=reduction, causal=True)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
+    seen = np.tri(900, dtype=bool)
+    kept = kept_pairs(900, 900, 9, 3, (384, 128))
+    dim = np.where(kept, 32, 16)[seen].mean()
+    assert methods.mean_dim(reduction, 32, 900, True) == pytest.approx(dim)
 
 
 # Rivals

@@ -117,6 +117,21 @@ def small_enough(one: Problem) -> bool:
 # The tile
 
 
+@given(problems(reduced=False) | problems(hopper=True), devices)
+def test_blocks_of_exact_keys_have_whole_tiles_of_queries(one: Problem, device: Device) -> None:
+    assume(small_enough(one))
+    strides = (0, 0, 16)
+    one = normalize.keeping(dataclasses.replace(one, ranked=Ranked(16, strides, strides)), 40, 9)
+    kernel, tile = planner.attention_kernel(one, device)
+    rows, keys = one.exact_block
+    assert (rows == 1) == (one.seqlen_q <= 64 or one.seqlen_k < 4096)
+    if rows > 1:
+        assert rows % tile.block_m == 0
+        assert plan(one, device).packed == 1
+        if kernel.specific and max(one.head_dim, one.head_dim_v) <= 128:
+            assert tile.tile_k == keys
+
+
 @given(problems(), devices)
 def test_a_tile_exists_and_fits(one: Problem, device: Device) -> None:
     for kernel, tile in (planner.attention_kernel(one, device), planner.portable_kernel(one, device)):

@@ -145,7 +145,7 @@ def baseline(
         qhat = rounded(xp.matmul(queries, a), dtype, xp)
         khat = rounded(xp.matmul(keys - mean[:, None], b), dtype, xp)
         shift = xp.matmul(queries, mean[:, :, None])
-        block = normalize.exact_block(q.shape[2], k.shape[2], v.shape[3])
+        block = normalize.problem(q, k, v, reduction=reduction).exact_block
         kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks, block))
         exact = xp.matmul(queries, keys.swapaxes(2, 3))
         scores = xp.where(kept, exact, xp.matmul(qhat, khat.swapaxes(2, 3)) + shift)
