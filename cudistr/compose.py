@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cudistr import launch, reference
 from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
-from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, keeps_keys, passes
+from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, passes
 from cudistr.projection import Projection
 from cudistr.reductions import Reduction
 from cudistr.worth import Worth, worth
@@ -49,6 +49,7 @@ def parts(problem: Problem) -> tuple[Part, ...]:
     chosen = passes(problem)
     if not any(x.reduced for x in chosen):
         return (Part(exact(problem), 0, problem.seqlen_k),)
+    assert problem.exact_block == (1, 1), problem  # such calls see keys by how far they are from a query
     return tuple(_part(whole if x.reduced else exact(problem), x) for x in chosen)
 
 
@@ -63,8 +64,13 @@ def _part(problem: Problem, own: Pass) -> Part:
 
 @functools.lru_cache(maxsize=1024)
 def in_one_kernel(problem: Problem, device: Device) -> bool:
-    """Whether exact keys beside a grouping are passes of one kernel, as they are of the Hopper kernel alone."""
-    return keeps_keys(problem) and hopper_kernel(problem, device) is not None
+    """Whether exact keys beside a grouping are passes of one kernel.
+
+    Of more than 128 columns the Hopper kernel has no such passes, but several of its calls are faster than the portable
+    kernel's one.
+    """
+    alone = dataclasses.replace(problem, near=0, sinks=0, exact_block=(1, 1))
+    return hopper_kernel(problem, device) is not None or hopper_kernel(alone, device) is None
 
 
 class Settled(NamedTuple):
@@ -135,14 +141,12 @@ def attention(
         return launch.attention(whole.problem, q, k, v, out, return_lse, stream)
     if copies_queries(problem, launch.device_properties(problem.device)):
         return _copied(problem, q, k, v, out, return_lse, stream)
-    if not kept:
+    if not kept or in_one_kernel(problem, launch.device_properties(problem.device)):
         return launch.attention(problem, q, k, v, out, return_lse, stream)
     chosen = parts(problem)
     if len(chosen) == 1:
         keys, values = (x[:, :, chosen[0].first : chosen[0].last] for x in (k, v))
         return launch.attention(chosen[0].problem, q, keys, values, out, return_lse, stream)
-    if in_one_kernel(problem, launch.device_properties(problem.device)):
-        return launch.attention(problem, q, k, v, out, return_lse, stream)
     with launch.placed(problem.device, stream):
         results = []
         for part in chosen:

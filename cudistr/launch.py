@@ -94,14 +94,12 @@ _EVERY_ATTENTION = (
 _ATTENTION = _parameters(("q k v out lse partial permutation", "u8"), *_EVERY_ATTENTION)
 _WEIGHTED = _parameters(("q k v out lse partial permutation weights shares", "u8"), *_EVERY_ATTENTION)
 _HALF = _parameters(("q k v out lse partial permutation wide", "u8"), *_EVERY_ATTENTION)
-_KEPT = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
+_BY_ENERGY = _parameters(("q k v out lse partial permutation weights", "u8"), *_EVERY_ATTENTION)
 _PASSES = range(MAX_PASSES + 1)
 _BANDS = (" ".join(f"pass_{bound}{i}" for bound in ("low", "high") for i in _PASSES), "i8")
 _NEAR = (("near_start near_stop", "i8"), ("exact_rows exact_keys", "i4"))
 _ENDS = (" ".join(f"pass_{bound}{i}" for bound in ("first", "end", "part") for i in _PASSES), "i4")
-_RANKED = _parameters(
-    ("q k v out lse partial permutation qhat khat ranks shift", "u8"),
-    ("qhat_batch qhat_head qhat_row khat_batch khat_head khat_row", "i8"),
+_EVERY_PASSES = (
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
     _BANDS,
     *_NEAR,
@@ -112,6 +110,21 @@ _RANKED = _parameters(
     ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
+_RANKED = _parameters(
+    ("q k v out lse partial permutation qhat khat ranks shift", "u8"),
+    ("qhat_batch qhat_head qhat_row khat_batch khat_head khat_row", "i8"),
+    *_EVERY_PASSES,
+)
+
+
+@functools.cache
+def _beside_exact_keys(plain: np.dtype[Any]) -> np.dtype[Any]:
+    """The parameters of a kernel of groups, or of columns kept by energy, where some keys stay exact."""
+    names = plain.names or ()
+    pointers = " ".join((*names[: names.index("q_batch")], "exact_k", "shift"))
+    return _parameters((pointers, "u8"), ("exact_k_batch exact_k_head exact_k_row", "i8"), *_EVERY_PASSES)
+
+
 _HOPPER_END = (
     (
         "heads heads_per_kv seqlen_q seqlen_k row_blocks tiles turns all_heads section shared_first shared_tiles "
@@ -320,12 +333,21 @@ class _Columns(NamedTuple):
         return [more + sum(self.number_bytes[:i]) for i in range(len(self.number_bytes))]
 
     def __call__(
-        self, q: int, k: int, transposed: int, permutation: int, more: int, shift: int = 0, wide: int = 0
+        self,
+        q: int,
+        k: int,
+        far: int,
+        transposed: int,
+        permutation: int,
+        more: int,
+        shift: int = 0,
+        wide: int = 0,
     ) -> None:
         """Run on addresses; ``more`` is where numbers, and sums over K behind them, have their place.
 
-        ``shift``, if not 0, is where goes what the reduction leaves out of the lse; ``wide``, where K comes in float16,
-        is where it is told that it cannot.
+        ``far`` is where the keys begin that columns go by: behind those that stay exact. ``shift``, if not 0, is where
+        goes what the reduction leaves out of the lse; ``wide``, where K comes in float16, is where it is told that it
+        cannot.
         """
         if self.order is not None:
             vectors = 0 if self.vectors is None else self.vectors.data.ptr
@@ -339,8 +361,8 @@ class _Columns(NamedTuple):
             return
         sums = more + sum(self.number_bytes)
         if self.key_energy.blocks:  # none without keys
-            self.key_energy(k, sums)
-        self.weights(q, k, sums, permutation, *self.numbers(more), shift)
+            self.key_energy(far, sums)
+        self.weights(q, far, sums, permutation, *self.numbers(more), shift)
 
 
 class _Recipe(NamedTuple):
@@ -586,7 +608,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             problem.q_strides,
             reduction,
             problem.device,
-            own | {"heads_per_kv": problem.heads // problem.heads_kv, "scale": problem.scale},
+            own
+            | {
+                "heads_per_kv": problem.heads // problem.heads_kv,
+                "seqlen_k": problem.seqlen_k - problem.sinks,
+                "scale": problem.scale,
+            },
         )
         permutation_bytes, more_bytes = columns.permutation_bytes, columns.more_bytes
     ranked, kept = problem.ranked, keeps_keys(problem)
@@ -597,9 +624,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             values |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), strides, strict=True))
     parameters, maps = _ATTENTION if ranked is None else _RANKED, None
     if reduction is not None and reduction.by_keys:
-        parameters = _KEPT if isinstance(reduction, Energy) else _WEIGHTED
+        parameters = _BY_ENERGY if isinstance(reduction, Energy) else _WEIGHTED
     if chosen.again is not None:
         parameters = _HALF
+    if kept and not chosen.attention.specific:
+        parameters = _beside_exact_keys(parameters)
+        values |= {f"exact_{name}": stride for name, stride in keys.items()}
     if chosen.attention.specific:
         maps = _maps(problem, chosen)
         parameters = _HOPPER_WEIGHTED if parameters is _WEIGHTED else _HOPPER_KEPT if kept else _HOPPER
@@ -914,7 +944,10 @@ def _attention(
         strides = row_strides(out.shape, out.strides, out.itemsize)
         aligned = rows_aligned(out.data.ptr, strides, out.itemsize)
     lse = cupy.ndarray(problem.out_shape[:3], np.float32) if return_lse else None
-    shift = cupy.ndarray(problem.out_shape[:3], np.float32) if return_lse and problem.restore else None
+    kept = keeps_keys(problem)
+    shift = (
+        cupy.ndarray(problem.out_shape[:3], np.float32) if problem.restore and (return_lse or kept) else None
+    )
     if problem.empty:
         check_device(device_properties(problem.device or 0), problem.device or 0)
         out.fill(0)
@@ -942,13 +975,16 @@ def _attention(
             keys, permutation = scratch.ptr, scratch.ptr + recipe.transposed_bytes
             behind = permutation + recipe.permutation_bytes
             shift_address = 0 if shift is None else shift.data.ptr
-            recipe.columns(q.data.ptr, k.data.ptr, keys, permutation, behind, shift_address, wide)
+            far = k[:, :, problem.sinks :].data.ptr if kept else k.data.ptr
+            recipe.columns(q.data.ptr, k.data.ptr, far, keys, permutation, behind, shift_address, wide)
             numbers = recipe.columns.numbers(behind)
             if recipe.tells:
                 numbers = [wide]
+    if kept and recipe.maps is None:
+        numbers += [k.data.ptr, 0 if shift is None else shift.data.ptr]
     addresses = (q.data.ptr, keys, v.data.ptr)
     if recipe.maps is not None:
-        pointers, others = list(addresses), [0] if keeps_keys(problem) else []  # no shift
+        pointers, others = list(addresses), [0] if kept else []  # no shift
         if reduced is not None:
             pointers.append(reduced.queries.data.ptr)
             others = [0 if reduced.shift is None else reduced.shift.data.ptr]
@@ -967,7 +1003,8 @@ def _attention(
         recipe.merge(found.ptr, lses, out.data.ptr, lse_address)
     if shift is not None:
         hold(shift)
-        lse += shift
+        if not kept:  # else the kernel adds it
+            lse += shift
     return out, lse
 
 
@@ -1146,11 +1183,11 @@ def columns(q: Any, k: Any, reduction: LSH | Energy, stream: Any) -> tuple[Any, 
             return permutation, None
         run = _group_recipe(_dtype_name(q), q.shape, strides, aligned, reduction, index, keys)
         if not run.more_bytes:
-            run(q.data.ptr, address, 0, permutation.data.ptr, 0)
+            run(q.data.ptr, 0, address, 0, permutation.data.ptr, 0)
             return permutation, None
         scratch = cupy.cuda.alloc(run.more_bytes)
         hold(scratch)
-        run(q.data.ptr, address, 0, permutation.data.ptr, scratch.ptr)
+        run(q.data.ptr, 0, address, 0, permutation.data.ptr, scratch.ptr)
         return permutation, cupy.ndarray(shape, np.float32, scratch)
 
 
@@ -1199,7 +1236,7 @@ def copied(problem: Problem, q: Any, k: Any) -> tuple[Any, Any]:
     hold(*(x for x in (made, shift, scratch) if x is not None))
     permutation, more = scratch.ptr, scratch.ptr + find.permutation_bytes
     far = k[:, :, problem.sinks :].data.ptr
-    find(q.data.ptr, far, 0, permutation, more, 0 if shift is None else shift.data.ptr)
+    find(q.data.ptr, 0, far, 0, permutation, more, 0 if shift is None else shift.data.ptr)
     make(q.data.ptr, permutation, more, made.data.ptr)
     return made, shift
 

@@ -164,16 +164,20 @@ def exact(problem: Problem) -> Problem:
 
 
 def keeping(problem: Problem, near: int, sinks: int) -> Problem:
-    """The problem of a projection with so many exact keys: to the key, or whole blocks of them where that is faster.
+    """The reduced problem with so many exact keys: to the key, or whole blocks of them where that is faster.
 
     Blocks are whole tiles of queries of both kernels, and of the longest tiles of keys of the Hopper kernel, so that no
     tile has to be multiplied both ways, and no pass over the keys ends within one. Queries: two tiles of the Hopper
-    kernel, or three of the portable one, for up to 64 columns of V; one for more.
+    kernel, or three of the portable one, for up to 64 columns of V; one for more, and where K is summed in groups.
+    Groups of more than 128 columns have no kernel of their own for exact keys, and no blocks.
     """
     block = 1, 1
     if (near or sinks) and problem.seqlen_q > SMALL_SEQLEN_Q and problem.seqlen_k >= EXACT_BLOCK_SEQLEN_K:
         columns = problem.head_dim_v
         block = (384, 128) if columns <= 64 else (128, 192) if columns <= 128 else (128, 128)
+        if problem.reduction is not None and not problem.reduction.by_keys:
+            columns = max(columns, problem.head_dim)
+            block = (128, 192) if columns <= 64 else (128, 128) if columns <= 128 else (1, 1)
     return dataclasses.replace(problem, near=near, sinks=sinks, exact_block=block)
 
 
@@ -600,7 +604,7 @@ def _problem(
         restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )
-    return found if rank is None else keeping(found, found.near, found.sinks)
+    return keeping(found, found.near, found.sinks) if found.reduced else found
 
 
 def _check_steps(name: str, shape: tuple[int, ...], steps: tuple[int, ...], itemsize: int) -> None:

@@ -368,13 +368,19 @@ def _weighted(problem: Problem) -> bool:
 
 
 def keeps_keys(problem: Problem) -> bool:
-    """Whether a problem with groups leaves some keys exact in passes of the Hopper kernel.
+    """Whether a problem with groups, or with columns kept by energy, leaves some keys exact in passes of its kernel.
 
     Beside weights, and columns kept by energy, the Hopper kernel takes other queries for that, see
-    :func:`copies_queries`, and elsewhere exact keys are a call of their own.
+    :func:`copies_queries`.
     """
-    reduction = problem.reduction
-    return reduction is not None and not reduction.by_keys and bool(problem.near or problem.sinks)
+    return problem.reduction is not None and bool(problem.near or problem.sinks)
+
+
+def _exact_keys(problem: Problem, tile: Tile) -> int:
+    """Keys per step of the portable kernel of those that stay exact beside groups; 0 if none do."""
+    if not keeps_keys(problem):
+        return 0
+    return min(tile.tile_k, 64 if problem.head_dim_v <= 64 else 32)
 
 
 def _depth(head_dim: int, group: int, keep: int) -> int:
@@ -453,7 +459,7 @@ def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
     columns = problem.head_dim_v
     if ITEMSIZE[problem.dtype] != 2 or tile.block_m < 128 or columns > 128:
         return 1
-    if problem.ranked is not None or _keep(problem) or not problem.aligned:
+    if _keep(problem) or not problem.aligned or (problem.ranked is not None and columns <= 64):
         return 1
     wide = columns > 64
     if (
@@ -503,6 +509,11 @@ def _shared_bytes(problem: Problem, device: Device, tile: Tile, stages: int) -> 
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0
     values = stages * tile.tile_k * (columns_v + pad) * itemsize
+    if keeps_keys(problem):  # the loop over these has all columns of Q and K
+        exact = _exact_keys(problem, tile)
+        columns = (tile.block_m + exact) * (_round_up(head_dim, 16) + pad)
+        exact_loop = (columns + stages * exact * (columns_v + pad)) * itemsize
+        queries = max(queries, exact_loop - keys - values - table)
     out = tile.block_m * (columns_v + pad) * itemsize
     return max(_round_up(queries + keys + values + table, 16), out)
 
@@ -518,7 +529,15 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     """
     columns, wide = problem.head_dim_v, problem.dtype == "bfloat16"  # bfloat16: see _crowded
     square = problem.head_dim == columns
-    plain = problem.aligned and problem.softcap is None and problem.scale > 0 and problem.ranked is None
+    narrow = problem.head_dim <= columns and problem.head_dim % 16 == 0 and not group
+    plain = problem.aligned and problem.softcap is None and problem.scale > 0
+    if problem.ranked is not None and problem.aligned:
+        if columns <= 32:
+            return 128
+        # No pass ends within a tile of 64 where whole blocks of keys stay exact.
+        if columns == 64 and problem.exact_block == (1, 1) and (wide or square):
+            return 96
+        return 48 if not wide and 96 < columns <= 128 and square and device.capability < 90 else 64
     # From sm_100 on ptxas keeps more beside them; grouped kernels suffer from it on sm_100 and its kin only.
     crowded = device.capability >= 100 and not (group and device.capability >= 120)
     if columns <= 64:
@@ -526,7 +545,9 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
             return 128
         if columns == 64 and square and plain and not crowded:
             capability = device.capability
-            if _keep(problem):  # sums of the rest take registers
+            if keeps_keys(problem) and _weighted(problem):
+                fewer = capability >= 120
+            elif _keep(problem):  # sums of the rest take registers
                 fewer = capability < 90 or (wide and capability >= 120)
             else:
                 fewer = wide and group == 2 and (capability == 90 or capability >= 120)
@@ -537,9 +558,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
             return 32
         if group:
             return 64 if columns <= 96 or not crowded else 32
-        if problem.ranked is not None and (device.capability >= 120 if wide else device.capability < 90):
-            return 32  # 48 spill
-        return 64 if square and plain and not crowded else 48
+        return 64 if (square or narrow) and plain and not crowded else 48
     # O takes up to 128 registers of a 16-row warp. On one H100 (N = 8k) 128 keys took 0.92 of the time of 64 at 192
     # columns, and 96 keys 0.97 at 256.
     if group or not (square and plain) or crowded:
@@ -702,7 +721,7 @@ def attention_kernel(problem: Problem, device: Device) -> tuple[Kernel, Tile]:
     return hopper_kernel(problem, device) or portable_kernel(problem, device)
 
 
-def _crowded(problem: Problem, device: Device, tile: Tile) -> bool:
+def _crowded(problem: Problem, device: Device, tile: Tile, share_keys: bool) -> bool:
     """Whether ptxas at its own level hoists so many loads that a kernel spills; at level 1 it does not.
 
     On one H200 (8k tokens) level 1 gains 5% with 128 exact columns of bfloat16, and 4% with LSH(4) of 64; it costs 4 to
@@ -710,6 +729,14 @@ def _crowded(problem: Problem, device: Device, tile: Tile) -> bool:
     """
     columns, capability, group = problem.head_dim_v, device.capability, _group(problem)
     softcap, ranked = problem.softcap is not None, problem.ranked is not None
+    if keeps_keys(problem):  # a second loop, and the pass, take registers too
+        if problem.dtype == "float32":
+            return capability >= 120 or (capability >= 100 and 96 < columns <= 128)
+        if columns <= 64:
+            return tile.tile_k == 128
+        return 96 < columns <= 128 and (
+            capability < 100 if problem.dtype == "bfloat16" else group > 4 and capability == 90
+        )
     if problem.dtype == "float32":
         return ranked or (columns > 32 and (capability >= 120 or (softcap and capability == 100)))
     wide = problem.dtype == "bfloat16"  # whose kernels may do a tile of queries twice
@@ -719,8 +746,12 @@ def _crowded(problem: Problem, device: Device, tile: Tile) -> bool:
         return columns > 32 and tile.tile_k == 128
     if columns > 128:
         return wide and capability == 90 and not problem.aligned
-    if ranked:  # the pass and the number of columns take registers too
-        return columns > 64 and (wide or capability < 100)
+    if ranked:
+        if not problem.aligned or problem.scale <= 0 or problem.head_dim > columns:
+            return True
+        if columns > 96:
+            return share_keys or columns < 128 or (not wide and problem.head_dim < columns)
+        return columns <= 32 and not wide
     latest = capability >= 120
     if group == 2:
         return latest and not wide if columns <= 64 else wide and (latest or capability == 90)
@@ -758,12 +789,14 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "ALIGNED": int(problem.aligned),
         "SCORE": int(problem.softcap is not None or problem.scale <= 0),
         "RANKED": int(problem.ranked is not None),
+        "KEPT": int(keeps_keys(problem)),
+        "EXACT_TILE_K": _exact_keys(problem, tile),
         "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
         "VALUE_STAGES": value_stages(problem, device, tile),
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
     }
-    options = ("-Xptxas=-O1",) if _crowded(problem, device, tile) else ()
+    options = ("-Xptxas=-O1",) if _crowded(problem, device, tile, share_keys) else ()
     threads = tile.block_m // tile.row_tiles * 2
     return Kernel("sm80_flash_fwd", tuple(constants.items()), threads, smem, options)
 
@@ -856,7 +889,8 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
             return None
         # Builders that also learn which tiles are exact have no registers for many columns of long ones.
         longest = (192,) if head_dim <= 64 or not keeps_keys(problem) else ()
-        for tile in tiles((*longest, 128, 64)):
+        blocks = problem.exact_block != (1, 1)  # then no pass ends within a tile
+        for tile in tiles(problem.exact_block[1:] if blocks else (*longest, 128, 64)):
             raw_bytes = 2 * tile.tile_k * head_dim
             if raw_bytes <= HOPPER_RAW_BYTES and tile.tile_k * 3 // 4 + beside <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile
@@ -880,12 +914,12 @@ def _rank(problem: Problem) -> int:
 def _hopper_groups(problem: Problem) -> bool:
     """Whether the Hopper kernel can sum the groups of a problem: a tile of queries has one order, products 16 terms.
 
-    Columns kept by energy are the portable kernel's alone.
+    Columns kept by energy, and weights beside exact keys, are the portable kernel's alone.
     """
     reduction = problem.reduction
     if reduction is None:
         return True
-    if isinstance(reduction, Energy):
+    if isinstance(reduction, Energy) or (reduction.by_keys and keeps_keys(problem)):
         return False
     return reduction.rows_per_block % 128 == 0 and problem.head_dim // reduction.group_size % 16 == 0
 
@@ -1493,7 +1527,8 @@ def plan(problem: Problem, device: Device) -> Plan:
     heads, group_blocks = problem.batch * problem.heads, -(-problem.seqlen_q // reduction.rows_per_block)
     again, energy, columns = None, None, None
     if reduction.by_keys:
-        energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, problem.seqlen_k)
+        far = problem.seqlen_k - problem.sinks  # keys that the columns go by
+        energy = key_energy(dtype, head_dim, problem.batch * problem.heads_kv, far)
     if isinstance(reduction, Energy):
         columns = energy_order(dtype, head_dim, problem.aligned, heads * group_blocks)
     elif reduction.by_keys:

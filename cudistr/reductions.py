@@ -142,6 +142,11 @@ class LSH(Reduction):
     TypeError, ValueError
         If a parameter is of the wrong kind or out of its range.
 
+    Notes
+    -----
+    From 4096 keys and 65 queries on, whole blocks of keys stay exact: more than asked for, never fewer. In a ring of
+    GPUs they do not (see "Exact keys" in the documentation).
+
     References
     ----------
     Jin et al., *DistrAttention: An Efficient and Flexible Self-Attention Mechanism on Modern GPUs*,
@@ -249,6 +254,9 @@ class Energy(Reduction):
     The mean and the norm of a column of K are taken over all keys of its head but the sinks, seen or not. The order of
     the columns by energy is that of float32 sums in a fixed order, so that NumPy and the GPU keep the same columns;
     :func:`cudistr.group` shows it.
+
+    From 4096 keys and 65 queries on, whole blocks of keys stay exact: more than asked for, never fewer. In a ring of
+    GPUs they do not (see "Exact keys" in the documentation).
 
     Examples
     --------

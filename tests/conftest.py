@@ -76,7 +76,7 @@ def _give_memory_back() -> Iterator[None]:
 
 @pytest.fixture
 def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Beside a projection whole blocks of keys stay exact, however few there are."""
+    """Whole blocks of keys stay exact, however few there are."""
     with monkeypatch.context() as patch:
         patch.setattr(normalize, "EXACT_BLOCK_SEQLEN_K", 1)
         normalize._problem.cache_clear()

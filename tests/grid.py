@@ -63,6 +63,8 @@ GROUPS = (
 )  # fmt: skip
 RANK1 = {64: 2, 96: 3, 128: 2, 256: 2}  # group size for a head_dim
 KEPT = {24: 16, 64: 32, 128: 64, 256: 128}  # columns kept by energy
+NEAR_GROUPS = ((40, 5), (64, 2), (64, 4), (96, 3), (128, 2), (128, 4), (256, 4))  # beside exact keys
+NEAR = {"near": 40, "sinks": 9}
 # Heads of different ranks: Qhat and Khat of 32 columns. Their strides are no constants of a kernel.
 RANKED = normalize.Ranked(32, (32 * 256,) * 2 + (32,), (32 * 256,) * 2 + (32,))
 COPIED = RANKED._replace(copied=True)  # what stands for the queries, of all columns
@@ -115,6 +117,28 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
             yield f"{dtype} {d} lsh{RANK1[d]} rank1", _problem(dtype, d, d, reduction=rank1)
         for d in _few(dtype, KEPT) if dtype == "float32" else KEPT:
             yield f"{dtype} {d} keep{KEPT[d]}", _problem(dtype, d, d, reduction=Energy(KEPT[d]))
+        for d, g in NEAR_GROUPS:
+            if dtype != "float32" or (g == 2 and d == 64) or d == 256:
+                yield f"{dtype} {d} lsh{g} near", _problem(dtype, d, d, reduction=LSH(g, **NEAR))
+        for d in _few(dtype, (64, 128)):
+            rank1, energy = LSH(2, representative="rank1", **NEAR), Energy(32, **NEAR)
+            yield f"{dtype} {d} lsh2 rank1 near", _problem(dtype, d, d, reduction=rank1)
+            yield f"{dtype} {d} keep32 near", _problem(dtype, d, d, reduction=energy)
+        if dtype != "float32":
+            mean = LSH(2, representative="mean", **NEAR)
+            yield (
+                f"{dtype} 128 lsh2 mean softcap near",
+                _problem(dtype, 128, 128, reduction=mean, softcap=30.0),
+            )
+            few = _problem(dtype, 64, 64, seqlen_q=17, reduction=LSH(2, **NEAR))
+            yield f"{dtype} 64 lsh2 small near", few
+            unaligned = _replace(_problem(dtype, 128, 128, reduction=LSH(4, **NEAR)), aligned=False)
+            yield f"{dtype} 128 lsh4 unaligned near", unaligned
+            for d, dv in ((48, 64), (96, 128), (128, 64), (32, 32), (104, 104)):
+                yield f"{dtype} {d} v{dv} ranked", _replace(_problem(dtype, d, dv), ranked=RANKED)
+            blocks = _replace(_problem(dtype, 64, 64), ranked=RANKED, exact_block=(384, 128))
+            yield f"{dtype} 64 ranked blocks", blocks
+            yield f"{dtype} 32 v128", _problem(dtype, 32, 128)
         if dtype == "float32":  # for which 64 rows are too many where shared memory is small
             yield f"{dtype} 256 keep224", _problem(dtype, 256, 256, reduction=Energy(224))
         for d in EDGE_HEAD_DIMS:
@@ -139,6 +163,9 @@ def split_problems() -> Iterator[tuple[str, normalize.Problem]]:
     for d in EDGE_HEAD_DIMS:
         yield f"bfloat16 {d} split", _problem("bfloat16", d, d)
         yield f"bfloat16 {d} lsh2 split", _problem("bfloat16", d, d, reduction=LSH(2))
+        yield f"bfloat16 {d} ranked split", _replace(_problem("bfloat16", d, d), ranked=RANKED)
+    for d in (64, 128):
+        yield f"bfloat16 {d} lsh2 near split", _problem("bfloat16", d, d, reduction=LSH(2, **NEAR))
     yield "float16 64 lsh4 split", _problem("float16", 64, 64, reduction=LSH(4))
     yield "float16 64 v128 split", _problem("float16", 64, 128)
 
@@ -169,7 +196,7 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
             for mask, options in (("", {}), (" causal", {"causal": True})):
                 problem = _replace(_problem(dtype, d, d, **options), ranked=ranked)
                 yield f"{dtype} {d} rank{rank}{mask}", problem
-                yield f"{dtype} {d} rank{rank} near{mask}", _replace(problem, near=40, sinks=9)
+                yield f"{dtype} {d} rank{rank} near{mask}", _replace(problem, **NEAR)
     for dtype, d, dv, g in HOPPER_GROUPS:
         yield f"{dtype} {d} v{dv} lsh{g}", _problem(dtype, d, dv, reduction=LSH(g))
     for dtype, d, dv, g in HOPPER_RANK1:
@@ -177,7 +204,7 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
         yield f"{dtype} {d} v{dv} lsh{g} rank1", _problem(dtype, d, dv, reduction=rank1)
     for dtype, d, dv, g in HOPPER_GROUPS:
         if max(d, dv) <= planner.HOPPER_KEPT_COLUMNS:
-            yield f"{dtype} {d} v{dv} lsh{g} kept", _problem(dtype, d, dv, reduction=LSH(g, near=40, sinks=9))
+            yield f"{dtype} {d} v{dv} lsh{g} kept", _problem(dtype, d, dv, reduction=LSH(g, **NEAR))
     mean = LSH(2, representative="mean")
     yield (
         "float16 128 lsh2 mean softcap kept",
@@ -185,7 +212,7 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
             "float16",
             128,
             128,
-            reduction=LSH(2, representative="mean", near=40, sinks=9),
+            reduction=LSH(2, representative="mean", **NEAR),
             softcap=30.0,
             causal=True,
         ),

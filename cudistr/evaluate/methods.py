@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,11 +171,10 @@ def mean_dim(
     else:
         return None
     rows = np.zeros((1, 1, seqlen, head_dim), np.float32)
-    problem = normalize.problem(rows, rows, rows, causal=causal)
-    if isinstance(reduction, cudistr.Projection):
+    projected = isinstance(reduction, cudistr.Projection)
+    problem = normalize.problem(rows, rows, rows, causal=causal, reduction=None if projected else reduction)
+    if projected:
         problem = normalize.keeping(problem, reduction.near, reduction.sinks)
-    else:
-        problem = dataclasses.replace(problem, near=reduction.near, sinks=reduction.sinks)
     every = np.arange(seqlen)
     seen = reference.visible(every, problem)
     exact = float((seen & reference.kept(every, problem)).sum() / seen.sum())

@@ -21,8 +21,9 @@
 //   SCORE       0: score_scale > 0 is all; 1: softcap, or a scale that is not positive
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see AttentionParams;
 //               not with GROUP
+//   KEPT        1: with GROUP, some keys are exact, see AttentionParams; they come first, EXACT_TILE_K of them per step
 //   SPLIT       1: float32 by three TF32 products; 0: one
-//   VALUE_STAGES  tiles of V: with 2, the next one is copied while this one is multiplied; not with RANKED
+//   VALUE_STAGES  tiles of V: with 2, the next one is copied while this one is multiplied
 //   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
 #include "tile/fuse.cuh"
@@ -50,6 +51,11 @@ struct AttentionParams {
 #if WEIGHTED
     const float* shares;    // the same shape: weights for Q
 #endif
+#if KEPT
+    const T* exact_k;    // (batch, heads_kv, seqlen, HEAD_DIM): k is the transposed one
+    const float* shift;  // (batch, heads, seqlen_q), contiguous: what scores of Qhat and Khat lack; null for nothing
+    i64 exact_k_batch, exact_k_head, exact_k_row;
+#endif
 #if RANKED
     const T* qhat;     // in the place of q and k for heads of fewer than HEAD_DIM columns
     const T* khat;
@@ -62,7 +68,7 @@ struct AttentionParams {
     i64 k_batch, k_head, k_row;
     i64 v_batch, v_head, v_row;
     i64 out_batch, out_head, out_row;
-#if RANKED
+#if RANKED || KEPT
     Passes passes;
 #else
     i64 band_low, band_high;
@@ -94,8 +100,10 @@ constexpr int kOutColumns = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int kWarps = BLOCK_M / (16 * ROW_TILES);
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kStepColumns = Traits<T>::kMmaDepth;
+constexpr int kColumns = (HEAD_DIM + 15) / 16 * 16;         // of Q and K where they are multiplied themselves, padded
 constexpr int kSteps = kDepth / kStepColumns;
 constexpr int kKeyTiles = TILE_K / 8;
+constexpr int kExactKeys = KEPT ? EXACT_TILE_K : TILE_K;  // per step of those that are exact
 constexpr int kOutTiles = kOutColumns / 8;
 constexpr int kValueStages = VALUE_STAGES;
 constexpr bool kSplit = SPLIT;
@@ -107,6 +115,8 @@ constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && (!kWide || HEAD_
 typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
+constexpr bool kPasses = RANKED || KEPT;
+constexpr bool kLacks = WEIGHTED || KEEP;  // beside exact keys: scores lack what goes by K
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
 // How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; summed
 // within shared memory first, before the product or a tile ahead of it; or some columns as they are, the others summed
@@ -125,7 +135,7 @@ static_assert(kFusion != kAhead || (!kSmall && ALIGNED), "every warp has a produ
 static_assert(!KEEP || (kGroup == 1 && KEEP % 16 == 0 && KEEP < HEAD_DIM), "whole matrix instructions, and a rest");
 static_assert(HEAD_DIM % kMembers == 0 && kGroups % 8 == 0, "a group size must leave a multiple of 8 columns");
 static_assert(!RANKED || !kGroup, "ranks are for products of columns, not of groups");
-static_assert(!RANKED || kValueStages == 1, "a pass would begin in the tile that the last one still reads");
+static_assert(!KEPT || kGroup, "without groups all keys are exact");
 static_assert(BLOCK_M % (16 * ROW_TILES) == 0 && TILE_K % 16 == 0, "tiles are made of 16-row matrix instructions");
 
 typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
@@ -134,7 +144,9 @@ typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
 
 // Grouped: the transposed K, and perhaps its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types;
 // float32 lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
-typedef SharedTile<T, TILE_K, kDepth> PlainKeyTile;
+typedef SharedTile<T, BLOCK_M, kColumns> PlainQueryTile;
+typedef SharedTile<T, kExactKeys, kColumns> PlainKeyTile;
+typedef SharedTile<T, kExactKeys, kOutColumns> PlainValueTile;
 typedef SharedTile<T, KEEP ? HEAD_DIM : kMembers * kDepth, TILE_K, 8> RawKeyTile;
 typedef SharedTile<T, kDepth, TILE_K, 8> FusedKeyTile;
 
@@ -182,18 +194,28 @@ struct LoopShared<kKept> {
 };
 template <>
 struct LoopShared<kExact> {
-    QueryTile q;
+    PlainQueryTile q;
     PlainKeyTile k;
-    ValueTile v[kValueStages];
-
-    // The keys that stay exact, where nothing else lies: behind the columns of the first query.
-    DEVICE KeyRange& near() { return *reinterpret_cast<KeyRange*>(&q.at(0, kDepth)); }
-    static_assert((QueryTile::kPitch - kDepth) * sizeof(T) >= sizeof(KeyRange), "a row has a pad");
+    PlainValueTile v[kValueStages];
 };
 union SharedStorage {
     LoopShared<kFusion> loop;
+#if KEPT
+    LoopShared<kExact> exact;  // of the loop before
+#endif
     OutTile out;
 };
+DEVICE LoopShared<kFusion>& of_loop(SharedStorage& storage, LoopShared<kFusion>*) { return storage.loop; }
+#if KEPT
+DEVICE LoopShared<kExact>& of_loop(SharedStorage& storage, LoopShared<kExact>*) { return storage.exact; }
+#endif
+
+// The keys that stay exact, where nothing else lies: behind the columns of the first query.
+template <class Queries>
+DEVICE KeyRange& near_keys(Queries& q) {
+    static_assert((Queries::kPitch - Queries::kColumns) * sizeof(T) >= sizeof(KeyRange), "a row has a pad");
+    return *reinterpret_cast<KeyRange*>(&q.at(0, Queries::kColumns));
+}
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
 // Rows of the transposed K tile in (member, group) order, so that the members of a group lie a constant apart and
@@ -391,7 +413,7 @@ struct MakeKhat {
         if (kReadAhead && pair == (kMembers > 2 ? kTogether - 1 : 1) && step + 1 < kSlices) read(step + 1);
     }
     DEVICE void all() {
-#pragma unroll
+#pragma unroll(KEPT ? 1 : kSlices)
         for (int slice = 0; slice < kSlices; ++slice) {
             read(slice);
             sum(slice);
@@ -400,9 +422,8 @@ struct MakeKhat {
     }
 };
 
-typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, QueryTile> QueryCopy;
+typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, PlainQueryTile> QueryCopy;
 typedef RowCopy<ALIGNED, kThreads, HEAD_DIM, T, PlainKeyTile> KeyCopy;
-typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, ValueTile> ValueCopy;
 
 // The first of this lane's accumulator rows.
 DEVICE int own_row() {
@@ -452,7 +473,7 @@ struct Place {
     }
 };
 
-#if RANKED
+#if RANKED || KEPT
 // What the scores of a row lack that are products of Qhat and Khat.
 DEVICE float lacking(const AttentionParams& params, const Place& place, int row) {
     if (!params.shift || row >= place.rows) return 0.f;
@@ -509,6 +530,8 @@ DEVICE void store_output(const AttentionParams& params, OutTile& out_tile,
 #if RANKED
                 const bool whole = params.ranks[place.batch_head] == HEAD_DIM;
                 if (params.passes.ends_reduced(whole)) log_sum += lacking(params, place, row);
+#elif KEPT
+                if (kLacks) log_sum += lacking(params, place, row);
 #endif
                 params.lse[result_row] = sum == 0.f ? -infinity() : log_sum;
             }
@@ -548,8 +571,8 @@ DEVICE void add_to_scores(float (&scores)[ROW_TILES][kKeyTiles][4], const float 
     }
 }
 
-// All keys of a thread block's tile of queries. A template, so that the branch not taken need not make sense. known:
-// what the softmax knows of the tile before it begins.
+// All keys of a thread block's tile of queries; of KEPT those that are exact, or the others. A template, so that the branch
+// not taken need not make sense. known: what the softmax knows of the tile before it begins.
 template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
                         Softmax& softmax, u32 known) {
@@ -557,7 +580,12 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     // Without a branch between exponentials and products with values, they go side by side. With fewer columns there are
     // fewer products, and no gain.
     constexpr bool kApplyFirst = kBeside || (kHow == kAhead && kGroup > 2 && HEAD_DIM_V > 64);
-    LoopShared<kHow>& shared = storage.loop;
+    LoopShared<kHow>& shared = of_loop(storage, static_cast<LoopShared<kHow>*>(nullptr));
+    constexpr int kPitch = decltype(shared.q)::kPitch;
+    constexpr int kKeys = kGrouped ? TILE_K : kExactKeys;
+    typedef SharedTile<T, kKeys, kOutColumns> Values;
+    typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, Values> ValueCopy;
+#if !RANKED && !KEPT
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
     const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
@@ -565,49 +593,79 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     const int first_row = place.first_row;
     const int rows = place.rows;
     const bool wide = is_wide(params);
-#if RANKED
-    const int head_kv = place.head / params.heads_per_kv;
-    const int rank = params.ranks[place.batch_head];
-    const int first_pass = params.passes.begin(rank == HEAD_DIM);
-    const int end_pass = params.passes.after(rank == HEAD_DIM);
-#else
     constexpr int first_pass = 0, end_pass = 1;
     const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
     const int head_kv = place.head / params.heads_per_kv;
     const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
     const i64& q_row = params.q_row;
     const i64& k_row = params.k_row;
-    constexpr int columns = kDepth;
-#endif
+    constexpr int columns = kGrouped ? kDepth : kColumns;
     const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
+#endif
+    if constexpr (!KEPT || !kGrouped) {  // else there are exact keys before
 #pragma unroll
-    for (int mt = 0; mt < ROW_TILES; ++mt) {
+        for (int mt = 0; mt < ROW_TILES; ++mt) {
 #pragma unroll
-        for (int nt = 0; nt < kOutTiles; ++nt) {
+            for (int nt = 0; nt < kOutTiles; ++nt) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) output[mt][nt][i] = 0.f;
+                for (int i = 0; i < 4; ++i) output[mt][nt][i] = 0.f;
+            }
         }
+        softmax.clear();
     }
-    softmax.clear();
-#if RANKED
-    // Found by one thread: the others have no registers for it.
-    if (thread == 0) shared.near() = params.passes.near.of(first_row, params.seqlen_k);
+#if RANKED || KEPT
+    // Found by one thread: the others have no registers for it. Behind the barrier every warp is done with the loop before.
+    if (thread_index() == 0) near_keys(shared.q) = params.passes.near.of(Place(params).first_row, params.seqlen_k);
     __syncthreads();
+#endif
+#if RANKED
+    const bool whole = params.ranks[Place(params).batch_head] == HEAD_DIM;
+    const int first_pass = params.passes.begin(whole);
+    const int end_pass = params.passes.after(whole);
+#elif KEPT
+    const int first_pass = kGrouped ? params.passes.exact : 0;
+    const int end_pass = kGrouped ? params.passes.count : params.passes.exact;
+    if (kLacks && kGrouped) subtract_lacking(params, Place(params), softmax);
 #endif
 
     for (int pass = first_pass; pass < end_pass; ++pass) {
+#if RANKED || KEPT
+        // Found anew for every pass, rather than held in registers.
+        const int thread = thread_index();
+        const int lane = thread % kWarpSize;
+        const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
+        const Place place(params);
+        const int first_row = place.first_row;
+        const int rows = place.rows;
+        const bool wide = is_wide(params);
+        const int head_kv = place.head / params.heads_per_kv;
+        const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head;
+        const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
+        i64 q_row = params.q_row, k_row = params.k_row;
+        int columns = kGrouped ? kDepth : kColumns;
 #if RANKED
-        const CutBand band = params.passes.band(pass, shared.near());
         const bool reduced = params.passes.reduced(pass);
         if (pass == params.passes.exact) subtract_lacking(params, place, softmax);
-        const int columns = reduced ? rank : kDepth;
-        const i64 q_row = reduced ? params.qhat_row : params.q_row;
-        const i64 k_row = reduced ? params.khat_row : params.k_row;
-        const T* q = (reduced ? params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head
-                            : params.q + place.batch * params.q_batch + place.head * params.q_head) +
-                     first_row * q_row;
-        const T* k = reduced ? params.khat + place.batch * params.khat_batch + head_kv * params.khat_head
-                           : params.k + place.batch * params.k_batch + head_kv * params.k_head;
+        if (reduced) {
+            columns = params.ranks[place.batch_head];
+            q = params.qhat + place.batch * params.qhat_batch + place.head * params.qhat_head;
+            k = params.khat + place.batch * params.khat_batch + head_kv * params.khat_head;
+            q_row = params.qhat_row;
+            k_row = params.khat_row;
+        }
+#else
+        if constexpr (!kGrouped) {
+            k = params.exact_k + place.batch * params.exact_k_batch + head_kv * params.exact_k_head;
+            k_row = params.exact_k_row;
+        }
+#endif
+        if (pass > first_pass) {
+            cp_async_wait<0>();
+            __syncthreads();  // every warp is done with the last tile
+        }
+        q += first_row * q_row;
+        const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
+        const CutBand band = params.passes.band(pass, near_keys(shared.q));
 #else
         const Band band = {params.band_low, params.band_high, params.seqlen_k};
 #endif
@@ -619,8 +677,8 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         const int last_key = band.last_key(last_query);
         const int first_common = band.first_key(last_query);
         const int last_common = band.last_key(first_query);
-        int first_tile = first_key / TILE_K;
-        int tile = last_key < first_key ? first_tile - 1 : last_key / TILE_K;
+        int first_tile = first_key / kKeys;
+        int tile = last_key < first_key ? first_tile - 1 : last_key / kKeys;
         if constexpr (kShareKeys) {
             const int tiles = tile - first_tile + 1;
             const int share = tiles / params.splits;
@@ -628,7 +686,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             first_tile += place.split * share + min(place.split, larger);
             tile = first_tile + share - (place.split < larger ? 0 : 1);
         }
-        if (RANKED && tile < first_tile) continue;
+        if (kPasses && tile < first_tile) continue;
 
         const u8* permutation = nullptr;
         const float* weights = nullptr;
@@ -647,42 +705,42 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             __syncthreads();
         }
         // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
-        int keys_left = params.seqlen_k - tile * TILE_K;
+        int keys_left = params.seqlen_k - tile * kKeys;
         KeyCopy key_copy;
         ValueCopy value_copy;
         if constexpr (kGrouped) {
             if constexpr (kHow == kAhead) {
-                MakeKhat<false> make(shared, 0, k, tile * TILE_K, params.key_columns, tile >= first_tile);
-#pragma unroll
+                MakeKhat<false> make(shared, 0, k, tile * kKeys, params.key_columns, tile >= first_tile);
+#pragma unroll(KEPT ? 1 : MakeKhat<false>::kSlices)
                 for (int slice = 0; slice < make.kSlices; ++slice) {
                     make.find(slice);
                     make.copy(slice);
                 }
                 cp_async_commit();
             } else if (tile >= first_tile) {
-                copy_transposed_keys(shared, tile * TILE_K, params.key_columns, thread);
+                copy_transposed_keys(shared, tile * kKeys, params.key_columns, thread);
             }
             gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
         } else {
-            key_copy.open(k + tile * (TILE_K * k_row), k_row);
+            key_copy.open(k + tile * (kKeys * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
             QueryCopy query_copy;
             query_copy.open(q, q_row);
             query_copy.run(shared.q, q_row, rows, columns);
         }
-        value_copy.open(v + tile * (TILE_K * params.v_row), params.v_row);
+        value_copy.open(v + tile * (kKeys * params.v_row), params.v_row);
         if (kValueStages == 2 && tile >= first_tile) {
             value_copy.run(shared.v[tile % kValueStages], params.v_row, keys_left);
-            value_copy.move(-TILE_K * params.v_row);
+            value_copy.move(-kKeys * params.v_row);
         }
         cp_async_commit();
         if constexpr (kHow == kAhead) {
             cp_async_wait<1>();
             const int next = tile - 1;
             if (HALF && !wide) {
-                MakeKhat<true>(shared, tile & 1, k, next * TILE_K, params.key_columns, next >= first_tile).all();
+                MakeKhat<true>(shared, tile & 1, k, next * kKeys, params.key_columns, next >= first_tile).all();
             } else {
-                MakeKhat<false>(shared, tile & 1, k, next * TILE_K, params.key_columns, next >= first_tile).all();
+                MakeKhat<false>(shared, tile & 1, k, next * kKeys, params.key_columns, next >= first_tile).all();
             }
             cp_async_commit();
         }
@@ -691,17 +749,18 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
 
         for (; tile >= first_tile; --tile) {
-            const int key = tile * TILE_K;
+            const int key = tile * kKeys;
             cp_async_wait<0>();
             __syncthreads();  // the keys have landed, or Khat is there, and every warp is done with the last tile
+            if (KEPT) keys_left = params.seqlen_k - anew(tile) * kKeys;
             if constexpr (kValueStages == 1) {
                 value_copy.run(shared.v[0], params.v_row, keys_left);
-                value_copy.move(-TILE_K * params.v_row);
+                value_copy.move(-kKeys * params.v_row);
                 cp_async_commit();
             }
-            keys_left += TILE_K;
+            keys_left = KEPT ? params.seqlen_k - anew(tile - 1) * kKeys : keys_left + kKeys;
 
-            float scores[ROW_TILES][kKeyTiles][4] = {};
+            float scores[ROW_TILES][kKeys / 8][4] = {};
             if constexpr (kHow == kInShared) {
                 if (HALF && !wide) {
                     fuse_keys<T, kMembers, kThreads, kWeighted, true>(shared.khat, shared.k, shared.weight, thread_index());
@@ -710,17 +769,17 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 }
                 __syncthreads();  // Khat is complete, and the raw keys may be overwritten
                 if (tile > first_tile) {
-                    copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                    copy_transposed_keys(shared, key - kKeys, params.key_columns, thread_index());
                     if constexpr (kValueStages == 2) {
                         value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
-                        value_copy.move(-TILE_K * params.v_row);
+                        value_copy.move(-kKeys * params.v_row);
                     }
                 }
                 cp_async_commit();
                 if (HALF && !wide && !idle) {
-                    multiply_queries_keys<f16, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+                    multiply_queries_keys<f16, kSplit, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
                 } else if (!idle) {
-                    multiply_queries_keys<T, kSplit, kSteps, 1, QueryTile::kPitch>(scores, queries, shared.khat, lane);
+                    multiply_queries_keys<T, kSplit, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
                 }
                 if constexpr (kValueStages == 1) {
                     cp_async_wait<1>();
@@ -729,8 +788,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             } else if constexpr (kHow == kAhead) {
                 const FusedKeyTile& khat = shared.khat[tile & 1];
                 const bool wanted = tile - 2 >= first_tile;
-                const int next = key - 2 * TILE_K;
-                constexpr int kPitch = QueryTile::kPitch;
+                const int next = key - 2 * kKeys;
                 if (HALF && !wide) {
                     MakeKhat<true> beside(shared, ~tile & 1, k, next, params.key_columns, wanted);
                     if (beside.kReadAhead) beside.read(0);
@@ -743,7 +801,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 if constexpr (kValueStages == 2) {
                     if (tile > first_tile) {
                         value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
-                        value_copy.move(-TILE_K * params.v_row);
+                        value_copy.move(-kKeys * params.v_row);
                     }
                 }
                 cp_async_commit();
@@ -758,21 +816,22 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                     add_to_scores(scores, shared.sum, thread_index());
                 }
                 if (!idle) {
-                    multiply_queries_keys<T, kSplit, kSteps, kGroup, QueryTile::kPitch>(scores, queries, shared.k, lane,
-                                                                                        columns / kStepColumns);
+                    constexpr int kMost = kGrouped ? kSteps : kColumns / kStepColumns;
+                    multiply_queries_keys<T, kSplit, kMost, kGrouped ? kGroup : 0, kPitch>(scores, queries, shared.k, lane,
+                                                                                           columns / kStepColumns);
                 }
                 if constexpr (kValueStages == 1) cp_async_wait<0>();
                 __syncthreads();  // the values have landed, and every warp is done with the keys and the queries
                 if (tile > first_tile) {
                     if constexpr (kGrouped) {
-                        copy_transposed_keys(shared, key - TILE_K, params.key_columns, thread_index());
+                        copy_transposed_keys(shared, key - kKeys, params.key_columns, thread_index());
                     } else {
-                        key_copy.move(-TILE_K * k_row);
+                        key_copy.move(-kKeys * k_row);
                         key_copy.run(shared.k, k_row, keys_left, columns);
                     }
                     if constexpr (kValueStages == 2) {
                         value_copy.run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);
-                        value_copy.move(-TILE_K * params.v_row);
+                        value_copy.move(-kKeys * params.v_row);
                     }
                 }
                 cp_async_commit();
@@ -780,8 +839,12 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
 
             if (idle) continue;
             if constexpr (SCORE) scale_scores(scores, params.scale, params.softcap);
-            const bool cut = key < first_common || key + TILE_K - 1 > last_common;
+            const bool cut = key < first_common || key + kKeys - 1 > last_common;
             if (cut) {
+#if KEPT
+                // Made again, rather than held in registers.
+                const CutBand band = params.passes.band(anew(pass), near_keys(shared.q));
+#endif
                 if constexpr (kHides) {
                     const int last_row = thread_index() / kWarpSize * 16 * ROW_TILES + 16 * ROW_TILES - 1;
                     if (key > band.last_key(first_row + last_row)) continue;
@@ -801,9 +864,9 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
                 if constexpr (kApplyFirst) softmax.apply(rescale, output);
             }
-            const ValueTile& values = shared.v[tile % kValueStages];
+            const Values& values = shared.v[tile % kValueStages];
             if constexpr (kBeside) {
-                Softmax::Beside<kKeyTiles> beside(softmax, scores, params.score_scale);
+                Softmax::Beside<kKeys / 8> beside(softmax, scores, params.score_scale);
                 multiply_weights_values<T, kSplit, kGrouped>(output, scores, values, lane, beside);
                 beside.end(rescale);
             } else {
@@ -835,6 +898,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm80_flash_fwd(const A
     // Once; and again if in some row of the block the maximum of the first tiles, which stayed, was too low for a weight.
     u32 again = 0;
     do {
+#if KEPT
+        attend_keys<kExact>(params, shared, output, softmax, again | softmax.kUnsettled);
+#endif
         attend_keys<kFusion>(params, shared, output, softmax, again | softmax.kUnsettled);
         if constexpr (kWide) again = again ? 0 : softmax.lost(output);
         // All threads are done with the tiles of the loop: they become those of another loop, or of the output.

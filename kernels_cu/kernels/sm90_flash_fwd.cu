@@ -193,8 +193,8 @@ DEVICE bool is_work(const HopperParams& params, u32 work) { return (work & ~kAga
 // Where a tile of queries is, and the only consumer that takes part if it is shared out, else -1.
 struct alignas(16) Place {
     int batch_head, batch, head, first_row, only;
-#if RANKED && !COPIED
-    KeyRange near;  // the keys that stay exact, for the thread that starts copies; groups, and what stands for q, have no blocks
+#if RANKED || KEPT
+    KeyRange near;  // the keys that stay exact, for the thread that starts copies
 #endif
 };
 // Known at once: those of the work that consumers end with, of the current work and of the next; a power of two.
@@ -222,7 +222,7 @@ DEVICE Place find_place(const HopperParams& params, u32 tile) {
     const int batch_head = first_head + in_section % heads;
     const int first_row = (params.row_blocks - 1 - in_section / heads) * BLOCK_M;
     Place place = {batch_head, batch_head / params.heads, batch_head % params.heads, first_row, only};
-#if RANKED && !COPIED
+#if RANKED || KEPT
     place.near = params.passes.near.of(first_row, params.seqlen_k);
 #endif
     return place;
@@ -376,15 +376,6 @@ struct Walk {
     DEVICE void advance() { ++index; }
 };
 
-// What a tile of queries sees in a pass.
-DEVICE CutBand band_of(const HopperParams& params, const Place& place, int pass) {
-#if RANKED && !COPIED
-    return params.passes.band(pass, place.near);
-#else
-    return params.passes.band(pass);
-#endif
-}
-
 // Those of a pass, as the producer finds them: from key to first_key; maybe none. They start at the first key that a query
 // sees, so that few of them are cut; but those of heads that are whole where an exact call has them, for the same bits,
 // and those of the transposed K, where keys lie side by side, on whole chunks.
@@ -392,7 +383,7 @@ struct PassTiles {
     int first_key, count;
 
     DEVICE PassTiles(const HopperParams& params, const Place& place, int pass) {
-        const CutBand band = band_of(params, place, pass);
+        const CutBand band = params.passes.band(pass, place.near);
         const int last_row = min(place.first_row + BLOCK_M, params.seqlen_q) - 1;
         first_key = band.first_key(place.first_row);
         const int last_key = band.last_key(last_row);
@@ -597,7 +588,7 @@ struct Producer {
         bool first = !(kFirstExact && none);
         for (int pass = params.passes.begin(whole()); pass < params.passes.after(whole()); ++pass) {
             const PassTiles tiles(params, place, pass);
-            note(place, band_of(params, place, pass));
+            note(place, params.passes.band(pass, place.near));
             const int width = params.passes.reduced(pass) ? columns : HEAD_DIM;
             int key = tiles.first_key + (tiles.count - 1) * TILE_K;
             for (int left = tiles.count; left > 0; --left, key -= TILE_K) {

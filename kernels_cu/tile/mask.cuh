@@ -71,11 +71,9 @@ struct Passes {
     i32 part[kWhole + 1];
     i32 exact, count;
 
-    // What queries see, if no pass is of a part.
-    DEVICE CutBand band(int pass) const { return {low[pass], high[pass], first[pass], end[pass]}; }
     // What the queries of a block see, of which these keys stay exact.
     DEVICE CutBand band(int pass, const KeyRange& exact) const {
-        CutBand band = this->band(pass);
+        CutBand band = {low[pass], high[pass], first[pass], end[pass]};
         const int own = part[pass];
         if (own == kNear) band.first = max(band.first, exact.first);
         if (own == kAfter) band.first = max(band.first, exact.end);

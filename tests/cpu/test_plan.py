@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, explain, launch, normalize
+from cudistr import LSH, Energy, UnsupportedDeviceError, compiler, compose, explain, launch, normalize
 from cudistr import plan as planner
 from cudistr.errors import CompileError
 from cudistr.normalize import Problem, Ranked
@@ -122,9 +122,24 @@ def test_blocks_of_exact_keys_have_whole_tiles_of_queries(one: Problem, device: 
     assume(small_enough(one))
     strides = (0, 0, 16)
     one = normalize.keeping(dataclasses.replace(one, ranked=Ranked(16, strides, strides)), 40, 9)
+    check_blocks(one, device, few=one.seqlen_q <= 64 or one.seqlen_k < 4096)
+
+
+@given(problems(), devices)
+def test_blocks_of_exact_keys_beside_groups(one: Problem, device: Device) -> None:
+    assume(small_enough(one) and one.reduction is not None)
+    assert one.reduction is not None
+    one = normalize.keeping(one, 40, 9)
+    wide = max(one.head_dim, one.head_dim_v) > 128 and not one.reduction.by_keys
+    check_blocks(one, device, few=wide or one.seqlen_q <= 64 or one.seqlen_k < 4096)
+    # Where a kernel has no passes beside groups, exact keys are calls of their own, which know no blocks.
+    assert compose.in_one_kernel(one, device) or one.exact_block == (1, 1)
+
+
+def check_blocks(one: Problem, device: Device, few: bool) -> None:
     kernel, tile = planner.attention_kernel(one, device)
     rows, keys = one.exact_block
-    assert (rows == 1) == (one.seqlen_q <= 64 or one.seqlen_k < 4096)
+    assert (rows == 1) == few
     if rows > 1:
         assert rows % tile.block_m == 0
         assert plan(one, device).packed == 1
@@ -954,7 +969,7 @@ LAYOUTS = {
 
 
 WEIGHTED = planner.attention_kernel(problem(reduction=LSH(2, representative="rank1")), AMPERE)[0]
-KEPT = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
+BY_ENERGY = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
 FOURS = problem(dtype="bfloat16", reduction=LSH(4))
 
 
@@ -963,12 +978,12 @@ FOURS = problem(dtype="bfloat16", reduction=LSH(4))
     [
         *((struct, *of) for struct, of in LAYOUTS.items()),
         ("AttentionParams", WEIGHTED, launch._WEIGHTED),
-        ("AttentionParams", KEPT, launch._KEPT),
+        ("AttentionParams", BY_ENERGY, launch._BY_ENERGY),
         ("AttentionParams", planner.attention_kernel(FOURS, AMPERE)[0], launch._HALF),
         ("HopperParams", planner.attention_kernel(FOURS, HOPPER)[0], launch._HOPPER_HALF),
         ("PrepareParams", planner.prepare_kernel("bfloat16", 64, True, half=1), launch._PREPARE_HALF),
     ],
-    ids=[*LAYOUTS, "weighted", "kept", "half", "half on Hopper", "prepare half"],
+    ids=[*LAYOUTS, "weighted", "by energy", "half", "half on Hopper", "prepare half"],
 )
 def test_parameters_lie_where_the_kernel_reads_them(
     asserting: Callable[..., None], struct: str, kernel: Kernel, layout: np.dtype

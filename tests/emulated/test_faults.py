@@ -594,6 +594,30 @@ FAULTS |= {
     ),
 }  # fmt: skip
 
+# Exact keys beside groups, and beside columns kept by energy, in the portable kernel.
+NEAR = {"reduction": cudistr.LSH(2, near=40, sinks=9)}
+NEAR_RANK1 = {"reduction": cudistr.LSH(2, representative="rank1", near=40, sinks=9)}
+NEAR_ENERGY = {"reduction": cudistr.Energy(32, near=40, sinks=9)}
+WAIT = "cp_async_wait<0>();"
+FAULTS |= {
+    "a pass that begins before the last one is read": Fault(
+        FLASH, f"{WAIT}\n            {BARRIER}  // every warp is done with the last tile", WAIT, RACE, NEAR, lengths=(161, 400)
+    ),
+    "a pass that begins before its copies have landed": Fault(
+        FLASH, f"{WAIT}\n            {BARRIER}  // every warp is done with the last tile", BARRIER, RACE, NEAR, lengths=(161, 400)
+    ),
+    "groups whose exact keys not all threads know yet": Fault(
+        FLASH, f"params.seqlen_k);\n    {BARRIER}", "params.seqlen_k);", f"{RACE}|nothing wrote", {**NEAR, "blocks": True}, lengths=(900, 900)
+    ),
+    "groups of exact keys": Fault(FLASH, "kGrouped ? params.passes.exact : 0", "0", WRONG, NEAR),
+    "exact keys that groups forget": Fault(FLASH, "(!KEPT || !kGrouped)", "(true)", WRONG, NEAR),
+    "exact keys of another head": Fault(FLASH, "head_kv * params.exact_k_head", "0 * params.exact_k_head", WRONG, NEAR),
+    "an edge of groups that is not cut": Fault(FLASH, "band = params.passes.band(anew(pass)", "band = params.passes.band(anew(0)", WRONG, NEAR),
+    "maxima of exact scores beside weights": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_RANK1),
+    "maxima of exact scores beside energy": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_ENERGY),
+    "an lse of what weights leave": Fault(FLASH, "if (kLacks) log_sum +=", "if (false) log_sum +=", WRONG, NEAR_RANK1),
+}  # fmt: skip
+
 # Hopper: what works beside the threads, and what orders it.
 ON_HOPPER = {
     # Barriers

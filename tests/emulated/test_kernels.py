@@ -95,12 +95,31 @@ def test_the_suite_is_the_grid() -> None:
         assert set(grid.kernels(capability).values()) <= kernels
 
 
+def reduction(problem: Problem, q: Any, k: Any) -> Any:
+    """One for which the planner takes the kernel of a problem."""
+    if problem.ranked is None:
+        if problem.reduction is None:
+            return None
+        return dataclasses.replace(problem.reduction, near=problem.near, sinks=problem.sinks)
+    if problem.ranked.copied:
+        return cudistr.Energy(16, near=40, sinks=9)
+    rank, alone = problem.ranked.columns, problem.ranked.alike and not problem.near
+    # Beside a head that is exact one of a rank, beside exact keys two.
+    other = problem.head_dim if alone else rank if problem.ranked.alike else rank // 2
+    reduced = util.of_ranks(q, k, rank, other)
+    return reduced if alone else reduced.with_near(40, sinks=9)
+
+
 @pytest.mark.parametrize(
     ("number", "kernel"), list(enumerate(ATTENTION)), ids=[name for name, *_ in ATTENTION.values()]
 )
-def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(
+    number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     # Two tiles of queries and two of keys, or more, the last ones short; two heads that share their keys.
     _, problem, capability = ATTENTION[kernel]
+    if problem.exact_block != (1, 1):
+        request.getfixturevalue("whole_blocks")
     use(grid.DEVICES[capability])
     assert problem.family is not None
     monkeypatch.setenv("CUDISTR_KERNEL", problem.family)
@@ -110,6 +129,8 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
         seqlen_k = 520 if problem.right is None else 250
     else:
         seqlen_k = tile.tile_k * (1 if tile.tile_k > 64 else 2) + 29
+    if problem.exact_block != (1, 1):
+        seqlen_k = 900  # else all of them are exact
     q, k, v = util.inputs(
         number,
         grid.DTYPES[problem.dtype],
@@ -124,19 +145,15 @@ def test_attention(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch)
     masks = MASKS
     if kernel.specific:  # whose tile depends on whether there is a mask
         masks = MASKS[2:] if problem.right is None else MASKS[:2]
-    options = {**masks[number % len(masks)], "reduction": problem.reduction, "softcap": problem.softcap}
-    if dict(kernel.constants).get("KEPT"):
-        options["reduction"] = dataclasses.replace(problem.reduction, near=problem.near, sinks=problem.sinks)
-    if problem.ranked is not None and problem.ranked.copied:
-        options |= {"reduction": cudistr.Energy(16, near=40, sinks=9), "copied": True}
-    elif problem.ranked is not None:
-        rank, alone = problem.ranked.columns, problem.ranked.alike and not problem.near
-        # Beside a head that is exact one of a rank, beside exact keys two.
-        other = problem.head_dim if alone else rank if problem.ranked.alike else rank // 2
-        reduced = util.of_ranks(q, k, rank, other)
-        options["reduction"] = reduced if alone else reduced.with_near(40, sinks=9)
+    options = {
+        **masks[number % len(masks)],
+        "reduction": reduction(problem, q, k),
+        "softcap": problem.softcap,
+    }
+    options["copied"] = problem.ranked is not None and problem.ranked.copied
     if problem.tf32:
         monkeypatch.setenv("CUPY_TF32", "1")
+        del options["copied"]
         util.check_tf32(q, k, v, layout, **options)
     else:
         util.check_kernel(q, k, v, layouts=(layout,) * 3, on_host=True, **options)
@@ -153,9 +170,12 @@ def test_shared_keys(number: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatc
     use(grid.DEVICES[capability])
     monkeypatch.setenv("CUDISTR_KERNEL", "portable")
     dtype, d, dv = grid.DTYPES[problem.dtype], problem.head_dim, problem.head_dim_v
-    q, k, v = util.inputs(number, dtype, batch=1, heads=1, lengths=(161, 173), head_dim=d, head_dim_v=dv)
+    heads = 1 if problem.ranked is None else 2
+    shape = {"batch": 1, "heads": heads, "heads_kv": heads, "lengths": (161, 173)}
+    q, k, v = util.inputs(number, dtype, **shape, head_dim=d, head_dim_v=dv)
     with util.splits(2):
-        util.check_kernel(q, k, v, on_host=True, reduction=problem.reduction, **MASKS[number % len(MASKS)])
+        options = {"reduction": reduction(problem, q, k), **MASKS[number % len(MASKS)]}
+        util.check_kernel(q, k, v, on_host=True, **options)
     assert (kernel, 0) in compiler._functions
 
 

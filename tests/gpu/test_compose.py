@@ -1,6 +1,8 @@
-"""Calls with exact keys, made of several kernels' outputs, against the float64 reference of the definition."""
+"""Calls that leave keys exact beside groups or columns kept by energy, against the float64 reference of the method."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudistr
+from cudistr import normalize, reference
 from tests.gpu.util import check_kernel, cp, inputs, on_device, same_bits
 from tests.strategies import DTYPES, LAYOUTS, cases
 
@@ -46,6 +49,47 @@ def test_weights_and_energy(dtype, causal, reduction):
     q, k, v = inputs(49, dtype, batch=1, heads_kv=2, lengths=(200, 260))
     k[:, :, :30] *= 4
     check_kernel(q, k, v, reduction=reduction, causal=causal)
+
+
+REDUCTIONS = {
+    "lsh2": cudistr.LSH(2),
+    "lsh4 mean": cudistr.LSH(4, representative="mean"),
+    "rank1": cudistr.LSH(2, representative="rank1"),
+    "energy": cudistr.Energy(16),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "family", "dims", "lengths"),
+    [
+        ("float16", "portable", (64, 64), (500, 1100)),
+        ("bfloat16", "portable", (128, 128), (300, 900)),
+        ("float32", "portable", (96, 40), (450, 700)),
+        ("float16", "hopper", (64, 64), (500, 1100)),
+        ("bfloat16", "hopper", (64, 64), (900, 900)),
+        ("bfloat16", "hopper", (128, 128), (300, 900)),
+        ("float16", "hopper", (128, 96), (400, 700)),
+        ("float16", "hopper", (128, 128), (700, 300)),  # rows before the first key
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (330, 190)}], ids=str)
+@pytest.mark.parametrize(("near", "sinks"), [(90, 70), (1, 0), (0, 9)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_whole_blocks_of_exact_keys(
+    dtype, family, dims, lengths, options, near, sinks, reduction, monkeypatch, whole_blocks
+):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    shape = {"batch": 1, "heads": 2, "heads_kv": 1, "lengths": lengths}
+    q, k, v = inputs(63, DTYPES[dtype], **shape, head_dim=dims[0], head_dim_v=dims[1])
+    k[:, :, : max(sinks, 9)] *= 3
+    options = options | {"reduction": dataclasses.replace(reduction, near=near, sinks=sinks)}
+    assert normalize.problem(q, k, v, **options).exact_block != (1, 1)
+    copied = family == "hopper" and reduction.by_keys
+    out = cp.asnumpy(check_kernel(q, k, v, copied=copied, **options)).astype(np.float64)
+    # A yardstick without these blocks would have errors too, and allow them.
+    expected = reference.attention(q, k, v, **options)
+    assert np.linalg.norm(out - expected) < 0.02 * np.linalg.norm(expected)
 
 
 @each_dtype

@@ -135,6 +135,7 @@ def baseline(
     """
     dtype = q.dtype
     shared = q.shape[1] // k.shape[1]
+    block = normalize.problem(q, k, v, reduction=reduction).exact_block
     queries = xp.asarray(q.astype(np.float32))
     keys, values = (xp.repeat(xp.asarray(x.astype(np.float32)), shared, axis=1) for x in (k, v))
     if isinstance(reduction, cudistr.Projection):
@@ -145,7 +146,6 @@ def baseline(
         qhat = rounded(xp.matmul(queries, a), dtype, xp)
         khat = rounded(xp.matmul(keys - mean[:, None], b), dtype, xp)
         shift = xp.matmul(queries, mean[:, :, None])
-        block = normalize.problem(q, k, v, reduction=reduction).exact_block
         kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks, block))
         exact = xp.matmul(queries, keys.swapaxes(2, 3))
         scores = xp.where(kept, exact, xp.matmul(qhat, khat.swapaxes(2, 3)) + shift)
@@ -155,7 +155,7 @@ def baseline(
         permutations, means = map(xp.asarray, reference.solve_columns(q, reduction, k))
         means = rounded(means, dtype, xp) if copied else means
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
-        kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks))
+        kept = xp.asarray(kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks, block))
         for n in range(permutations.shape[2]):
             rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
             columns = permutations[:, :, n, None, :].astype(np.int64)
@@ -176,7 +176,7 @@ def baseline(
         permutations, numbers = reference.solve_columns(q, reduction, k if reduction.by_keys else None)
         permutations = xp.asarray(permutations.astype(np.int64))
         scores = xp.zeros((*q.shape[:3], k.shape[2]), xp.float32)
-        kept = kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks)
+        kept = kept_pairs(q.shape[2], k.shape[2], reduction.near, reduction.sinks, block)
         for n in range(permutations.shape[2]):
             rows = slice(n * reduction.block_q, (n + 1) * reduction.block_q)
             columns = permutations[:, :, n, None, :]
