@@ -453,8 +453,9 @@ def value_stages(problem: Problem, device: Device, tile: Tile) -> int:
     With two, the values of the next step are copied while those of this one are multiplied, instead of while its keys
     are, which takes less time than a copy. Parts of the time with one (one H100, bfloat16, N = 4k / 16k, full): exact,
     64 columns 0.94 / 0.93, 128 columns 0.98 / 0.99; LSH(2), 64 columns 0.96 / 0.96; LSH(4), 128 columns 0.96 / 0.97,
-    but 64 columns 1.04 / 1.04; exact, N = 4k, 192 columns 1.07, 256 columns 1.02. Exact with 128 columns spills before
-    sm_90, and LSH(2) summed on the way. As many thread blocks have to fit as with one. Two tiles of K too were slower.
+    but 64 columns 1.04 / 1.04; exact, N = 4k, 192 columns 1.07, 256 columns 1.02; 64 columns where heads differ in rank
+    1.01 to 1.05 (one H200). Exact with 128 columns spills before sm_90, and LSH(2) summed on the way. As many thread
+    blocks have to fit as with one. Two tiles of K too were slower.
     """
     columns = problem.head_dim_v
     if ITEMSIZE[problem.dtype] != 2 or tile.block_m < 128 or columns > 128:
@@ -525,7 +526,8 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     the rest differs between architectures, and CI compiles every variant for all of them and refuses a spill.
     Longer is faster: against FlashAttention-2 in one run on one H200 (bfloat16, 16k tokens, hidden size 2048),
     N = 4k / 16k, 64 columns: 128 keys 1.11 / 1.07, 96 keys 1.10 / 1.06, 64 keys 1.00 / 0.98; 128 columns: 64 keys
-    1.06 / 1.02, 48 keys 1.04 / 1.01.
+    1.06 / 1.02, 48 keys 1.04 / 1.01. Where heads differ in rank, parts of the time (one H200, bfloat16, 8k tokens, full
+    / causal), 64 columns: 96 keys 0.93 / 0.96 of 64 keys, but 1.03 / 1.04 where whole blocks of keys stay exact.
     """
     columns, wide = problem.head_dim_v, problem.dtype == "bfloat16"  # bfloat16: see _crowded
     square = problem.head_dim == columns
@@ -611,10 +613,12 @@ def _possible(problem: Problem, device: Device, tile: Tile) -> bool:
 def tile_key(problem: Problem) -> TileKey | None:
     """What a measured tile of this problem is kept under.
 
-    None for rows that are not aligned and for scores with a softcap or a scale that is not positive: these kernels
-    have other registers, and the planner's own tiles.
+    None for rows that are not aligned, for scores with a softcap or a scale that is not positive, and for passes over
+    the keys: these kernels have other registers, and the planner's own tiles.
     """
     if not problem.aligned or problem.softcap is not None or problem.scale <= 0:
+        return None
+    if problem.ranked is not None or keeps_keys(problem):
         return None
     reduction, keep = problem.reduction, _keep(problem)
     return TileKey(
@@ -725,7 +729,7 @@ def _crowded(problem: Problem, device: Device, tile: Tile, share_keys: bool) -> 
     """Whether ptxas at its own level hoists so many loads that a kernel spills; at level 1 it does not.
 
     On one H200 (8k tokens) level 1 gains 5% with 128 exact columns of bfloat16, and 4% with LSH(4) of 64; it costs 4 to
-    9% with up to 96 exact columns, and 4 to 5% with groups of 128.
+    9% with up to 96 exact columns, 4 to 5% with groups of 128, and 12% where heads differ in rank.
     """
     columns, capability, group = problem.head_dim_v, device.capability, _group(problem)
     softcap, ranked = problem.softcap is not None, problem.ranked is not None
