@@ -969,6 +969,23 @@ LAYOUTS = {
 
 
 WEIGHTED = planner.attention_kernel(problem(reduction=LSH(2, representative="rank1")), AMPERE)[0]
+RANKS = Ranked(16, (0, 0, 16), (0, 0, 16))
+COPIED = RANKS._replace(columns=64, copied=True)
+NEAR = [
+    (problem(**{"near": 40, **options}), launch._beside_exact_keys(of))
+    for options, of in (
+        ({"reduction": LSH(2)}, launch._ATTENTION),
+        ({"reduction": LSH(2, representative="rank1")}, launch._WEIGHTED),
+        ({"reduction": LSH(4), "dtype": "bfloat16"}, launch._HALF),
+        ({"reduction": Energy(32)}, launch._BY_ENERGY),
+    )
+]
+
+
+def attention_of(one: Problem, device: Device = AMPERE) -> Kernel:
+    return planner.attention_kernel(one, device)[0]
+
+
 BY_ENERGY = planner.attention_kernel(problem(reduction=Energy(32)), AMPERE)[0]
 FOURS = problem(dtype="bfloat16", reduction=LSH(4))
 
@@ -982,8 +999,26 @@ FOURS = problem(dtype="bfloat16", reduction=LSH(4))
         ("AttentionParams", planner.attention_kernel(FOURS, AMPERE)[0], launch._HALF),
         ("HopperParams", planner.attention_kernel(FOURS, HOPPER)[0], launch._HOPPER_HALF),
         ("PrepareParams", planner.prepare_kernel("bfloat16", 64, True, half=1), launch._PREPARE_HALF),
+        *(("AttentionParams", attention_of(one), of) for one, of in NEAR),
+        ("HopperParams", attention_of(NEAR[0][0], HOPPER), launch._HOPPER_KEPT),
+        ("AttentionParams", attention_of(problem(ranked=RANKS)), launch._RANKED),
+        ("HopperParams", attention_of(problem(ranked=RANKS), HOPPER), launch._HOPPER_RANKED),
+        ("HopperParams", attention_of(problem(ranked=COPIED), HOPPER), launch._HOPPER_COPIED),
     ],
-    ids=[*LAYOUTS, "weighted", "by energy", "half", "half on Hopper", "prepare half"],
+    ids=[
+        *LAYOUTS,
+        *("weighted", "by energy", "half", "half on Hopper", "prepare half"),
+        *(
+            "near",
+            "near weights",
+            "near halves",
+            "near energy",
+            "near on Hopper",
+            "ranks",
+            "ranks on Hopper",
+            "copied",
+        ),
+    ],
 )
 def test_parameters_lie_where_the_kernel_reads_them(
     asserting: Callable[..., None], struct: str, kernel: Kernel, layout: np.dtype
@@ -991,8 +1026,7 @@ def test_parameters_lie_where_the_kernel_reads_them(
     assert layout.names is not None and layout.fields is not None
     offsets = {}
     for name in layout.names:
-        shard = re.fullmatch(r"(out|lse)(\d+)", name)  # MergeParams has arrays of pointers
-        offsets[f"{shard[1]}s[{shard[2]}]" if shard else name] = layout.fields[name][1]
+        offsets[in_struct(name)] = layout.fields[name][1]
     asserting(
         kernel,
         f"sizeof({struct}) == {layout.itemsize}",
@@ -1004,6 +1038,22 @@ def test_parameters_lie_where_the_kernel_reads_them(
     maps, addresses = kinds.count(np.dtype("V128")), kinds.count(np.dtype("u8"))
     assert kinds[:maps] == [np.dtype("V128")] * maps
     assert kinds[maps : maps + addresses] == [np.dtype("u8")] * addresses
+
+
+def in_struct(name: str) -> str:
+    """A parameter as the kernel's struct names it: MergeParams has arrays of pointers, and passes are a struct."""
+    within = {
+        r"(out|lse)(\d+)": r"\1s[\2]",
+        r"pass_(\w+)(\d)": r"passes.\1[\2]",
+        r"near_(start|stop)": r"passes.near.\1",
+        r"exact_(rows|keys)": r"passes.near.\1",
+        "exact_passes": "passes.exact",
+        "passes": "passes.count",
+    }
+    for pattern, new in within.items():
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, new, name)
+    return name
 
 
 def test_a_wrong_layout_would_be_noticed(asserting: Callable[..., None]) -> None:
