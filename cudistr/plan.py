@@ -1121,7 +1121,7 @@ def copies_queries(problem: Problem, device: Device) -> bool:
 
     The scores of a reduction are those of K and of queries whose columns have been replaced. Where columns are kept by
     energy, and for groups with weights beside exact keys, the exact Hopper kernel multiplies these faster than the
-    portable one, or several calls, do with fewer columns.
+    portable one does with fewer columns.
     """
     reduction = problem.reduction
     if reduction is None or not reduction.by_keys:

@@ -84,8 +84,8 @@ FAULTS = {
         RACE,
     ),
     "the next values where these are read": Fault(
-        FLASH, "run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-TILE_K * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
-        "run(shared.v[tile % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-TILE_K * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
+        FLASH, "run(shared.v[(tile - 1) % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-kKeys * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
+        "run(shared.v[tile % kValueStages], params.v_row, keys_left);\n                        value_copy.move(-kKeys * params.v_row);\n                    }\n                }\n                cp_async_commit();\n            }",
         RACE,
     ),
     "no barrier between sums ahead and their readers": Fault(
@@ -98,7 +98,7 @@ FAULTS = {
         FLASH, "MakeKhat<false> beside(shared, ~tile & 1", "MakeKhat<false> beside(shared, tile & 1", RACE, GROUPED
     ),
     "Khat of another tile": Fault(
-        FLASH, "next = key - 2 * TILE_K;", "next = key - TILE_K;", WRONG, GROUPED, lengths=(161, 500)
+        FLASH, "next = key - 2 * kKeys;", "next = key - kKeys;", WRONG, GROUPED, lengths=(161, 500)
     ),
     "the last tile is not copied ahead": Fault(
         FLASH, "tile - 2 >= first_tile", "tile - 2 > first_tile", WRONG, GROUPED, lengths=(161, 500)
@@ -484,8 +484,8 @@ KEPT = {**RANKED, "kept": (40, 9), "causal": True}  # keys that stay exact
 KEPT_WITHIN = {**WITHIN, "kept": (40, 9)}
 FAULTS |= {
     "the columns of another head": Fault(
-        FLASH, "rank = params.ranks[place.batch_head]", "rank = params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}",
-        RANKED,
+        FLASH, "columns = params.ranks[place.batch_head]", "columns = params.ranks[place.batch_head ^ 2]", f"nothing wrote|{WRONG}",
+        KEPT,
     ),
     "a step of a head too few": Fault(FLASH, "columns / kStepColumns);", "columns / kStepColumns - 1);", WRONG, RANKED),
     "a chunk of a head too few": Fault(
