@@ -377,7 +377,10 @@ def keeps_keys(problem: Problem) -> bool:
 
 
 def _exact_keys(problem: Problem, tile: Tile) -> int:
-    """Keys per step of the portable kernel of those that stay exact beside groups; 0 if none do."""
+    """Keys per step of the portable kernel of those that stay exact beside groups; 0 if none do.
+
+    Few, since ptxas has to fit two loops, and this is the short one; a part of a block that stays exact.
+    """
     if not keeps_keys(problem):
         return 0
     return min(tile.tile_k, 64 if problem.head_dim_v <= 64 else 32)
@@ -510,13 +513,13 @@ def _shared_bytes(problem: Problem, device: Device, tile: Tile, stages: int) -> 
         keys = tile.tile_k * (depth + pad) * itemsize
         table = 0
     values = stages * tile.tile_k * (columns_v + pad) * itemsize
-    if keeps_keys(problem):  # the loop over these has all columns of Q and K
-        exact = _exact_keys(problem, tile)
-        columns = (tile.block_m + exact) * (_round_up(head_dim, 16) + pad)
-        exact_loop = (columns + stages * exact * (columns_v + pad)) * itemsize
-        queries = max(queries, exact_loop - keys - values - table)
+    loop = queries + keys + values + table
+    if keeps_keys(problem):  # the loop over these takes turns with it, and has all columns of Q and K
+        own_keys, columns = _exact_keys(problem, tile), _round_up(head_dim, 16)
+        elements = (tile.block_m + own_keys) * (columns + pad) + stages * own_keys * (columns_v + pad)
+        loop = max(loop, elements * itemsize)
     out = tile.block_m * (columns_v + pad) * itemsize
-    return max(_round_up(queries + keys + values + table, 16), out)
+    return max(_round_up(loop, 16), out)
 
 
 def _longest_keys(problem: Problem, device: Device, group: int) -> int:
@@ -531,7 +534,7 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
     """
     columns, wide = problem.head_dim_v, problem.dtype == "bfloat16"  # bfloat16: see _crowded
     square = problem.head_dim == columns
-    narrow = problem.head_dim <= columns and problem.head_dim % 16 == 0 and not group
+    narrow = problem.head_dim <= columns and problem.head_dim % 16 == 0  # others spill
     plain = problem.aligned and problem.softcap is None and problem.scale > 0
     if problem.ranked is not None and problem.aligned:
         if columns <= 32:
@@ -539,7 +542,8 @@ def _longest_keys(problem: Problem, device: Device, group: int) -> int:
         # No pass ends within a tile of 64 where whole blocks of keys stay exact.
         if columns == 64 and problem.exact_block == (1, 1) and (wide or square):
             return 96
-        return 48 if not wide and 96 < columns <= 128 and square and device.capability < 90 else 64
+        spills = not wide and 96 < columns <= 128 and square and device.capability < 90
+        return 48 if spills else 64
     # From sm_100 on ptxas keeps more beside them; grouped kernels suffer from it on sm_100 and its kin only.
     crowded = device.capability >= 100 and not (group and device.capability >= 120)
     if columns <= 64:
@@ -893,8 +897,10 @@ def _hopper_tile(problem: Problem, device: Device) -> Tile | None:
             return None
         # Builders that also learn which tiles are exact have no registers for many columns of long ones.
         longest = (192,) if head_dim <= 64 or not keeps_keys(problem) else ()
-        blocks = problem.exact_block != (1, 1)  # then no pass ends within a tile
-        for tile in tiles(problem.exact_block[1:] if blocks else (*longest, 128, 64)):
+        sizes = (*longest, 128, 64)
+        if problem.exact_block != (1, 1):
+            sizes = problem.exact_block[1:]  # then no pass ends within a tile
+        for tile in tiles(sizes):
             raw_bytes = 2 * tile.tile_k * head_dim
             if raw_bytes <= HOPPER_RAW_BYTES and tile.tile_k * 3 // 4 + beside <= HOPPER_GROUPED_ACCUMULATORS:
                 return tile

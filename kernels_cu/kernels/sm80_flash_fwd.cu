@@ -116,7 +116,7 @@ typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // o
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
 constexpr bool kPasses = RANKED || KEPT;
-constexpr bool kLacks = WEIGHTED || KEEP;  // beside exact keys: scores lack what goes by K
+constexpr bool kLacks = WEIGHTED || KEEP;  // of KEPT: whether scores of groups may lack what params.shift has
 constexpr bool kSmall = BLOCK_M <= 64;  // tiles of few queries: heads may be packed, and warps may have nothing to do
 // How the keys come to the product: as they are; summed on the way from shared memory, which 16-bit types can; summed
 // within shared memory first, before the product or a tile ahead of it; or some columns as they are, the others summed
@@ -142,11 +142,13 @@ typedef SharedTile<T, BLOCK_M, kDepth> QueryTile;
 typedef SharedTile<T, TILE_K, kOutColumns> ValueTile;
 typedef SharedTile<T, BLOCK_M, kOutColumns> OutTile;
 
-// Grouped: the transposed K, and perhaps its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types;
-// float32 lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
+// Exact: all columns of Q and K.
 typedef SharedTile<T, BLOCK_M, kColumns> PlainQueryTile;
 typedef SharedTile<T, kExactKeys, kColumns> PlainKeyTile;
 typedef SharedTile<T, kExactKeys, kOutColumns> PlainValueTile;
+
+// Grouped: the transposed K, and perhaps its fused Khat, (columns, keys). A pad of 8 is one chunk for 16-bit types;
+// float32 lanes read single elements of four rows, which a pitch of 8 words modulo 32 keeps in different banks.
 typedef SharedTile<T, KEEP ? HEAD_DIM : kMembers * kDepth, TILE_K, 8> RawKeyTile;
 typedef SharedTile<T, kDepth, TILE_K, 8> FusedKeyTile;
 
@@ -413,6 +415,7 @@ struct MakeKhat {
         if (kReadAhead && pair == (kMembers > 2 ? kTogether - 1 : 1) && step + 1 < kSlices) read(step + 1);
     }
     DEVICE void all() {
+        // Behind exact keys the output has its registers already.
 #pragma unroll(KEPT ? 1 : kSlices)
         for (int slice = 0; slice < kSlices; ++slice) {
             read(slice);
@@ -586,6 +589,8 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     typedef SharedTile<T, kKeys, kOutColumns> Values;
     typedef RowCopy<ALIGNED, kThreads, HEAD_DIM_V, T, Values> ValueCopy;
 #if !RANKED && !KEPT
+    // One pass. Found within its loop, as what follows below for several, the same would be other instructions, and some
+    // groups of two would spill.
     const int thread = thread_index();
     const int lane = thread % kWarpSize;
     const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
