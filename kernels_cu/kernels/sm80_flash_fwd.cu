@@ -297,6 +297,62 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
     }
 }
 
+// Whether a thread has the same group in many rows, and reads several of these at once. Element by element the queries took
+// 9% of an LSH(2) call of 128 columns under a causal mask of 4096 (one H200). Of other groups ptxas would spill.
+constexpr bool kGatherRows = !KEEP && !kWeighted && kMembers <= 4;
+
+// The same, so.
+template <class Shared>
+DEVICE void gather_rows(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation, bool wide, int thread) {
+    constexpr int kAcross = kDepth < kThreads ? kDepth : kThreads;
+    constexpr int kDown = kThreads / kAcross;
+    constexpr int kUsed = MEAN ? kMembers : 1;  // columns of a group
+    // What these two do to the loop over keys, by way of ptxas, decides: up to 2% of the time.
+    constexpr bool kClamp = HEAD_DIM > 64;  // whether rows beyond the last are read as the last, or are zeros
+    constexpr int kAtOnce = (kClamp ? 12 : 20) / kUsed;
+    if (thread >= kAcross * kDown) return;
+#pragma unroll
+    for (int first = 0; first < kDepth; first += kAcross) {
+        const int group = first + thread % kAcross;
+        if (group >= kDepth) return;
+        const T* columns[kUsed];
+#pragma unroll
+        for (int member = 0; member < kUsed; ++member) {
+            columns[member] = q + permutation[min(group, kGroups - 1) * kMembers + member];
+        }
+#pragma unroll 1
+        for (int start = thread / kAcross; start < BLOCK_M; start += kDown * kAtOnce) {
+            T values[kAtOnce][kUsed];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = start + i * kDown;
+                const i64 place = (kClamp ? min(row, rows - 1) : row) * row_stride;
+#pragma unroll
+                for (int member = 0; member < kUsed; ++member) {
+                    values[i][member] = Traits<T>::from_float(0.f);
+                    if (kClamp || row < rows) values[i][member] = columns[member][place];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = start + i * kDown;
+                T value = values[i][0];
+                if constexpr (MEAN) {
+                    float total = 0.f;
+#pragma unroll
+                    for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(values[i][member]);
+                    value = Traits<T>::from_float(total * (1.f / kMembers));
+                }
+                if (group >= kGroups) value = Traits<T>::from_float(0.f);
+#if HALF
+                if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
+#endif
+                if (BLOCK_M % (kDown * kAtOnce) == 0 || row < BLOCK_M) shared.q.at(row, group) = value;
+            }
+        }
+    }
+}
+
 // A tile of the transposed K: keys [key, key + TILE_K) of every column, columns in the block's order.
 template <class Shared>
 DEVICE void copy_transposed_keys(Shared& shared, int key, int key_columns, int thread) {
@@ -580,6 +636,8 @@ template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
                         Softmax& softmax, u32 known) {
     constexpr bool kGrouped = kHow != kExact;
+    // Whether Qhat and the rows of K are found in the first pass alone, also if it has no keys. Of the others ptxas would spill.
+    constexpr bool kOnce = KEPT && kGrouped && !KEEP && ALIGNED;
     // Without a branch between exponentials and products with values, they go side by side. With fewer columns there are
     // fewer products, and no gain.
     constexpr bool kApplyFirst = kBeside || (kHow == kAhead && kGroup > 2 && HEAD_DIM_V > 64);
@@ -691,7 +749,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             first_tile += place.split * share + min(place.split, larger);
             tile = first_tile + share - (place.split < larger ? 0 : 1);
         }
-        if (kPasses && tile < first_tile) continue;
+        if (kPasses && tile < first_tile && (!kOnce || pass > first_pass)) continue;
 
         const u8* permutation = nullptr;
         const float* weights = nullptr;
@@ -706,8 +764,10 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
 #if WEIGHTED
             shares = params.shares + block * HEAD_DIM;
 #endif
-            find_key_rows(shared, k, k_row, permutation, weights, thread);
-            __syncthreads();
+            if (!kOnce || pass == first_pass) {
+                find_key_rows(shared, k, k_row, permutation, weights, thread);
+                __syncthreads();
+            }
         }
         // What is left of the sequence at the first tile of the loop; tiles go from the last keys to the first.
         int keys_left = params.seqlen_k - tile * kKeys;
@@ -725,7 +785,13 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             } else if (tile >= first_tile) {
                 copy_transposed_keys(shared, tile * kKeys, params.key_columns, thread);
             }
-            gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
+            if (!kOnce || pass == first_pass) {
+                if constexpr (kGatherRows) {
+                    gather_rows(shared, q, q_row, rows, permutation, wide, thread);
+                } else {
+                    gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
+                }
+            }
         } else {
             key_copy.open(k + tile * (kKeys * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);

@@ -142,7 +142,7 @@ FAULTS = {
     ),
     "no barrier after the permutation is read": Fault(
         FLASH,
-        f"weights, thread);\n            {BARRIER}",
+        f"weights, thread);\n                {BARRIER}",
         "weights, thread);",
         RACE,
         GROUPED,
@@ -609,10 +609,19 @@ FAULTS |= {
     "groups whose exact keys not all threads know yet": Fault(
         FLASH, f"params.seqlen_k);\n    {BARRIER}", "params.seqlen_k);", f"{RACE}|nothing wrote", {**NEAR, "blocks": True}, lengths=(900, 900)
     ),
+    "queries of groups that only a pass with keys gathers": Fault(
+        FLASH, "tile < first_tile && (!kOnce || pass > first_pass)", "tile < first_tile", f"{RACE}|nothing wrote|{WRONG}",
+        {"reduction": cudistr.LSH(2, near=150)}, lengths=(300, 300),
+    ),
+    "queries of groups that a later pass gathers": Fault(
+        FLASH, "pass == first_pass) {\n                if constexpr (kGatherRows)", "pass > first_pass) {\n                if constexpr (kGatherRows)", f"{RACE}|nothing wrote|{WRONG}", NEAR
+    ),
+    "rows of groups beyond the tile": Fault(FLASH, " || row < BLOCK_M) shared.q.at", " || true) shared.q.at", f"{RACE}|{WRONG}", NEAR),
     "groups of exact keys": Fault(FLASH, "kGrouped ? params.passes.exact : 0", "0", WRONG, NEAR),
     "exact keys that groups forget": Fault(FLASH, "(!KEPT || !kGrouped)", "(true)", WRONG, NEAR),
     "exact keys of another head": Fault(FLASH, "head_kv * params.exact_k_head", "0 * params.exact_k_head", WRONG, NEAR),
     "an edge of groups that is not cut": Fault(FLASH, "band = params.passes.band(anew(pass)", "band = params.passes.band(anew(0)", WRONG, NEAR),
+    "a column of groups that another has": Fault(FLASH, "min(group, kGroups - 1) * kMembers", "min(group, kGroups - 2) * kMembers", WRONG, GROUPED),
     "maxima of exact scores beside weights": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_RANK1),
     "maxima of exact scores beside energy": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_ENERGY),
     "an lse of what weights leave": Fault(FLASH, "if (kLacks) log_sum +=", "if (false) log_sum +=", WRONG, NEAR_RANK1),
