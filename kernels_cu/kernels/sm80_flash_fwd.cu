@@ -636,8 +636,9 @@ template <Fusion kHow>
 DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, float (&output)[ROW_TILES][kOutTiles][4],
                         Softmax& softmax, u32 known) {
     constexpr bool kGrouped = kHow != kExact;
-    // Whether Qhat and the rows of K are found in the first pass alone, also if it has no keys. Of the others ptxas would spill.
-    constexpr bool kOnce = KEPT && kGrouped && !KEEP && ALIGNED;
+    // Whether queries, and the rows of K in their groups, are brought in the first pass alone, also if it has no keys. Of the
+    // others ptxas would spill.
+    constexpr bool kOnce = KEPT && !KEEP && ALIGNED;
     // Without a branch between exponentials and products with values, they go side by side. With fewer columns there are
     // fewer products, and no gain.
     constexpr bool kApplyFirst = kBeside || (kHow == kAhead && kGroup > 2 && HEAD_DIM_V > 64);
@@ -676,6 +677,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         }
         softmax.clear();
     }
+    if (kOnce && kGrouped) __syncthreads();  // the queries of exact keys, of which there may be none, have landed
 #if RANKED || KEPT
     // Found by one thread: the others have no registers for it. Behind the barrier every warp is done with the loop before.
     if (thread_index() == 0) near_keys(shared.q) = params.passes.near.of(Place(params).first_row, params.seqlen_k);
@@ -795,9 +797,11 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         } else {
             key_copy.open(k + tile * (kKeys * k_row), k_row);
             if (tile >= first_tile) key_copy.run(shared.k, k_row, keys_left, columns);
-            QueryCopy query_copy;
-            query_copy.open(q, q_row);
-            query_copy.run(shared.q, q_row, rows, columns);
+            if (!kOnce || pass == first_pass) {
+                QueryCopy query_copy;
+                query_copy.open(q, q_row);
+                query_copy.run(shared.q, q_row, rows, columns);
+            }
         }
         value_copy.open(v + tile * (kKeys * params.v_row), params.v_row);
         if (kValueStages == 2 && tile >= first_tile) {

@@ -617,6 +617,10 @@ FAULTS |= {
         FLASH, "pass == first_pass) {\n                if constexpr (kGatherRows)", "pass > first_pass) {\n                if constexpr (kGatherRows)", f"{RACE}|nothing wrote|{WRONG}", NEAR
     ),
     "rows of groups beyond the tile": Fault(FLASH, " || row < BLOCK_M) shared.q.at", " || true) shared.q.at", f"{RACE}|{WRONG}", NEAR),
+    "groups that begin before queries of no exact keys have landed": Fault(
+        FLASH, f"if (kOnce && kGrouped) {BARRIER}", "", RACE, {"reduction": cudistr.LSH(2, sinks=9), "window": (330, 190), "blocks": True},
+        lengths=(450, 700),
+    ),
     "groups of exact keys": Fault(FLASH, "kGrouped ? params.passes.exact : 0", "0", WRONG, NEAR),
     "exact keys that groups forget": Fault(FLASH, "(!KEPT || !kGrouped)", "(true)", WRONG, NEAR),
     "exact keys of another head": Fault(FLASH, "head_kv * params.exact_k_head", "0 * params.exact_k_head", WRONG, NEAR),
