@@ -90,11 +90,13 @@ def test_columns_of_a_projection():
 
 
 def test_what_was_not_measured_is_not_refused():
-    # A bound is known: without exact keys groups of four are faster from 140 keys on.
-    kept = cudistr.LSH(4, near=1)
-    assert BREAK_EVEN["lsh4", True, False][COLUMNS.index(("float32", 128))] is None
-    assert worth(problem(100, np.float32, reduction=kept), HOPPER, 0, False).exact_is_faster
-    unknown = worth(problem(9000, np.float32, reduction=kept), HOPPER, 0, False)
+    # A bound is known: from how many keys on groups of four are faster without exact keys.
+    kept, column = cudistr.LSH(4, near=1), COLUMNS.index(("float32", 64))
+    bound = int(BREAK_EVEN["lsh4", False, False][column])
+    assert BREAK_EVEN["lsh4", True, False][column] is None and bound > 1
+    few, many = (problem(n, np.float32, head_dim=64, reduction=kept) for n in (bound - 1, 9000))
+    assert worth(few, HOPPER, 0, False).exact_is_faster
+    unknown = worth(many, HOPPER, 0, False)
     assert unknown.least is None and not unknown.exact_is_faster and "was not measured" in str(unknown)
 
 
@@ -102,7 +104,12 @@ def test_a_sentence():
     assert str(Worth(100.0, 4700.0)).endswith(
         "100 keys on average; it is faster than exact attention from about 4700 on (measured on an NVIDIA H200)"
     )
-    assert str(Worth(100.0, math.inf, True)).endswith("for any number of them (measured on this GPU)")
+    assert str(Worth(100.0, math.inf, True)).endswith(
+        "not faster than exact attention for any number of them (measured on this GPU)"
+    )
+    assert str(Worth(100.0, 0.0, True)).endswith(
+        "is faster than exact attention for any number of them (measured on this GPU)"
+    )
 
 
 def test_what_was_measured_here_takes_the_place_of_the_table():
