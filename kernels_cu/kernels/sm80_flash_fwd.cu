@@ -532,6 +532,20 @@ struct Place {
     }
 };
 
+// Where a thread stands in it, with the first row of its warp; and whether Qhat and Khat have to be T.
+struct Position {
+    int thread, lane, warp_row;
+    Place place;
+    bool wide;
+
+    DEVICE explicit Position(const AttentionParams& params)
+        : thread(thread_index()),
+          lane(thread % kWarpSize),
+          warp_row(thread / kWarpSize * 16 * ROW_TILES),
+          place(params),
+          wide(is_wide(params)) {}
+};
+
 #if RANKED || KEPT
 // What the scores of a row lack that are products of Qhat and Khat.
 DEVICE float lacking(const AttentionParams& params, const Place& place, int row) {
@@ -650,15 +664,9 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
 #if !RANKED && !KEPT
     // One pass. Found within its loop, as what follows below for several, the same would be other instructions, and some
     // groups of two would spill.
-    const int thread = thread_index();
-    const int lane = thread % kWarpSize;
-    const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
-    const Place place(params);
-    const int first_row = place.first_row;
-    const int rows = place.rows;
-    const bool wide = is_wide(params);
+    const auto [thread, lane, warp_row, place, wide] = Position(params);
     constexpr int first_pass = 0, end_pass = 1;
-    const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + first_row * params.q_row;
+    const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head + place.first_row * params.q_row;
     const int head_kv = place.head / params.heads_per_kv;
     const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
     const i64& q_row = params.q_row;
@@ -696,13 +704,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     for (int pass = first_pass; pass < end_pass; ++pass) {
 #if RANKED || KEPT
         // Found anew for every pass, rather than held in registers.
-        const int thread = thread_index();
-        const int lane = thread % kWarpSize;
-        const int warp_row = thread / kWarpSize * 16 * ROW_TILES;
-        const Place place(params);
-        const int first_row = place.first_row;
-        const int rows = place.rows;
-        const bool wide = is_wide(params);
+        const auto [thread, lane, warp_row, place, wide] = Position(params);
         const int head_kv = place.head / params.heads_per_kv;
         const T* q = params.q + place.batch * params.q_batch + place.head * params.q_head;
         const T* k = params.k + place.batch * params.k_batch + head_kv * params.k_head;
@@ -728,7 +730,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             cp_async_wait<0>();
             __syncthreads();  // every warp is done with the last tile
         }
-        q += first_row * q_row;
+        q += place.first_row * q_row;
         const T* v = params.v + place.batch * params.v_batch + head_kv * params.v_head;
         const CutBand band = params.passes.band(pass, near_keys(shared.q));
 #else
@@ -789,9 +791,9 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             }
             if (!kOnce || pass == first_pass) {
                 if constexpr (kGatherRows) {
-                    gather_rows(shared, q, q_row, rows, permutation, wide, thread);
+                    gather_rows(shared, q, q_row, place.rows, permutation, wide, thread);
                 } else {
-                    gather_queries(shared, q, q_row, rows, permutation, weights, shares, wide, thread);
+                    gather_queries(shared, q, q_row, place.rows, permutation, weights, shares, wide, thread);
                 }
             }
         } else {
@@ -800,7 +802,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             if (!kOnce || pass == first_pass) {
                 QueryCopy query_copy;
                 query_copy.open(q, q_row);
-                query_copy.run(shared.q, q_row, rows, columns);
+                query_copy.run(shared.q, q_row, place.rows, columns);
             }
         }
         value_copy.open(v + tile * (kKeys * params.v_row), params.v_row);
@@ -821,7 +823,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
         }
 
         const u32 queries = left_address<T>(shared.q, warp_row, lane);
-        const bool idle = kSmall && warp_row >= rows;  // a warp without queries copies, and leaves the products out
+        const bool idle = kSmall && warp_row >= place.rows;  // a warp without queries copies, and leaves the products out
 
         for (; tile >= first_tile; --tile) {
             const int key = tile * kKeys;
@@ -922,13 +924,13 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
 #endif
                 if constexpr (kHides) {
                     const int last_row = thread_index() / kWarpSize * 16 * ROW_TILES + 16 * ROW_TILES - 1;
-                    if (key > band.last_key(first_row + last_row)) continue;
+                    if (key > band.last_key(place.first_row + last_row)) continue;
                 }
                 const int column = thread_index() % 4 * 2;
                 if (kSmall && params.packed > 1) {
-                    apply_mask(scores, band, 0, key, PackedRows{first_row + own_row(), params.queries}, column);
+                    apply_mask(scores, band, 0, key, PackedRows{place.first_row + own_row(), params.queries}, column);
                 } else {
-                    apply_mask(scores, band, first_row, key, PlainRows{own_row()}, column);
+                    apply_mask(scores, band, place.first_row, key, PlainRows{own_row()}, column);
                 }
             }
             float rescale[ROW_TILES][2], of_tile[ROW_TILES][2];

@@ -450,7 +450,7 @@ SHARED = {
         "if (idle) continue;\n            cp_async_wait<0>();\n            __syncthreads();  // the keys",
         "different barriers|nothing wrote|others have returned", lengths=FEW
     ),
-    "warps without work that have some": Fault(FLASH, "warp_row >= rows;", "warp_row + 16 >= rows;", WRONG, lengths=(50, 173)),
+    "warps without work that have some": Fault(FLASH, "warp_row >= place.rows;", "warp_row + 16 >= place.rows;", WRONG, lengths=(50, 173)),
     "packed queries under the mask of their rows": Fault(
         "tile/mask.cuh", "return (row + below) % queries;", "return row + below;", WRONG, {"causal": True}, lengths=FEW
     ),
