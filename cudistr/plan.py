@@ -586,15 +586,40 @@ def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
     return keys - 16 if columns > 64 and keys > 32 else keys
 
 
+def has_rows(problem: Problem, device: Device, rows: int) -> bool:
+    """Whether tiles of so many queries are enough, in float32, to keep a GPU as busy as twice as many of half as many.
+
+    They have to be shared out among multiprocessors as evenly, two at least to each. With a mask they differ: of 128
+    columns, causal, with 16 to each, they took 1.03 of the time (one H200).
+    """
+    blocks = problem.batch * problem.heads * -(-problem.seqlen_q // rows)
+    if problem.left is not None or problem.right is not None:
+        return blocks >= 20 * device.multiprocessors
+    most, most_of_half = (-(-n * blocks // device.multiprocessors) for n in (1, 2))
+    return most > 1 and 2 * most <= 1.09 * most_of_half
+
+
+def _float32_tiles(problem: Problem, device: Device) -> list[Tile]:
+    """Tiles of float32 in order of preference.
+
+    Operands of products are split into two in registers, those of K and V in every warp: half as often with 32 rows in
+    each as with 16. Parts of the time of these (one H200, N = 4k, full): exact, 64 columns 0.92, 128 columns 0.96;
+    LSH(2) 0.90 and 0.92. It takes registers that 128 columns of V just leave, and shared memory for two thread blocks.
+    """
+    large = Tile(128, 32, 2)
+    wide = problem.head_dim_v > (96 if problem.ranked is not None else 128)  # ptxas would spill
+    two = not wide and _fitting(device, shared_bytes(problem, device, large)) > 1
+    return [
+        *([large] if two and has_rows(problem, device, large.block_m) else []),
+        *(Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128),
+        Tile(32, 16, 1),  # for nearly all of 256 columns in the 99 KB of sm_86, 89 and 120
+    ]
+
+
 def _tiles(problem: Problem, device: Device, group: int, share_keys: bool) -> list[Tile]:
     """Tiles in order of preference."""
     if problem.dtype == "float32":
-        # Every operand is split into two in registers, so one 16-row tile per warp is what fits.
-        wide = [Tile(64, keys, 1) for keys in (32, 16) if keys == 16 or problem.head_dim_v <= 128]
-        return [
-            *wide,
-            Tile(32, 16, 1),
-        ]  # the last for nearly all of 256 columns in the 99 KB of sm_86, 89 and 120
+        return _float32_tiles(problem, device)
     keys = _longest_keys(problem, device, group)
     large = _longest_shared_keys(problem.head_dim_v, group, keys) if share_keys else keys
     # Two row tiles per warp halve the reads of shared memory: with one (and 64 rows), 128 columns ran at 0.78 / 0.73
@@ -697,7 +722,7 @@ def tile_clocks(problem: Problem, device: Device, tile: Tile) -> float:
 
 def candidate_tiles(problem: Problem, device: Device) -> list[Tile]:
     """Tiles that may compute a problem, by :func:`tile_clocks`; ptxas has the last word on their registers."""
-    shapes = ((64, 1), (128, 1)) if problem.dtype == "float32" else ((64, 1), (128, 1), (128, 2))
+    shapes = ((64, 1), (128, 1), (128, 2))
     columns = _round_up(problem.head_dim_v, 16)
     found = [
         tile
@@ -739,14 +764,21 @@ def _crowded(problem: Problem, device: Device, tile: Tile, share_keys: bool) -> 
     softcap, ranked = problem.softcap is not None, problem.ranked is not None
     if keeps_keys(problem):  # a second loop, and the pass, take registers too
         if problem.dtype == "float32":
-            return capability >= 120 or (capability >= 100 and 96 < columns <= 128)
+            return (
+                tile.row_tiles == 2
+                or columns > 192
+                or capability >= 120
+                or (capability >= 100 and columns > 96)
+            )
         if columns <= 64:
             return tile.tile_k == 128
         return 96 < columns <= 128 and (
             capability < 100 if problem.dtype == "bfloat16" else group > 4 and capability == 90
         )
     if problem.dtype == "float32":
-        return ranked or (columns > 32 and (capability >= 120 or (softcap and capability == 100)))
+        if tile.row_tiles == 2 or ranked or columns > 192:
+            return True
+        return columns > 32 and (capability >= 120 or (capability == 100 and (softcap or columns > 160)))
     wide = problem.dtype == "bfloat16"  # whose kernels may do a tile of queries twice
     if fuses_ahead(problem, device, tile):
         if columns > 96:
@@ -770,6 +802,16 @@ def _crowded(problem: Problem, device: Device, tile: Tile, share_keys: bool) -> 
     if columns <= 96 or _keep(problem):
         return False
     return softcap or (wide and (capability == 90 or (capability in (86, 89) and columns < 128)))
+
+
+def _score_steps(problem: Problem, tile: Tile) -> int:
+    """Steps of a float32 score that tensor cores add up before the sum is added to the others; 0 for other products.
+
+    Two take half the additions of one, and round less in all. Where the output takes most registers ptxas would spill.
+    """
+    if problem.dtype != "float32" or problem.tf32:
+        return 0
+    return 1 if tile.row_tiles == 2 and problem.head_dim_v > 96 else 2
 
 
 def portable_kernel(problem: Problem, device: Device, share_keys: bool = False) -> tuple[Kernel, Tile]:
@@ -799,7 +841,7 @@ def tile_kernel(problem: Problem, device: Device, tile: Tile, share_keys: bool =
         "RANKED": int(problem.ranked is not None),
         "KEPT": int(keeps_keys(problem)),
         "EXACT_TILE_K": _exact_keys(problem, tile),
-        "SPLIT": int(problem.dtype == "float32" and not problem.tf32),
+        "SPLIT": _score_steps(problem, tile),
         "VALUE_STAGES": value_stages(problem, device, tile),
         "SHARE_KEYS": int(share_keys or tile.block_m <= SMALL_SEQLEN_Q),
         "SHARED_BYTES": smem,
@@ -1356,8 +1398,8 @@ def packed_heads(problem: Problem) -> int:
 # multiprocessors; the constants only have to tell a step of keys from a second launch. Rates are those of an H100:
 # products of scores and of output together, as docs/benchmarks has them for the portable kernel at 128 columns
 # (bfloat16, N = 4k: 0.77 of 1024 multiplications; float16, which finds all maxima, as bfloat16 before it left them
-# out; float32 by three TF32 products: 68).
-PRODUCTS_PER_CLOCK = {"float16": 760, "bfloat16": 790, "float32": 68}
+# out; float32 by three TF32 products: 110).
+PRODUCTS_PER_CLOCK = {"float16": 760, "bfloat16": 790, "float32": 110}
 BYTES_PER_CLOCK = 16  # from memory and L2: between 13, which is all of memory's, and the 28 of L2
 WAIT_CLOCKS = 2000  # in a step of keys a thread block waits for memory twice, while others may work
 START_CLOCKS = 4000  # a thread block until its first product and from its last

@@ -159,6 +159,37 @@ def problems() -> Iterator[tuple[str, normalize.Problem]]:
             if dtype == "float32":
                 yield f"{dtype} {d} tf32", _replace(_problem(dtype, d, d), tf32=True)
                 yield f"{dtype} {d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
+    for name, problem in _large_float32_problems():
+        yield f"float32 {name} large", _replace(problem, batch=4096)
+
+
+def _large_float32_problems() -> Iterator[tuple[str, normalize.Problem]]:
+    """The grid of float32 tiles that are there for many queries."""
+    dtype = "float32"
+    for d in HEAD_DIMS:
+        if d <= 128:
+            yield f"{d}", _problem(dtype, d, d)
+    for d, dv in ((64, 128), (128, 64), (256, 8)):
+        yield f"{d} v{dv}", _problem(dtype, d, dv)
+    for d, sizes in GROUPS:
+        for g in _group_sizes(dtype, sizes):
+            if d <= 128:
+                yield f"{d} lsh{g}", _problem(dtype, d, d, reduction=LSH(g))
+    for d in (64, 128):
+        rank1, mean = (LSH(2, representative=name) for name in ("rank1", "mean"))
+        yield f"{d} lsh2 rank1", _problem(dtype, d, d, reduction=rank1)
+        yield f"{d} lsh2 mean", _problem(dtype, d, d, reduction=mean)
+        yield f"{d} keep{KEPT[d]}", _problem(dtype, d, d, reduction=Energy(KEPT[d], near=0, sinks=0))
+        yield f"{d} lsh2 near", _problem(dtype, d, d, reduction=LSH(2, **NEAR))
+        yield f"{d} softcap", _problem(dtype, d, d, softcap=30.0)
+        yield f"{d} unaligned", _replace(_problem(dtype, d, d), aligned=False)
+        yield f"{d} lsh4 unaligned", _replace(_problem(dtype, d, d, reduction=LSH(4)), aligned=False)
+        yield f"{d} tf32", _replace(_problem(dtype, d, d), tf32=True)
+        yield f"{d} lsh2 tf32", _replace(_problem(dtype, d, d, reduction=LSH(2)), tf32=True)
+    for d in (48, 64, 96):
+        yield f"{d} ranked", _replace(_problem(dtype, d, d), ranked=RANKED)
+    yield "64 lsh2 rank1 near", _problem(dtype, 64, 64, reduction=LSH(2, representative="rank1", **NEAR))
+    yield "64 keep32 near", _problem(dtype, 64, 64, reduction=Energy(32, **NEAR))
 
 
 def split_problems() -> Iterator[tuple[str, normalize.Problem]]:

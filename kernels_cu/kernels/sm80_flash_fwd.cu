@@ -22,7 +22,7 @@
 //   RANKED      1: heads differ in the columns of Q and K that count, and may leave keys exact, see AttentionParams;
 //               not with GROUP
 //   KEPT        1: with GROUP, some keys are exact, see AttentionParams; they come first, EXACT_TILE_K of them per step
-//   SPLIT       1: float32 by three TF32 products; 0: one
+//   SPLIT       float32 by three TF32 products, if not 0: so many steps of scores are added up by tensor cores alone
 //   VALUE_STAGES  tiles of V: with 2, the next one is copied while this one is multiplied
 //   SHARE_KEYS  1: thread blocks may share the keys of a tile; in large tiles this costs registers that they do not have
 //   SHARED_BYTES  what the plan reserves
@@ -854,9 +854,9 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 }
                 cp_async_commit();
                 if (HALF && !wide && !idle) {
-                    multiply_queries_keys<f16, kSplit, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
+                    multiply_queries_keys<f16, SPLIT, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
                 } else if (!idle) {
-                    multiply_queries_keys<T, kSplit, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
+                    multiply_queries_keys<T, SPLIT, kSteps, 1, kPitch>(scores, queries, shared.khat, lane);
                 }
                 if constexpr (kValueStages == 1) {
                     cp_async_wait<1>();
@@ -869,11 +869,11 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 if (HALF && !wide) {
                     MakeKhat<true> beside(shared, ~tile & 1, k, next, params.key_columns, wanted);
                     if (beside.kReadAhead) beside.read(0);
-                    multiply_queries_keys<f16, kSplit, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
+                    multiply_queries_keys<f16, SPLIT, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
                 } else {
                     MakeKhat<false> beside(shared, ~tile & 1, k, next, params.key_columns, wanted);
                     if (beside.kReadAhead) beside.read(0);
-                    multiply_queries_keys<T, kSplit, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
+                    multiply_queries_keys<T, SPLIT, kSteps, 1, kPitch>(scores, queries, khat, lane, kSteps, beside);
                 }
                 if constexpr (kValueStages == 2) {
                     if (tile > first_tile) {
@@ -894,7 +894,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
                 }
                 if (!idle) {
                     constexpr int kMost = kGrouped ? kSteps : kColumns / kStepColumns;
-                    multiply_queries_keys<T, kSplit, kMost, kGrouped ? kGroup : 0, kPitch>(scores, queries, shared.k, lane,
+                    multiply_queries_keys<T, SPLIT, kMost, kGrouped ? kGroup : 0, kPitch>(scores, queries, shared.k, lane,
                                                                                            columns / kStepColumns);
                 }
                 if constexpr (kValueStages == 1) cp_async_wait<0>();

@@ -16,13 +16,6 @@ DEVICE float reciprocal_approx(float x) {
     return y;
 }
 
-// cvt.rna.tf32: x rounded to 10 mantissa bits, as the bits of a float.
-DEVICE u32 round_to_tf32(float x) {
-    u32 y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
-}
-
 DEVICE float f16_to_float(u16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

@@ -364,10 +364,10 @@ FAULTS = {
     ),
     # Matrix instructions and shared tiles
     "a wrong swizzle of the transposed operand": Fault(
-        "tile/product.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16 ^ 1, lane / 16 * 8)", WRONG
+        "tile/multiply.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16 ^ 1, lane / 16 * 8)", WRONG
     ),
     "rows of a matrix that do not start on 16 bytes": Fault(
-        "tile/product.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16, lane / 16 * 8 + 4)",
+        "tile/multiply.cuh", "&tile.at(lane % 16, lane / 16 * 8)", "&tile.at(lane % 16, lane / 16 * 8 + 4)",
         "ldmatrix.trans of a row at an address that is not a multiple of 16"
     ),
     "a tile larger than the plan reserves": Fault(
@@ -380,7 +380,19 @@ FAULTS = {
         "tile/softmax.cuh", "__shfl_xor_sync(kFullWarp, total, 2)", "__shfl_xor_sync(kFullWarp, total, 4)", WRONG
     ),
     "a float32 operand of the wrong row": Fault(
-        "tile/product.cuh", "j % 2 * 4) * Tile::kPitch", "j % 2 * 2) * Tile::kPitch", WRONG, GROUPED, dtype=np.float32
+        "tile/product_float.cuh", "j % 2 * 4) * Tile::kPitch", "j % 2 * 2) * Tile::kPitch", WRONG, GROUPED, dtype=np.float32
+    ),
+    "a high part with bits that no product reads": Fault(
+        "tile/multiply.cuh", "(x)) & 0xffffe000u;", "(x));", WRONG, dtype=np.float32
+    ),
+    "steps of a float32 sum that are added again": Fault(
+        "tile/multiply.cuh", "            sum.high[i] = 0.f;\n", "", WRONG, dtype=np.float32
+    ),
+    "low parts of scores left out": Fault(
+        "tile/product_float.cuh", "Mma::add_low(scores[mt][nt], sums[mt][nt]);", ";", WRONG, dtype=np.float32
+    ),
+    "low parts of outputs left out": Fault(
+        "tile/product_float.cuh", "Mma::add_low(tile[mt], sums[mt]);", "", WRONG, dtype=np.float32
     ),
     # Numbers
     "minus infinity taken from itself": Fault(

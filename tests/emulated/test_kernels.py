@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -151,12 +152,13 @@ def test_attention(
         "softcap": problem.softcap,
     }
     options["copied"] = problem.ranked is not None and problem.ranked.copied
-    if problem.tf32:
-        monkeypatch.setenv("CUPY_TF32", "1")
-        del options["copied"]
-        util.check_tf32(q, k, v, layout, **options)
-    else:
-        util.check_kernel(q, k, v, layouts=(layout,) * 3, on_host=True, **options)
+    with util.large_float32_tiles() if problem.batch > 1 else nullcontext():
+        if problem.tf32:
+            monkeypatch.setenv("CUPY_TF32", "1")
+            del options["copied"]
+            util.check_tf32(q, k, v, layout, **options)
+        else:
+            util.check_kernel(q, k, v, layouts=(layout,) * 3, on_host=True, **options)
     assert (kernel, 0) in compiler._functions  # it was this one that ran
     assert statistics.counts["multiplications"] > 0
     assert statistics.counts["matrix_load_conflicts"] == 0  # what the pitch of shared tiles is for

@@ -1,10 +1,11 @@
-// One instruction of kernels_cu/ptx at a time, so that tests can compare it with what PTX says: one warp, lane l reads
-// kIn words at in + l * kIn and writes kOut words at out + l * kOut.
+// One instruction of kernels_cu/ptx at a time, or a few that stand for one, so that tests can compare it with what PTX
+// says: one warp, lane l reads kIn words at in + l * kIn and writes kOut words at out + l * kOut.
 //
 // Constants: PROBE, one of the names below by number.
 #include "ptx/copy.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
+#include "tile/multiply.cuh"
 
 struct ProbeParams {
     const u32* in;
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32) probe(const ProbeParams params)
     const float x = __uint_as_float(in[0]);
     const float y = __uint_as_float(in[1]);
     out[0] = __float_as_uint(exp2_approx(x));
-    out[1] = round_to_tf32(x);
+    out[1] = __float_as_uint(round_upper_bits<true>(x)) & 0xffffe000u;
     out[2] = __float_as_uint(f16_to_float(static_cast<u16>(in[2])));
     out[3] = float_to_f16(x);
     out[4] = float_to_bf16(x);

@@ -14,6 +14,7 @@ from tests.gpu.util import (
     check_tf32,
     cp,
     inputs,
+    large_float32_tiles,
     on_device,
     rising,
     same_bits,
@@ -41,6 +42,28 @@ GROUPS = [
     (16, 2), (24, 3), (32, 4), (40, 5), (48, 6), (64, 2), (64, 4), (64, 8), (80, 5), (96, 2), (96, 3), (96, 4), (96, 6),
     (112, 2), (128, 2), (128, 4), (128, 8), (144, 6), (160, 5), (192, 3), (256, 2), (256, 4), (256, 8),
 ]  # fmt: skip
+
+
+LARGE = {
+    "exact": {},
+    "causal": {"causal": True},
+    "window": {"window": (90, 9), "scale": -0.2},
+    "softcap": {"softcap": 3.0, "causal": True},
+    "G2": {"reduction": cudistr.LSH(2)},
+    "G4 causal": {"reduction": cudistr.LSH(4), "causal": True},
+    "G2 near": {"reduction": cudistr.LSH(2, near=40, sinks=9), "causal": True},
+    "mean": {"reduction": cudistr.LSH(2, representative="mean")},
+    "rank1": {"reduction": cudistr.LSH(2, representative="rank1"), "causal": True},
+    "energy": {"reduction": cudistr.Energy(16, near=40, sinks=9)},
+}
+
+
+@pytest.mark.parametrize("options", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(("head_dim", "layout"), [(32, "ragged"), (64, "contiguous"), (128, "transposed")])
+def test_float32_of_many_queries(head_dim, layout, options):
+    q, k, v = inputs(31, np.float32, heads_kv=2, lengths=(300, 290), head_dim=head_dim)
+    with large_float32_tiles():
+        check_kernel(q, k, v, layouts=(layout,) * 3, **options)
 
 
 @each_dtype

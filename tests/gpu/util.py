@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -32,21 +32,31 @@ BEYOND_FLOAT16 = {"keys": (0.0, 1e5), "queries": (1e5, 0.0), "both": (3e4, 3e4)}
 
 
 @contextmanager
-def splits(count: int) -> Iterator[None]:
-    """Calls in here share the keys of a tile of the portable kernel among so many thread blocks."""
-    chosen = planner.choose_splits
+def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Calls in here are planned with another function of the planner."""
+    own = getattr(planner, name)
 
     def forget() -> None:
         planner.plan.cache_clear()
         launch._recipe.cache_clear()
 
-    planner.choose_splits = lambda problem, device, work: (count, 0)
+    setattr(planner, name, function)
     forget()
     try:
         yield
     finally:
-        planner.choose_splits = chosen
+        setattr(planner, name, own)
         forget()
+
+
+def splits(count: int) -> AbstractContextManager[None]:
+    """Calls in here share the keys of a tile of the portable kernel among so many thread blocks."""
+    return replaced("choose_splits", lambda problem, device, work: (count, 0))
+
+
+def large_float32_tiles() -> AbstractContextManager[None]:
+    """Calls in here have the tiles that float32 has for many queries."""
+    return replaced("has_rows", lambda problem, device, rows: True)
 
 
 def on_device(x: np.ndarray, layout: str = "contiguous") -> Any:

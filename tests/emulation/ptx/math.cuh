@@ -14,13 +14,6 @@ DEVICE float reciprocal_approx(float x) {
     return fabsf(y) < smallest ? 0.f * y : y;
 }
 
-// Half of the last kept bit is added to the magnitude, which rounds ties away from zero.
-DEVICE u32 round_to_tf32(float x) {
-    const u32 bits = __float_as_uint(x);
-    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-    return finite ? (bits + 0x1000u) & 0xffffe000u : (bits & 0x7fffffu) ? 0x7fffe000u : bits;
-}
-
 DEVICE float f16_to_float(u16 x) { return machine::half_to_float(x); }
 DEVICE u16 float_to_f16(float x) { return machine::float_to_half(x); }
 DEVICE u16 float_to_bf16(float x) { return machine::float_to_bfloat(x); }
