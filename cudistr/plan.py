@@ -587,10 +587,10 @@ def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
 
 
 def has_rows(problem: Problem, device: Device, rows: int) -> bool:
-    """Whether tiles of so many queries are enough, in float32, to keep a GPU as busy as twice as many of half as many.
+    """Whether there are queries for float32 tiles of so many, instead of half as many.
 
-    They have to be shared out among multiprocessors as evenly, two at least to each. With a mask they differ: of 128
-    columns, causal, with 16 to each, they took 1.03 of the time (one H200).
+    These gain 9%, see below, if they are shared out among multiprocessors as evenly, two at least to each. With a mask
+    their times differ: of 128 columns, causal, 16 to each took 1.03 of the time (one H200).
     """
     blocks = problem.batch * problem.heads * -(-problem.seqlen_q // rows)
     if problem.left is not None or problem.right is not None:

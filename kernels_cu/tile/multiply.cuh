@@ -38,11 +38,11 @@ struct Multiply<float, false> {
     };
     struct Sum {};
     static DEVICE u32 round(u32 bits) { return __float_as_uint(round_upper_bits<false>(__uint_as_float(bits))); }
-    template <bool kNearest = true>
+    template <bool = true>
     static DEVICE A left(const u32 (&raw)[4]) {
         return {{round(raw[0]), round(raw[1]), round(raw[2]), round(raw[3])}};
     }
-    template <bool kNearest = true>
+    template <bool = true>
     static DEVICE B right(u32 b0, u32 b1) {
         return {{round(b0), round(b1)}};
     }

@@ -491,6 +491,39 @@ def test_constants_of_the_hopper_kernel_say_what_was_asked_for(one: Problem, dev
     assert Tile(constants["BLOCK_M"], constants["TILE_K"], 1) == tile
 
 
+MANY = dict(dtype="float32", batch=4, heads=32, seqlen_q=4096, seqlen_k=4096, head_dim=64, head_dim_v=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 128),
+        ({"right": 0}, 128),
+        ({"head_dim": 128, "head_dim_v": 128, "heads": 16}, 128),
+        ({"head_dim": 128, "head_dim_v": 128, "heads": 16, "right": 0}, 64),  # 16 tiles for a multiprocessor
+        ({"head_dim": 192, "head_dim_v": 192}, 64),  # no registers
+        ({"batch": 1, "heads": 8}, 128),  # 256 tiles for 132 multiprocessors
+        ({"batch": 1, "heads": 6}, 64),  # 192: twice as many of half the size end earlier
+        ({"batch": 1, "heads": 4}, 64),  # 128: one for each
+        ({"batch": 1, "heads": 8, "right": 0}, 64),
+        ({"reduction": LSH(2, block_q=64)}, 64),
+        ({"seqlen_q": 64}, 64),
+    ],
+    ids=str,
+)
+def test_float32_has_large_tiles_for_many_queries(options: dict[str, object], rows: int) -> None:
+    _, tile = planner.portable_kernel(problem(**MANY | options), HOPPER)
+    assert tile == (Tile(128, 32, 2) if rows == 128 else Tile(64, tile.tile_k, 1))
+
+
+def test_large_float32_tiles_need_room_for_two() -> None:
+    small = Device(86, 99 * 1024)
+    assert planner.portable_kernel(problem(**MANY), small)[1] == Tile(64, 32, 1)
+    assert (
+        planner.portable_kernel(problem(**MANY | {"head_dim": 32, "head_dim_v": 32}), small)[1].block_m == 128
+    )
+
+
 @given(problems(), problems(), devices)
 def test_sizes_and_masks_do_not_ask_for_another_kernel(one: Problem, two: Problem, device: Device) -> None:
     """Compiling takes seconds: nothing that may change from call to call may be a constant.

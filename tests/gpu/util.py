@@ -22,9 +22,9 @@ try:
 except ImportError:  # the marker gpu skips every test that would touch it
     cp = None
 
-# The largest relative error of rounding a number to the dtype. float32 operands reach the tensor cores as two TF32
-# halves of 11 bits, so 23 of 24 bits are sure to arrive, on either side of a product: a value that is only passed
-# through, with a weight next to one, may come back 2**-22 off.
+# The largest relative error of rounding a number to the dtype. float32 values reach the tensor cores as two TF32 halves
+# of 11 bits, so that 23 of their 24 bits are sure to arrive, and weights as exactly as an exponential is one: a value
+# that is only passed through, with a weight next to one, may come back 2**-22 off.
 ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8, np.dtype(np.float32): 2.0**-22}
 
 # A number of Q and one of K, 0 for none, too large for the float16 sums of groups of more than two bfloat16 columns.
