@@ -1411,12 +1411,10 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 
 def resident_blocks(tile: Tile, kernel: Kernel, device: Device, head_dim_v: int) -> int:
     """Thread blocks of the portable kernel that a multiprocessor holds at once, by registers and shared memory."""
-    # Accumulators and about a hundred others, see docs/resources.csv. Float32 keeps halves of operands too; grouped, on
-    # sm_120 alone.
-    constants = dict(kernel.constants)
-    kept = not constants["GROUP"] or device.capability >= 120
-    halves = constants["SPLIT"] and kept and head_dim_v > 16 and not kernel.options
-    registers = tile.row_tiles * (_round_up(head_dim_v, 16) + tile.tile_k) // 2 + (176 if halves else 96)
+    # Accumulators and about a hundred others, see docs/resources.csv. Float32 keeps halves of operands too, where ptxas
+    # is not held back.
+    halves = dict(kernel.constants)["SPLIT"] and head_dim_v > 16 and not kernel.options
+    registers = tile.row_tiles * (_round_up(head_dim_v, 16) + tile.tile_k) // 2 + (128 if halves else 96)
     registers = min(256, registers)
     by_registers = REGISTERS // (kernel.threads * registers)
     by_shared = _fitting(device, kernel.shared_bytes)
