@@ -589,8 +589,9 @@ def _longest_shared_keys(columns: int, group: int, keys: int) -> int:
 def has_rows(problem: Problem, device: Device, rows: int) -> bool:
     """Whether there are queries for float32 tiles of so many, instead of half as many.
 
-    These gain 9%, see below, if they are shared out among multiprocessors as evenly, two at least to each. With a mask
-    their times differ: of 128 columns, causal, 16 to each took 1.03 of the time (one H200).
+    They save a twelfth of the time, see `_float32_tiles`, which the busiest multiprocessor must not lose again, and
+    two at least have to be on each. With a mask times of tiles differ: of 128 columns, causal, 16 for each took 1.03
+    of the time (one H200).
     """
     blocks = problem.batch * problem.heads * -(-problem.seqlen_q // rows)
     if problem.left is not None or problem.right is not None:

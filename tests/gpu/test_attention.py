@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,15 @@ def test_float32_of_many_queries(head_dim, layout, options):
     q, k, v = inputs(31, np.float32, heads_kv=2, lengths=(300, 290), head_dim=head_dim)
     with large_float32_tiles():
         check_kernel(q, k, v, layouts=(layout,) * 3, **options)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
+def test_float32_values_pass_through(large):
+    # With one key for each query, and no scores, weights are one: what is left is how V is split.
+    q, k, v = inputs(32, np.float32, lengths=(290, 290))
+    with large_float32_tiles() if large else nullcontext():
+        out = cp.asnumpy(cudistr.attention(*map(on_device, (q, k * 0, v)), window=(0, 0)))
+    assert (np.abs(out.astype(np.float64) - v) <= 2.0**-23 * np.abs(v)).all()
 
 
 @each_dtype
