@@ -88,7 +88,7 @@ _EVERY_ATTENTION = (
     ("q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row out_batch out_head out_row", "i8"),
     ("band_low band_high split_rows", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
-    ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
+    ("row_blocks section group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
 _ATTENTION = _parameters(("q k v out lse partial permutation", "u8"), *_EVERY_ATTENTION)
@@ -107,7 +107,7 @@ _EVERY_PASSES = (
     ("exact_passes passes", "i4"),
     ("split_rows", "i8"),
     ("heads heads_per_kv seqlen_q seqlen_k packed queries splits", "i4"),
-    ("row_blocks group_blocks tiles_per_block key_columns out_aligned", "i4"),
+    ("row_blocks section group_blocks tiles_per_block key_columns out_aligned", "i4"),
     ("scale softcap score_scale", "f4"),
 )
 _RANKED = _parameters(
@@ -271,7 +271,7 @@ class _Launch(NamedTuple):
     function: Any
     launch: Any  # cupy.cuda.driver.launchKernel
     current_stream: Any  # cupy.cuda.get_current_stream
-    blocks: int
+    grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     addresses: struct.Struct
@@ -282,13 +282,18 @@ class _Launch(NamedTuple):
         # object with a NumPy array as a struct does the same, and costs two microseconds more.
         parameters = _Pointers(self.addresses.pack(*addresses) + self.rest)
         self.launch(
-            self.function.ptr, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, self.current_stream().ptr,
+            self.function.ptr, *self.grid, self.threads, 1, 1, self.shared_bytes, self.current_stream().ptr,
             ctypes.addressof(parameters), 0,
         )  # fmt: skip
 
 
 def _launch(
-    kernel: Kernel, blocks: int, device: Device, index: int, layout: np.dtype[Any], values: dict[str, Any]
+    kernel: Kernel,
+    grid: int | tuple[int, int, int],
+    device: Device,
+    index: int,
+    layout: np.dtype[Any],
+    values: dict[str, Any],
 ) -> _Launch:
     record = np.zeros(1, layout)
     for name, value in values.items():
@@ -302,7 +307,7 @@ def _launch(
         compiler.function(kernel, device.capability, index),
         cupy.cuda.driver.launchKernel,
         cupy.cuda.get_current_stream,
-        blocks,
+        grid if isinstance(grid, tuple) else (grid, 1, 1),
         kernel.threads,
         kernel.shared_bytes,
         addresses,
@@ -360,7 +365,7 @@ class _Columns(NamedTuple):
         if self.weights is None or self.key_energy is None:
             return
         sums = more + sum(self.number_bytes)
-        if self.key_energy.blocks:  # none without keys
+        if self.key_energy.grid[0]:  # none without keys
             self.key_energy(far, sums)
         self.weights(q, far, sums, permutation, *self.numbers(more), shift)
 
@@ -548,6 +553,7 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
         "queries": problem.seqlen_q,
         "splits": 1,
         "row_blocks": chosen.row_blocks,
+        "section": chosen.section,
         "out_aligned": out_aligned,
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
@@ -641,13 +647,12 @@ def _recipe(problem: Problem, out_strides: tuple[int, ...], out_aligned: bool) -
             "tiles": chosen.works,
             "turns": chosen.turns,
             "all_heads": problem.batch * problem.heads,
-            "section": chosen.section,
             "shared_first": chosen.shared_first,
             "shared_tiles": chosen.shared_tiles,
         }
     values = {name: x for name, x in values.items() if name in (parameters.names or ())}
     return _Recipe(
-        _launch(chosen.attention, chosen.blocks, device, problem.device, parameters, values),
+        _launch(chosen.attention, chosen.grid, device, problem.device, parameters, values),
         columns,
         transposed_bytes,
         permutation_bytes,

@@ -60,6 +60,7 @@ __all__ = [
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
 MAX_BLOCKS = 2**31 - 1  # thread blocks along grid.x
+MAX_BLOCKS_YZ = 2**16 - 1
 DTYPE_NUMBER = {"float16": 0, "bfloat16": 1, "float32": 2}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 PREPARE_THREADS = 128  # of a thread block of smxx_lsh_prepare.cu
@@ -225,9 +226,9 @@ class Plan:
     row_blocks, blocks : int
         Tiles of queries per head, and thread blocks in all.
     section : int
-        Of the Hopper kernel, 0 otherwise: heads, over all batches, whose tiles are taken in turn.
+        Heads, over all batches, whose tiles are taken in turn.
     dynamic : bool
-        Whether its thread blocks take tiles from a counter, whoever is free first.
+        Whether thread blocks of the Hopper kernel take tiles from a counter, whoever is free first.
     turns : int
         Of the Hopper kernel, tiles that each of them begins with one consumer after another, where they may.
     prepare_kernel : Kernel or None
@@ -253,7 +254,7 @@ class Plan:
     tile: Tile
     row_blocks: int
     blocks: int
-    section: int = 0
+    section: int
     dynamic: bool = False
     turns: int = 0
     shared_first: int = 0
@@ -266,6 +267,15 @@ class Plan:
     columns: Step | None = None
     packed: int = 1
     split: Split | None = None
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Thread blocks along the axes of the launch: of the portable kernel, tiles of a section, sections, splits."""
+        if self.attention.specific:
+            return self.blocks, 1, 1
+        splits = 1 if self.split is None else self.split.splits
+        tiles = self.section * self.row_blocks
+        return tiles, self.blocks // (tiles * splits), splits
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -878,7 +888,11 @@ HOPPER_STEP_KEYS = 18
 HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
 HOPPER_KEPT_COLUMNS = 128  # of a grouping with exact keys: beyond, ptxas spills some of its variants
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
-HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
+# K and V of a section of heads, about what an L2 of 50 MB holds: thread blocks are at the same place in most of
+# them. Parts of the time of causal calls that 32 MB took (one H200, bfloat16, 16k tokens, N = 4k, 8k, 16k): exact, 128
+# columns 0.985, 0.974, 0.974, 64 columns 0.985, 0.978, 0.964; LSH(2), 128 columns 0.994, 0.981, 0.988. With 128 MB
+# they are 0.97 to 1.05, with 16 MB 0.99 to 1.03.
+HOPPER_SECTION_BYTES = 64 << 20
 # From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
 # from another GPU or another stream holds its multiprocessor, and the counter costs nothing then.
 HOPPER_LONG_KEYS = 8192
@@ -1518,6 +1532,29 @@ def choose_splits(problem: Problem, device: Device, work: _Work) -> tuple[int, i
     return best, clocks[best]
 
 
+SECTION_READERS = 4  # thread blocks in progress with the keys of a head
+
+
+def _section(problem: Problem, device: Device, work: _Work, packed: int) -> int:
+    """Heads, over all batches, whose tiles the portable kernel takes in turn, the longest first: a divisor of all.
+
+    Under a mask tiles differ in length. If heads came one after another, the last of them would begin with its longest
+    tiles when little else is left, and most multiprocessors would wait for these: for 10% of the time of a causal call
+    of 128 columns, and 4 to 7% with 64, of 2k to 16k keys (one H200, 16k tokens), and for 15 to 20% with 10 heads of 4k
+    or 8k. So heads are taken together; but not so many that every thread block reads keys of its own, which would ask
+    more of memory than of the tensor cores. Sections of unequal size would have a small one at the end: half of the
+    gain was lost by one.
+    """
+    heads = problem.batch * problem.heads // packed
+    if problem.left is None and problem.right is None:
+        return 1 if heads <= MAX_BLOCKS_YZ else heads  # in any order: tiles take equally long
+    resident = work.resident * device.multiprocessors
+    most = max(resident // SECTION_READERS, 2 * resident // work.row_blocks, 1)
+    fewest = -(-heads // most)
+    numbers = range(fewest, min(2 * fewest, MAX_BLOCKS_YZ) + 1)
+    return next((heads // n for n in numbers if heads % n == 0), heads)
+
+
 def _portable_plan(problem: Problem, device: Device) -> Plan:
     """The plan of the portable kernel, without what comes before it."""
     packed = packed_heads(problem)
@@ -1526,7 +1563,8 @@ def _portable_plan(problem: Problem, device: Device) -> Plan:
     whole_clocks = split_clocks(problem, device, whole, 1)
     splits, clocks = choose_splits(problem, device, shared)
     if splits == 1 or clocks > SPLIT_GAIN * whole_clocks:
-        return Plan(whole.kernel, whole.tile, whole.row_blocks, whole.blocks, packed=packed)
+        section = _section(problem, device, whole, packed)
+        return Plan(whole.kernel, whole.tile, whole.row_blocks, whole.blocks, section, packed=packed)
     rows = problem.batch * problem.heads * problem.seqlen_q
     # All warps of a thread block on one row where rows alone would not fill the GPU.
     row_warps = MERGE_WARPS if rows < MERGE_WARPS * device.multiprocessors else 1
@@ -1538,8 +1576,9 @@ def _portable_plan(problem: Problem, device: Device) -> Plan:
         clocks,
         whole_clocks,
     )
+    section = _section(problem, device, shared, packed)
     blocks = check_blocks(shared.blocks * splits)
-    return Plan(shared.kernel, shared.tile, shared.row_blocks, blocks, packed=packed, split=split)
+    return Plan(shared.kernel, shared.tile, shared.row_blocks, blocks, section, packed=packed, split=split)
 
 
 @functools.lru_cache(maxsize=1024)

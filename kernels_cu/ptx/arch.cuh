@@ -34,6 +34,16 @@ DEVICE int block_index() {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
     return index;
 }
+DEVICE int block_index_y() {
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
+    return index;
+}
+DEVICE int block_index_z() {
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(index));
+    return index;
+}
 
 // No instruction: the same number, of which the compiler knows nothing. What follows from it is made where it is used,
 // instead of being held in registers over a loop, and no read moves across.

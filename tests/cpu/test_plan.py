@@ -217,6 +217,61 @@ def test_blocks_cover_the_queries(one: Problem, device: Device) -> None:
         assert chosen.blocks == tiles * (1 if chosen.split is None else chosen.split.splits)
 
 
+@given(problems(), devices, st.integers(1, 64))
+def test_the_grid_of_the_portable_kernel(one: Problem, device: Device, batch: int) -> None:
+    one = dataclasses.replace(one, batch=batch * one.batch, family="portable")
+    assume(small_enough(one))
+    chosen = plan(one, device)
+    tiles, sections, splits = chosen.grid
+    assert tiles * sections * splits == chosen.blocks
+    assert 0 < sections <= planner.MAX_BLOCKS_YZ and 0 < splits <= planner.MAX_BLOCKS_YZ
+    assert tiles == chosen.section * chosen.row_blocks
+    assert sections * chosen.section == one.batch * one.heads // chosen.packed
+
+
+@pytest.mark.parametrize("right", [None, 0])
+def test_more_heads_than_an_axis_of_a_launch(right: int | None) -> None:
+    one = problem(batch=2**13, heads=9, heads_kv=9, seqlen_q=200, seqlen_k=200, right=right)
+    tiles, sections, splits = plan(one, AMPERE).grid
+    assert sections <= 2**16 - 1 and tiles * sections * splits == 2 * 9 * 2**13
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("reduction", [None, LSH(2), LSH(4)], ids=["exact", "G2", "G4"])
+@pytest.mark.parametrize("seqlen", [4096, 8192, 16384])
+@pytest.mark.parametrize("heads", [32, 33, 37, 64, 80])
+def test_no_long_tiles_are_left_to_the_end(
+    heads: int, seqlen: int, reduction: LSH | None, head_dim: int
+) -> None:
+    """A list of what every thread block of a causal call takes: the last ends 5% after the mean at most."""
+    size = dict(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim, head_dim_v=head_dim, right=0)
+    one = problem(heads=heads, heads_kv=heads, dtype="bfloat16", reduction=reduction, **size)
+    chosen = plan(one, AMPERE)
+    kernel, tile = chosen.attention, chosen.tile
+    blocks = planner.resident_blocks(tile, kernel, AMPERE, head_dim) * AMPERE.multiprocessors
+    steps = [-(-(row + 1) * tile.block_m // tile.tile_k) for row in range(chosen.row_blocks)]
+
+    def excess(section: int) -> float:
+        works = [
+            3.0 + steps[row]
+            for first in range(0, heads, section)
+            for row in reversed(range(chosen.row_blocks))
+            for _ in range(min(section, heads - first))
+        ]
+        return planner._makespan(works, blocks) / (sum(works) / blocks)
+
+    assert excess(chosen.section) < 1.05
+    assert excess(chosen.section) < excess(1)
+
+
+def test_many_heads_are_taken_in_several_sections() -> None:
+    """Thread blocks that are in progress at once share keys."""
+    one = problem(batch=64, heads=16, heads_kv=16, seqlen_q=2048, seqlen_k=2048, right=0)
+    chosen = plan(one, AMPERE)
+    resident = planner.resident_blocks(chosen.tile, chosen.attention, AMPERE, 64) * AMPERE.multiprocessors
+    assert 1 < chosen.section <= resident / planner.SECTION_READERS
+
+
 # Thread blocks that share keys, heads that share tiles
 
 gpus = st.builds(
@@ -466,7 +521,7 @@ def test_the_hopper_tile_of_two_that_wastes_less() -> None:
 
 @pytest.mark.parametrize(
     ("heads", "heads_kv", "seqlen", "section"),
-    [(10, 10, 8192, 5), (16, 16, 16384, 4), (32, 8, 16384, 16), (8, 2, 2**20, 4)],
+    [(14, 14, 8192, 14), (20, 20, 8192, 10), (16, 16, 16384, 8), (32, 8, 16384, 32), (8, 2, 2**20, 4)],
 )
 def test_the_last_section_of_heads_is_not_a_small_one(
     heads: int, heads_kv: int, seqlen: int, section: int

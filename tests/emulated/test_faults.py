@@ -91,6 +91,14 @@ FAULTS = {
     "no barrier between sums ahead and their readers": Fault(
         FLASH, f"{BARRIER}  // the keys have landed", "// the keys have landed", RACE, GROUPED
     ),
+    "rows of queries picked before they have landed": Fault(
+        FLASH, f"cp_async_wait<1>();\n                    {BARRIER}  // the rows", f"{BARRIER}  // the rows", RACE, GROUPED
+    ),
+    "no barrier before queries are picked": Fault(FLASH, f"{BARRIER}  // the rows have landed", "", RACE, GROUPED),
+    "no barrier before values take the place of queries": Fault(
+        FLASH, f"{BARRIER}  // values may take their place", "", "that no barrier puts before it", GROUPED,
+        lengths=(161, 100),
+    ),
     "raw keys summed before they have landed": Fault(
         FLASH, "cp_async_wait<1>();\n            const int next", "const int next", "has not landed", GROUPED
     ),
@@ -436,6 +444,7 @@ FAULTS = {
 
 # Thread blocks that share keys, and heads that share tiles
 FEW = (5, 173)
+SECTIONS = {"causal": True, "section": 2}
 SHARED = {
     "a share of the keys that is forgotten": Fault(FLASH, "min(place.split, larger);", "place.split;", WRONG, splits=3, lengths=(161, 500)),
     "keys that two thread blocks take": Fault(
@@ -451,7 +460,13 @@ SHARED = {
         FLASH, "if (row < place.rows && nt * 8 < HEAD_DIM_V)", "if (row < place.rows)", "outside|wrote too", splits=2, head_dim_v=40
     ),
     "a head that another thread block has": Fault(
-        FLASH, "kShareKeys ? tile / params.splits : tile", "tile", "outside|wrote too", splits=2
+        FLASH, "split = kShareKeys ? block_index_z() : 0", "split = kShareKeys ? block_index_y() : 0", "outside|wrote too", splits=2
+    ),
+    "a section of heads that is not the next": Fault(
+        FLASH, "block_index_y() * params.section", "block_index_y()", "wrote too", SECTIONS
+    ),
+    "heads of a section that follow one another": Fault(
+        FLASH, "tile % params.section;", "tile / params.row_blocks;", "wrote too", SECTIONS
     ),
     "a thread block that leaves nothing": Fault(
         FLASH, "    store_output(params,", "    if (__syncthreads_or(softmax.sum[0][0] > 0.f)) store_output(params,",
@@ -626,7 +641,7 @@ FAULTS |= {
         {"reduction": cudistr.LSH(2, near=150)}, lengths=(300, 300),
     ),
     "queries of groups that a later pass gathers": Fault(
-        FLASH, "pass == first_pass) {\n                if constexpr (kGatherRows)", "pass > first_pass) {\n                if constexpr (kGatherRows)", f"{RACE}|nothing wrote|{WRONG}", NEAR
+        FLASH, "pass == first_pass) {\n                if constexpr (kStaged) {\n                    const", "pass > first_pass) {\n                if constexpr (kStaged) {\n                    const", f"{RACE}|nothing wrote|{WRONG}", NEAR
     ),
     "rows of groups beyond the tile": Fault(FLASH, " || row < BLOCK_M) shared.q.at", " || true) shared.q.at", f"{RACE}|{WRONG}", NEAR),
     "groups that begin before queries of no exact keys have landed": Fault(
@@ -1099,6 +1114,7 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     options = dict(fault.options)
     monkeypatch.setattr(Settings, "multiprocessors", options.pop("multiprocessors", Settings.multiprocessors))
+    section = options.pop("section", 0)
     ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))
     if options.pop("blocks", False):
         monkeypatch.setattr(normalize, "EXACT_BLOCK_SEQLEN_K", 1)  # no other call here has these lengths
@@ -1125,7 +1141,8 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     if "decided" in options:
         util.check_decided(q, k, v, projection, *options["decided"])
         return
-    with util.splits(fault.splits) if fault.splits > 1 else nullcontext():
+    shared = util.splits(fault.splits) if fault.splits > 1 else nullcontext()
+    with shared, util.sections(section) if section else nullcontext():
         util.check_kernel(q, k, v, layouts=(fault.layout,) * 3, on_host=True, **options)
 
 

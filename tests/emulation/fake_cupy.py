@@ -317,7 +317,7 @@ class _Launch(ctypes.Structure):
         ("kernel", ctypes.c_void_p),
         ("parameters", ctypes.c_void_p),
         ("dynamic_shared", ctypes.c_void_p),
-        ("blocks", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint32 * 3),
         ("seed", ctypes.c_uint64),
         ("regions", ctypes.POINTER(_Region)),
         ("region_count", ctypes.c_uint32),
@@ -366,7 +366,7 @@ class Function:
         self.ptr = next(self._numbers)
         self._loaded[self.ptr] = self
 
-    def launch(self, blocks: int, threads: int, shared_bytes: int, parameters: int) -> None:
+    def launch(self, blocks: tuple[int, int, int], threads: int, shared_bytes: int, parameters: int) -> None:
         """Run on the machine.
 
         Raises
@@ -394,7 +394,7 @@ class Function:
             kernel=ctypes.cast(self.library.machine_run, ctypes.c_void_p).value,
             parameters=ctypes.cast(ctypes.c_char_p(raw), ctypes.c_void_p).value,
             dynamic_shared=self.library.machine_dynamic_shared(),
-            blocks=blocks,
+            blocks=(ctypes.c_uint32 * 3)(*blocks),
             seed=Settings.seed,
             regions=table,
             region_count=len(regions),
@@ -451,8 +451,13 @@ def launch_kernel(
     shared_bytes: int, stream: int, parameters: int, extra: int,
 ) -> None:  # fmt: skip
     """``cupy.cuda.driver.launchKernel``."""
-    assert (grid_y, grid_z, block_y, block_z, stream, extra) == (1, 1, 1, 1, 0, 0)
-    Function._loaded[function].launch(grid_x, block_x, shared_bytes, parameters)
+    assert (block_y, block_z, stream, extra) == (1, 1, 0, 0)
+    assert (
+        0 < grid_x <= planner.MAX_BLOCKS
+        and 0 < grid_y <= planner.MAX_BLOCKS_YZ
+        and 0 < grid_z <= planner.MAX_BLOCKS_YZ
+    )
+    Function._loaded[function].launch((grid_x, grid_y, grid_z), block_x, shared_bytes, parameters)
 
 
 # The compiler

@@ -534,7 +534,7 @@ struct Launch {
     void (*kernel)(const void*);
     const void* parameters;
     unsigned char* dynamic_shared;
-    u64 blocks;
+    u32 blocks[3];
     u64 seed;
     const Region* regions;
     u32 region_count;
@@ -594,9 +594,12 @@ extern "C" int machine_launch(const Launch* launch) {
         if (reads == MAP_FAILED) fail(nullptr, "the machine has no memory for what its threads read");
         m.reads = static_cast<u32*>(reads);
         place.block_size = {m.threads, 1, 1};
-        place.grid_size = {static_cast<unsigned>(launch->blocks), 1, 1};
-        for (m.block = 0; m.block < launch->blocks; ++m.block) {
-            place.block = {static_cast<unsigned>(m.block), 0, 0};
+        const u32(&blocks)[3] = launch->blocks;
+        place.grid_size = {blocks[0], blocks[1], blocks[2]};
+        const u64 all = u64(blocks[0]) * blocks[1] * blocks[2];
+        for (m.block = 0; m.block < all; ++m.block) {
+            const u64 rest = m.block / blocks[0];
+            place.block = {u32(m.block % blocks[0]), u32(rest % blocks[1]), u32(rest / blocks[1])};
             run_block();
         }
         result = 0;

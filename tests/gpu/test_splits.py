@@ -1,4 +1,4 @@
-"""Thread blocks of the portable kernel that share keys, and query heads that share tiles."""
+"""Thread blocks of the portable kernel: those that share keys, query heads that share tiles, and their order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import cudistr
 from cudistr import launch, normalize
 from cudistr.plan import Plan, plan
-from tests.gpu.util import check_kernel, check_tf32, cp, inputs, on_device, same_bits, splits
-from tests.strategies import DTYPES, LAYOUTS, cases
+from tests.gpu.util import check_kernel, check_tf32, cp, inputs, on_device, same_bits, sections, splits
+from tests.strategies import BFLOAT16, DTYPES, LAYOUTS, cases
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +138,27 @@ def test_packing_does_not_change_a_bit(dtype):
         strict=True,
     ):
         same_bits(one, other)
+
+
+@pytest.mark.parametrize(
+    "reduction", [None, cudistr.LSH(2), cudistr.LSH(4, near=40, sinks=9)], ids=["exact", "G2", "G4-kept"]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_order_of_tiles_does_not_change_a_bit(reduction, count):
+    # Two tiles of queries of each of twelve heads, of which two have the same keys.
+    host = inputs(12, BFLOAT16, batch=2, heads=6, heads_kv=3, lengths=(150, 203))
+    arrays = [on_device(x) for x in host]
+
+    def results(heads: int) -> tuple:
+        with sections(heads), splits(count):
+            chosen = planned(*host, causal=True, reduction=reduction)
+            assert chosen.grid[1:] == (12 // heads, count)
+            return cudistr.attention(*arrays, causal=True, reduction=reduction, return_lse=True)
+
+    first = results(1)
+    for heads in (2, 4, 12):
+        for one, other in zip(results(heads), first, strict=True):
+            same_bits(one, other)
 
 
 # Laws

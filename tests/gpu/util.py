@@ -54,6 +54,11 @@ def splits(count: int) -> AbstractContextManager[None]:
     return replaced("choose_splits", lambda problem, device, work: (count, 0))
 
 
+def sections(heads: int) -> AbstractContextManager[None]:
+    """Calls in here have tiles of so many heads taken in turn by the portable kernel, if there is a mask."""
+    return replaced("_section", lambda problem, device, work, packed: heads)
+
+
 def large_float32_tiles() -> AbstractContextManager[None]:
     """Calls in here have the tiles that float32 has for many queries."""
     return replaced("has_rows", lambda problem, device, rows: True)

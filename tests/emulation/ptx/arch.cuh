@@ -22,6 +22,8 @@ static constexpr int kChunkBytes = 16;
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE int thread_index() { return static_cast<int>(machine::place.thread.x); }
 DEVICE int block_index() { return static_cast<int>(machine::place.block.x); }
+DEVICE int block_index_y() { return static_cast<int>(machine::place.block.y); }
+DEVICE int block_index_z() { return static_cast<int>(machine::place.block.z); }
 DEVICE u32 anew(u32 x) { return x; }
 DEVICE i32 anew(i32 x) { return x; }
 DEVICE i64 anew(i64 x) { return x; }
