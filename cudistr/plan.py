@@ -888,11 +888,7 @@ HOPPER_STEP_KEYS = 18
 HOPPER_GROUPED_ACCUMULATORS = 184  # scores, weights, output and queries, of a consumer's 208 or 216 registers
 HOPPER_KEPT_COLUMNS = 128  # of a grouping with exact keys: beyond, ptxas spills some of its variants
 HOPPER_RAW_BYTES = 1 << 16  # of a tile of the transposed K: offsets in it are kept in 16 bits
-# K and V of a section of heads, about what an L2 of 50 MB holds: thread blocks are at the same place in most of
-# them. Parts of the time of causal calls that 32 MB took (one H200, bfloat16, 16k tokens, N = 4k, 8k, 16k): exact, 128
-# columns 0.985, 0.974, 0.974, 64 columns 0.985, 0.978, 0.964; LSH(2), 128 columns 0.994, 0.981, 0.988. With 128 MB
-# they are 0.97 to 1.05, with 16 MB 0.99 to 1.03.
-HOPPER_SECTION_BYTES = 64 << 20
+HOPPER_SECTION_BYTES = 32 << 20  # K and V of the heads in progress, so that they stay in an L2 of 50 MB
 # From so many keys on tiles are taken from a counter without a mask too: a thread block may start late, because a copy
 # from another GPU or another stream holds its multiprocessor, and the counter costs nothing then.
 HOPPER_LONG_KEYS = 8192
@@ -1412,9 +1408,9 @@ def packed_heads(problem: Problem) -> int:
 # The cost of a call in clocks of a multiprocessor, for the number of splits. What decides is how thread blocks fall on
 # multiprocessors; the constants only have to tell a step of keys from a second launch. Rates are those of an H100:
 # products of scores and of output together, as docs/benchmarks has them for the portable kernel at 128 columns
-# (bfloat16, N = 4k: 0.77 of 1024 multiplications; float16, which finds all maxima, as bfloat16 before it left them
+# (bfloat16, N = 4k: 0.76 of 1024 multiplications; float16, which finds all maxima, as bfloat16 before it left them
 # out; float32 by three TF32 products: 110).
-PRODUCTS_PER_CLOCK = {"float16": 760, "bfloat16": 790, "float32": 110}
+PRODUCTS_PER_CLOCK = {"float16": 760, "bfloat16": 775, "float32": 110}
 BYTES_PER_CLOCK = 16  # from memory and L2: between 13, which is all of memory's, and the 28 of L2
 WAIT_CLOCKS = 2000  # in a step of keys a thread block waits for memory twice, while others may work
 START_CLOCKS = 4000  # a thread block until its first product and from its last
@@ -1544,10 +1540,15 @@ def _section(problem: Problem, device: Device, work: _Work, packed: int) -> int:
     or 8k. So heads are taken together; but not so many that every thread block reads keys of its own, which would ask
     more of memory than of the tensor cores. Sections of unequal size would have a small one at the end: half of the
     gain was lost by one.
+
+    Projections of up to 64 columns of 16 bits, beside exact keys, came out 2 to 10% slower together, and stay apart:
+    their steps are short, and values are copied in the step that needs them, which L2 has to have.
     """
     heads = problem.batch * problem.heads // packed
-    if problem.left is None and problem.right is None:
-        return 1 if heads <= MAX_BLOCKS_YZ else heads  # in any order: tiles take equally long
+    short = ITEMSIZE[problem.dtype] == 2 and problem.head_dim_v <= 64
+    apart = short and problem.ranked is not None and (problem.near or problem.sinks)
+    if (problem.left is None and problem.right is None) or apart:
+        return 1 if heads <= MAX_BLOCKS_YZ else heads  # without a mask tiles take equally long
     resident = work.resident * device.multiprocessors
     most = max(resident // SECTION_READERS, 2 * resident // work.row_blocks, 1)
     fewest = -(-heads // most)
