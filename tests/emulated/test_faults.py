@@ -643,7 +643,7 @@ FAULTS |= {
     "queries of groups that a later pass gathers": Fault(
         FLASH, "pass == first_pass) {\n                if constexpr (kStaged) {\n                    const", "pass > first_pass) {\n                if constexpr (kStaged) {\n                    const", f"{RACE}|nothing wrote|{WRONG}", NEAR
     ),
-    "rows of groups beyond the tile": Fault(FLASH, " || row < BLOCK_M) shared.q.at", " || true) shared.q.at", f"{RACE}|{WRONG}", NEAR),
+    "rows of groups beyond the tile": Fault(FLASH, " || row < BLOCK_M) shared.q.at", " || true) shared.q.at", f"{RACE}|{WRONG}", NEAR, dtype=BFLOAT16),
     "groups that begin before queries of no exact keys have landed": Fault(
         FLASH, f"if (kOnce && kGrouped) {BARRIER}", "", RACE, {"reduction": cudistr.LSH(2, sinks=9), "window": (330, 190), "blocks": True},
         lengths=(450, 700),
@@ -652,7 +652,8 @@ FAULTS |= {
     "exact keys that groups forget": Fault(FLASH, "(!KEPT || !kGrouped)", "(true)", WRONG, NEAR),
     "exact keys of another head": Fault(FLASH, "head_kv * params.exact_k_head", "0 * params.exact_k_head", WRONG, NEAR),
     "an edge of groups that is not cut": Fault(FLASH, "band = params.passes.band(anew(pass)", "band = params.passes.band(anew(0)", WRONG, NEAR),
-    "a column of groups that another has": Fault(FLASH, "min(group, kGroups - 1) * kMembers", "min(group, kGroups - 2) * kMembers", WRONG, GROUPED),
+    "a column of groups that another has": Fault(FLASH, "min(group, kGroups - 1) * kMembers", "min(group, kGroups - 2) * kMembers", WRONG, GROUPED, dtype=BFLOAT16),
+    "a group that its neighbour has": Fault(FLASH, "group = thread_index() % kAcross * 2 + i;", "group = thread_index() % kAcross * 2;", WRONG, GROUPED),
     "maxima of exact scores beside weights": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_RANK1),
     "maxima of exact scores beside energy": Fault(FLASH, "if (kLacks && kGrouped) subtract", "if (false) subtract", WRONG, NEAR_ENERGY),
     "an lse of what weights leave": Fault(FLASH, "if (kLacks) log_sum +=", "if (false) log_sum +=", WRONG, NEAR_RANK1),
