@@ -60,7 +60,7 @@ __all__ = [
 
 MIN_CAPABILITY = 80  # mma.sync of bfloat16, cp.async and 99 KB of shared memory begin here
 MAX_BLOCKS = 2**31 - 1  # thread blocks along grid.x
-MAX_BLOCKS_YZ = 2**16 - 1
+MAX_BLOCKS_YZ = 2**16 - 1  # along the other axes
 DTYPE_NUMBER = {"float16": 0, "bfloat16": 1, "float32": 2}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 PREPARE_THREADS = 128  # of a thread block of smxx_lsh_prepare.cu
@@ -1541,8 +1541,8 @@ def _section(problem: Problem, device: Device, work: _Work, packed: int) -> int:
     more of memory than of the tensor cores. Sections of unequal size would have a small one at the end: half of the
     gain was lost by one.
 
-    Projections of up to 64 columns of 16 bits, beside exact keys, came out 2 to 10% slower together, and stay apart:
-    their steps are short, and values are copied in the step that needs them, which L2 has to have.
+    Projections of up to 64 columns of 16 bits beside exact keys stay apart: in bfloat16 the records before and after
+    have them 2 to 10% slower together, and projections without exact keys 3% faster. Why has not been measured.
     """
     heads = problem.batch * problem.heads // packed
     short = ITEMSIZE[problem.dtype] == 2 and problem.head_dim_v <= 64
@@ -1563,23 +1563,23 @@ def _portable_plan(problem: Problem, device: Device) -> Plan:
     shared = _work(problem, device, packed, share_keys=True)
     whole_clocks = split_clocks(problem, device, whole, 1)
     splits, clocks = choose_splits(problem, device, shared)
-    if splits == 1 or clocks > SPLIT_GAIN * whole_clocks:
-        section = _section(problem, device, whole, packed)
-        return Plan(whole.kernel, whole.tile, whole.row_blocks, whole.blocks, section, packed=packed)
-    rows = problem.batch * problem.heads * problem.seqlen_q
-    # All warps of a thread block on one row where rows alone would not fill the GPU.
-    row_warps = MERGE_WARPS if rows < MERGE_WARPS * device.multiprocessors else 1
-    split = Split(
-        merge_splits_kernel(problem.dtype, problem.head_dim_v),
-        splits,
-        row_warps,
-        check_blocks(-(-rows * row_warps // MERGE_WARPS)),
-        clocks,
-        whole_clocks,
-    )
-    section = _section(problem, device, shared, packed)
-    blocks = check_blocks(shared.blocks * splits)
-    return Plan(shared.kernel, shared.tile, shared.row_blocks, blocks, section, packed=packed, split=split)
+    work, split = whole, None
+    if splits > 1 and clocks <= SPLIT_GAIN * whole_clocks:
+        rows = problem.batch * problem.heads * problem.seqlen_q
+        # All warps of a thread block on one row where rows alone would not fill the GPU.
+        row_warps = MERGE_WARPS if rows < MERGE_WARPS * device.multiprocessors else 1
+        work = shared
+        split = Split(
+            merge_splits_kernel(problem.dtype, problem.head_dim_v),
+            splits,
+            row_warps,
+            check_blocks(-(-rows * row_warps // MERGE_WARPS)),
+            clocks,
+            whole_clocks,
+        )
+    section = _section(problem, device, work, packed)
+    blocks = check_blocks(work.blocks * (1 if split is None else splits))
+    return Plan(work.kernel, work.tile, work.row_blocks, blocks, section, packed=packed, split=split)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -302,12 +302,29 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
 // 9.8% longer under a causal mask of 4096 keys, 4.5% without (one H200). Of other groups ptxas would spill.
 constexpr bool kGatherRows = !KEEP && !kWeighted && kMembers <= 4;
 
+constexpr int kUsed = MEAN ? kMembers : 1;  // columns of Q that stand for a group
+
+// What stands for a group in a row, or the zero that pads the sum. wide: whether it has to be T.
+DEVICE T representative(const T (&columns)[kUsed], bool padding, bool wide) {
+    T value = columns[0];
+    if constexpr (MEAN) {
+        float total = 0.f;
+#pragma unroll
+        for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(columns[member]);
+        value = Traits<T>::from_float(total * (1.f / kMembers));
+    }
+    if (padding) value = Traits<T>::from_float(0.f);
+#if HALF
+    if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
+#endif
+    return value;
+}
+
 // The same: a thread has one group, or few, of many rows, and reads several of these at once.
 template <class Shared>
 DEVICE void gather_rows(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation, bool wide, int thread) {
     constexpr int kAcross = kDepth < kThreads ? kDepth : kThreads;
     constexpr int kDown = kThreads / kAcross;
-    constexpr int kUsed = MEAN ? kMembers : 1;  // columns of a group
     // What these two do to the loop over keys, by way of ptxas, decides: up to 2% of the time.
     constexpr bool kClamp = HEAD_DIM > 64;  // whether rows beyond the last are read as the last, or are zeros
     constexpr int kAtOnce = (kClamp ? 12 : 20) / kUsed;
@@ -337,17 +354,7 @@ DEVICE void gather_rows(Shared& shared, const T* q, i64 row_stride, int rows, co
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int row = start + i * kDown;
-                T value = values[i][0];
-                if constexpr (MEAN) {
-                    float total = 0.f;
-#pragma unroll
-                    for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(values[i][member]);
-                    value = Traits<T>::from_float(total * (1.f / kMembers));
-                }
-                if (group >= kGroups) value = Traits<T>::from_float(0.f);
-#if HALF
-                if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
-#endif
+                const T value = representative(values[i], group >= kGroups, wide);
                 if (BLOCK_M % (kDown * kAtOnce) == 0 || row < BLOCK_M) shared.q.at(row, group) = value;
             }
         }
@@ -356,13 +363,12 @@ DEVICE void gather_rows(Shared& shared, const T* q, i64 row_stride, int rows, co
 
 // Whether PickQueries does where there is room. Parts of the time if it does (one H200, 4k tokens, full, causal): float16 of
 // 64 columns, LSH(2) 0.98, 0.94, LSH(4) 0.99, 0.98; bfloat16, LSH(4) 0.99, 0.98. LSH(2) of 64 columns in bfloat16 is 4% slower,
-// and 128 columns up to 3%, because ptxas makes another loop over keys of them.
+// and 128 columns up to 4%, because ptxas makes another loop over keys of them.
 constexpr bool kStages = HEAD_DIM_V <= 64 && (!kWide || kMembers > 2);
 
 // The same from rows in shared memory, which were copied while the groups were looked up. A thread has two groups that are
 // neighbours, of many rows.
 struct PickQueries {
-    static constexpr int kUsed = MEAN ? kMembers : 1;  // columns of a group
     static constexpr int kAcross = kDepth / 2;
     static constexpr int kDown = kThreads / kAcross;
 
@@ -380,19 +386,11 @@ struct PickQueries {
     }
 
     DEVICE T one(const PlainQueryTile& rows, int row, int i, bool wide) const {
-        const T* own = &rows.at(row, 0);
-        T value = own[columns[i][0]];
-        if constexpr (MEAN) {
-            float total = 0.f;
+        T members[kUsed];
 #pragma unroll
-            for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(own[columns[i][member]]);
-            value = Traits<T>::from_float(total * (1.f / kMembers));
-        }
-        if (kGroups < kDepth && thread_index() % kAcross * 2 + i >= kGroups) value = Traits<T>::from_float(0.f);
-#if HALF
-        if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
-#endif
-        return value;
+        for (int member = 0; member < kUsed; ++member) members[member] = (&rows.at(row, 0))[columns[i][member]];
+        const bool padding = kGroups < kDepth && thread_index() % kAcross * 2 + i >= kGroups;
+        return representative(members, padding, wide);
     }
 
     template <class Queries>

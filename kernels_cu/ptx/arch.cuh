@@ -22,28 +22,19 @@ static constexpr int kChunkBytes = 16;
 // Infinity without <math.h>, which NVRTC does not have.
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-// threadIdx.x and blockIdx.x, read anew at every call: what is derived from them far apart is computed twice instead
-// of being held in registers over the whole loop between.
-DEVICE int thread_index() {
-    int index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-}
-DEVICE int block_index() {
-    int index;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-    return index;
-}
-DEVICE int block_index_y() {
-    int index;
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
-    return index;
-}
-DEVICE int block_index_z() {
-    int index;
-    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(index));
-    return index;
-}
+// threadIdx and blockIdx, read anew at every call: what is derived from them far apart is computed twice instead of being
+// held in registers over the whole loop between.
+#define READ_ANEW(name, special_register)                                  \
+    DEVICE int name() {                                                    \
+        int index;                                                         \
+        asm volatile("mov.u32 %0, %%" special_register ";" : "=r"(index)); \
+        return index;                                                      \
+    }
+READ_ANEW(thread_index, "tid.x")
+READ_ANEW(block_index, "ctaid.x")
+READ_ANEW(block_index_y, "ctaid.y")
+READ_ANEW(block_index_z, "ctaid.z")
+#undef READ_ANEW
 
 // No instruction: the same number, of which the compiler knows nothing. What follows from it is made where it is used,
 // instead of being held in registers over a loop, and no read moves across.
