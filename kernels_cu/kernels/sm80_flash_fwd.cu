@@ -260,6 +260,24 @@ DEVICE bool is_wide(const AttentionParams& params) {
 #endif
 }
 
+constexpr int kUsed = MEAN ? kMembers : 1;  // columns of Q that stand for a group
+
+// What stands for a group in a row, or the zero that pads the sum. wide: whether it has to be T.
+DEVICE T representative(const T (&columns)[kUsed], bool padding, bool wide) {
+    T value = columns[0];
+    if constexpr (MEAN) {
+        float total = 0.f;
+#pragma unroll
+        for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(columns[member]);
+        value = Traits<T>::from_float(total * (1.f / kMembers));
+    }
+    if (padding) value = Traits<T>::from_float(0.f);
+#if HALF
+    if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
+#endif
+    return value;
+}
+
 // Qhat: one column per group, sampled or averaged. Padding becomes zero. wide: whether it has to be T.
 template <class Shared>
 DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows, const u8* permutation,
@@ -282,18 +300,13 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
                     square = fmaf(share, weights[group * kMembers + member], square);
                 }
                 value = Traits<T>::from_float(total / square);
-            } else if constexpr (MEAN) {
-                float total = 0.f;
-#pragma unroll
-                for (int member = 0; member < kMembers; ++member) total += Traits<T>::to_float(source[columns[member]]);
-                value = Traits<T>::from_float(total * (1.f / kMembers));
             } else {
-                value = source[columns[0]];
+                T members[kUsed];
+#pragma unroll
+                for (int member = 0; member < kUsed; ++member) members[member] = source[columns[member]];
+                value = representative(members, false, wide);
             }
         }
-#if HALF
-        if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
-#endif
         shared.q.at(row, group) = value;
     }
 }
@@ -301,24 +314,6 @@ DEVICE void gather_queries(Shared& shared, const T* q, i64 row_stride, int rows,
 // Whether gather_rows makes Qhat. gather_queries looks a column up before every element: an LSH(2) call of 128 columns took
 // 9.8% longer under a causal mask of 4096 keys, 4.5% without (one H200). Of other groups ptxas would spill.
 constexpr bool kGatherRows = !KEEP && !kWeighted && kMembers <= 4;
-
-constexpr int kUsed = MEAN ? kMembers : 1;  // columns of Q that stand for a group
-
-// What stands for a group in a row, or the zero that pads the sum. wide: whether it has to be T.
-DEVICE T representative(const T (&columns)[kUsed], bool padding, bool wide) {
-    T value = columns[0];
-    if constexpr (MEAN) {
-        float total = 0.f;
-#pragma unroll
-        for (int member = 0; member < kUsed; ++member) total += Traits<T>::to_float(columns[member]);
-        value = Traits<T>::from_float(total * (1.f / kMembers));
-    }
-    if (padding) value = Traits<T>::from_float(0.f);
-#if HALF
-    if (!wide) value.bits = float_to_f16(Traits<T>::to_float(value));
-#endif
-    return value;
-}
 
 // The same: a thread has one group, or few, of many rows, and reads several of these at once.
 template <class Shared>
