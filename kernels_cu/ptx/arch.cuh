@@ -24,16 +24,14 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // threadIdx and blockIdx, read anew at every call: what is derived from them far apart is computed twice instead of being
 // held in registers over the whole loop between.
-#define READ_ANEW(name, special_register)                                  \
-    DEVICE int name() {                                                    \
-        int index;                                                         \
-        asm volatile("mov.u32 %0, %%" special_register ";" : "=r"(index)); \
-        return index;                                                      \
-    }
-READ_ANEW(thread_index, "tid.x")
-READ_ANEW(block_index, "ctaid.x")
-READ_ANEW(block_index_y, "ctaid.y")
-READ_ANEW(block_index_z, "ctaid.z")
+#define READ_ANEW(special_register)                                    \
+    int index;                                                         \
+    asm volatile("mov.u32 %0, %%" special_register ";" : "=r"(index)); \
+    return index;
+DEVICE int thread_index() { READ_ANEW("tid.x") }
+DEVICE int block_index() { READ_ANEW("ctaid.x") }
+DEVICE int block_index_y() { READ_ANEW("ctaid.y") }
+DEVICE int block_index_z() { READ_ANEW("ctaid.z") }
 #undef READ_ANEW
 
 // No instruction: the same number, of which the compiler knows nothing. What follows from it is made where it is used,
