@@ -42,14 +42,36 @@ def axis_of(record: dict[str, Any]) -> tuple[str, str]:
     return "dim", "columns of a score, on average"
 
 
+def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of some (number, error) that no other beats in both, by number."""
+    found: list[tuple[float, float]] = []
+    for across, error in sorted(points):
+        if not found or error < found[-1][1]:
+            found.append((across, error))
+    return found
+
+
+def fp8_of(record: dict[str, Any], others: list[dict[str, Any]]) -> float | None:
+    """The error of exact attention in FP8 on the data of a record, by its own row or another record's."""
+    facts = record["evaluated"]
+    for other in (record, *others):
+        if all(other["evaluated"][name] == facts[name] for name in ("model", "seqlen")):
+            for row in other["rows"]:
+                if row["method"] == "fp8":
+                    return float(row["error_mean"])
+    return None
+
+
 def draw(path: Path) -> None:
     """One panel per evaluation: records of a GPU by milliseconds, others by columns."""
     from matplotlib.figure import Figure
 
     chosen: dict[str, dict[str, Any]] = {}
-    for file, record in sorted(make_tables.records(), key=lambda x: x[0].parent.name == "cpu"):
+    every = sorted(make_tables.records(), key=lambda x: x[0].parent.name == "cpu")
+    for file, record in every:
         if file.stem in NAMES:
             chosen.setdefault(file.stem, record)
+    evaluations = [record for _, record in every if "evaluated" in record]
     if not chosen:
         raise ValueError("docs/benchmarks holds no record of an evaluation. Make one: python -m cudistr eval")
     figure = Figure(figsize=(4.6 * len(chosen), 3.6), layout="constrained")
@@ -58,6 +80,7 @@ def draw(path: Path) -> None:
         across, label = axis_of(record)
         exact = next((r[across] for r in record["rows"] if r["method"] == "exact" and across in r), None)
         left_out = []
+        own = []
         for kind, (name, colour, marker) in KINDS.items():
             rows = [r for r in record["rows"] if words_of(r)[0] == kind]
             shown = [r for r in rows if across in r and (exact is None or r[across] <= LIMIT * exact)]
@@ -69,13 +92,20 @@ def draw(path: Path) -> None:
             if shown:
                 points = ([r[across] for r in shown], [r["error_mean"] for r in shown])
                 panel.plot(*points, marker, color=colour, label=name)
+                own += [] if kind in RIVALS else list(zip(*points, strict=True))
                 for row in shown:
-                    options = (w for w in words_of(row)[1:] if "=" in w)
-                    note = ",".join(w for w in options if not w.startswith(("near", "sinks")))
+                    note = ",".join(w for w in words_of(row)[1:] if not w.startswith(("near", "sinks")))
                     place = (row[across], row["error_mean"])
                     panel.annotate(note, place, fontsize=5.5, xytext=(4, 2), textcoords="offset points")
         if exact is not None:
             panel.axvline(exact, color="0.6", linestyle=":", label="exact")
+        front = front_of(own)
+        panel.plot(
+            *zip(*front, strict=True), color="0.6", linewidth=0.8, drawstyle="steps-post", label="front"
+        )
+        fp8 = fp8_of(record, evaluations)
+        if fp8 is not None:
+            panel.axhline(fp8, color="0.3", linestyle="--", linewidth=0.8, label="exact, rounded to FP8")
         facts = record["evaluated"]
         device = "CPU" if record["device"] == "cpu" else record["device"]
         panel.set_title(f"{facts['model']}, {facts['seqlen']} tokens\n{device}", fontsize=9)

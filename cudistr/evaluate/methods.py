@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import cudistr
 from cudistr import normalize, reference
 
 from .errors import EvalError
-from .rivals import RIVALS
+from .rivals import MASKED, RIVALS
 
 __all__ = ["Method", "Within", "attend", "decided", "mean_dim", "parse", "prepare"]
 
@@ -121,9 +122,10 @@ def prepare(
     if method.kind == "exact":
         return [None] * depth
     if method.kind in RIVALS:
-        if causal:
+        if causal and method.kind not in MASKED:
             raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
-        return [RIVALS[method.kind]] * depth
+        rival = RIVALS[method.kind]
+        return [functools.partial(rival, causal=True) if causal else rival] * depth
     if method.kind == "lsh":
         return [cudistr.LSH(method.number or 0, **options)] * depth
     if method.kind == "energy":

@@ -1,7 +1,8 @@
-"""Other reduced attentions on the same q, k and v, from their papers, for NumPy and CuPy arrays.
+"""Other attentions on the same q, k and v, from their papers, for NumPy and CuPy arrays.
 
-Only HyperAttention stands for softmax attention. Hydra and focused linear attention are other functions, for which a
-model has to be trained: their error on weights that were trained for softmax says how far away they are, no more.
+Exact attention of numbers rounded to eight bits, and HyperAttention, stand for softmax attention. Hydra and focused
+linear attention are other functions, for which a model has to be trained: their error on weights that were trained for
+softmax says how far away they are, no more.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RIVALS", "TRAINED", "flatten", "hydra", "hyper"]
+__all__ = ["MASKED", "RIVALS", "TRAINED", "e4m3", "flatten", "fp8", "hydra", "hyper"]
 
 HYPER_BITS, HYPER_BLOCK, HYPER_SAMPLES = 7, 256, 256  # of the authors' code
 FOCUS = 3  # FLatten's power p
 TRAINED = ("hydra", "flatten")  # need training
+MASKED = ("fp8",)  # take causal=True
+FP8_MOST, FP8_LEAST_EXPONENT, FP8_DIGITS = 448.0, -6, 3  # of e4m3 (arXiv 2209.05433, table 1)
+FP8_WEIGHT = 256.0  # what the largest weight of a row is stored as
+FP8_ROWS = 1024  # of queries at once
 
 
 def _partial(q: Any, k: Any, v: Any, hidden: Any, xp: Any) -> tuple[Any, Any]:
@@ -65,6 +70,44 @@ def hyper(q: Any, k: Any, v: Any, xp: Any) -> Any:
     return out
 
 
+def e4m3(x: Any, xp: Any) -> Any:
+    """The numbers of float8 e4m3 nearest to those of a float32 array, ties to even; beyond the largest, the largest."""
+    exponent = xp.maximum(xp.frexp(x)[1] - 1, FP8_LEAST_EXPONENT)
+    step = xp.ldexp(xp.ones_like(x), exponent - FP8_DIGITS)
+    return xp.clip(xp.rint(x / step) * step, -np.float32(FP8_MOST), np.float32(FP8_MOST))
+
+
+def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False) -> Any:
+    """Exact attention of float8 e4m3, as FlashAttention-3 takes it (Shah et al., arXiv 2407.08608, section 3.3).
+
+    q, k and v are rounded, with one scale for each KV head, by its largest number. Weights are rounded too, the largest
+    of a row being 256 as in the authors' code; sums are float32. What the authors add for outliers is left out: scales
+    of blocks, and a rotation. q (1, heads, seqlen, head_dim), k and v with heads_kv heads.
+    """
+    heads, heads_kv, seqlen, seqlen_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    out = xp.empty((*q.shape[:3], v.shape[3]), np.float32)
+
+    def rounded(x: Any) -> Any:
+        x = x.astype(np.float32)
+        most = xp.abs(x).max()
+        scale = xp.where(most == 0, np.float32(1), most / np.float32(FP8_MOST))
+        return e4m3(x / scale, xp) * scale
+
+    shared = heads // heads_kv
+    for kv in range(heads_kv):
+        own = slice(kv * shared, (kv + 1) * shared)
+        queries, keys, values = rounded(q[0, own]), rounded(k[0, kv]), rounded(v[0, kv])
+        for h, start in np.ndindex(shared, -(-seqlen // FP8_ROWS)):
+            rows = slice(start * FP8_ROWS, min((start + 1) * FP8_ROWS, seqlen))
+            scores = np.float32(q.shape[3] ** -0.5) * (queries[h, rows] @ keys.T)
+            if causal:
+                last = xp.arange(rows.start, rows.stop)[:, None] + (seqlen_k - seqlen)
+                scores = xp.where(xp.arange(seqlen_k) > last, np.float32(-np.inf), scores)
+            weights = np.float32(FP8_WEIGHT) * xp.exp(scores - scores.max(axis=1, keepdims=True))
+            out[0, kv * shared + h, rows] = e4m3(weights, xp) @ values / weights.sum(axis=1, keepdims=True)
+    return out
+
+
 def hydra(q: Any, k: Any, v: Any, xp: Any) -> Any:
     """Hydra attention (Bolya et al., arXiv 2209.07484): as many heads as columns, cosine similarity for softmax."""
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
@@ -89,4 +132,4 @@ def flatten(q: Any, k: Any, v: Any, xp: Any) -> Any:
     return q @ (k.swapaxes(2, 3) @ v) / (q @ k.sum(axis=2)[..., None])
 
 
-RIVALS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {"hyper": hyper, "hydra": hydra, "flatten": flatten}
+RIVALS: dict[str, Callable[..., Any]] = {"fp8": fp8, "hyper": hyper, "hydra": hydra, "flatten": flatten}

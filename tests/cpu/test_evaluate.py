@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -126,6 +127,63 @@ def test_whole_blocks_of_exact_keys(whole_blocks: None) -> None:
 
 
 # Rivals
+
+
+def test_e4m3_is_float8() -> None:
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    every = np.sort(every[np.isfinite(every)])
+    between = np.concatenate(
+        [(1 - t) * every[:-1] + t * every[1:] for t in (0.0, 0.25, 0.5, 0.75)]
+    )  # ties too
+    random = np.random.RandomState(7)
+    x = np.concatenate([between, np.exp(random.uniform(-12, 6, 10000)) * random.choice([-1, 1], 10000)])
+    x = x.astype(np.float32)
+    found = rivals.e4m3(x, np)
+    np.testing.assert_array_equal(found, x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(rivals.e4m3(np.float32([460, -1e30]), np), [448, -448])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fp8_is_exact_attention_of_rounded_operands(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "FP8_ROWS", 16)
+    heads, heads_kv, seqlen = 4, 2, 41
+    q, k, v = arrays(heads, heads_kv, seqlen)
+    k[:, 1] *= 1000  # a scale of its own
+    v[:, 0] = 0
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+    def scaled(x: np.ndarray) -> np.ndarray:
+        scale = np.float32(np.abs(x).max() / 448 or 1)
+        return rounded(x / scale) * scale
+
+    (method,) = methods.prepare(methods.parse("fp8"), [(q, k, v)], [], causal, {})
+    found = methods.attend(q, k, v, method, causal, np)
+    for h in range(heads):
+        own = slice(h // 2 * 2, h // 2 * 2 + 2)  # the query heads of a KV head have one scale
+        queries, keys, values = scaled(q[0, own])[h % 2], scaled(k[0, h // 2]), scaled(v[0, h // 2])
+        scores = queries @ keys.T / 32**0.5
+        if causal:
+            scores[np.triu_indices(seqlen, 1)] = -np.inf
+        weights = 256 * np.exp(scores - scores.max(axis=1, keepdims=True))
+        wanted = rounded(weights) @ values / weights.sum(axis=1, keepdims=True)
+        # Scores are float32 here: a weight next to a tie may be rounded the other way, one sixteenth off.
+        error = np.linalg.norm(found[0, h] - wanted)
+        assert error <= 1e-3 * np.linalg.norm(wanted)
+
+
+def test_fp8_has_the_error_of_three_digits() -> None:
+    q, k, v = arrays(2, 2, 500, 64)
+    exact = reference.attention(q, k, v)
+    error = np.linalg.norm(rivals.fp8(q, k, v, np) - exact) / np.linalg.norm(exact)
+    assert 2**-7 < error < 2**-3  # numbers are up to 2^-4 off, 2^-5.3 in the root mean square
+
+
+def test_only_fp8_has_a_mask() -> None:
+    layers = [arrays(2, 2, 40)]
+    with pytest.raises(EvalError, match="hydra has no causal mask here; it is for dinov2"):
+        methods.prepare(methods.parse("hydra"), layers, [], True, {})
 
 
 def test_hyper_is_exact_within_one_block() -> None:
@@ -247,6 +305,7 @@ def test_eval_writes_a_record(
         "projection:0,fit=static,near=4",
         "projection:16,fit=static,near=4,sinks=2,tokens=20",
         "projection,fit=static,tolerance=0.1",
+        "fp8",
     ]
     words = ["eval", "--device", "cpu", "--seqlen", "50", "--weights", str(tmp_path / "weights")]
     assert cli.main([*words, "--output", str(tmp_path), "--reduction", *specs]) == 0
@@ -261,6 +320,7 @@ def test_eval_writes_a_record(
     assert rows[5]["dim"] == rows[3]["dim"]
     assert rows[5]["error_mean"] > rows[3]["error_mean"]  # fitted to fewer tokens
     assert 0 < rows[6]["dim"] <= 32
+    assert "dim" not in rows[7]
     assert "projection:16,share=yes" in capsys.readouterr().out
 
 
