@@ -77,7 +77,7 @@ class Projection(Reduction):
     Notes
     -----
     Softmax does not see a constant added to a row, so the mean of K is taken off first. With square roots
-    ``Cq^T Cq = Q^T Q`` and ``Ck^T Ck = K^T K`` (head_dim x head_dim, float64, from eigenvalues) and the singular value
+    ``Cq^T Cq = Q^T Q`` and ``Ck^T Ck = K^T K`` (head_dim x head_dim, float64) and the singular value
     decomposition ``Cq Ck^T = U s W^T``, the factors ``A = Ck^T W / sqrt(s)`` and ``B = Cq^T U / sqrt(s)``, cut to rank
     columns, give the best approximation of ``Q K^T`` of that rank (Eckart and Young, *Psychometrika* 1, 1936), and
     its squared Frobenius error is the sum of the squared singular values that were cut off. They are computed from the
@@ -814,9 +814,14 @@ def _mixed(plain: NDArray[np.float64], weighted: NDArray[np.float64], part: floa
 
 
 def _root(squares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """C with C^T C = squares, for each head. Eigenvalues, because a Cholesky factor needs a matrix of full rank."""
-    values, vectors = np.linalg.eigh(squares)
-    root: NDArray[np.float64] = np.sqrt(np.maximum(values, 0.0))[:, :, None] * vectors.swapaxes(1, 2)
+    """C with C^T C = squares, for each head: a Cholesky factor, or by eigenvalues where the matrix lacks full rank."""
+    root = np.empty_like(squares)
+    for head, square in enumerate(squares):
+        try:
+            root[head] = np.linalg.cholesky(square).T
+        except np.linalg.LinAlgError:
+            values, vectors = np.linalg.eigh(square)
+            root[head] = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
     return root
 
 

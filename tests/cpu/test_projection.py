@@ -164,6 +164,17 @@ def test_rows_fewer_than_columns():
     )
 
 
+def test_roots_of_full_and_of_lower_rank():
+    rows = decaying(3, 3, 40, 24, dtype=np.float64)
+    rows[1, :, 5] = rows[1, :, 6]  # linearly dependent
+    rows[2] = 0
+    squares = rows.swapaxes(1, 2) @ rows
+    found = projection_module._root(squares)
+    error = np.linalg.norm(found.swapaxes(1, 2) @ found - squares, axis=(1, 2))
+    assert (error <= 1e-13 * np.linalg.norm(squares, axis=(1, 2))).all()
+    np.testing.assert_array_equal(projection_module._root(squares[:1]), found[:1])  # whatever other heads are
+
+
 def test_zeros():
     zeros = np.zeros((1, 2, 8, 16), np.float32)
     projection = Projection.fit(zeros, zeros, rank=16)
