@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import floors  # noqa: E402
 import grouping_figure  # noqa: E402
 import make_tables  # noqa: E402
 import pareto_figure  # noqa: E402
@@ -40,10 +41,12 @@ def generate(_app):
     (generated / "reductions.md").write_text(make_tables.reductions(), encoding="utf-8")
     (generated / "break-even.md").write_text(make_tables.break_even_table(), encoding="utf-8")
     (generated / "clock.md").write_text(make_tables.clocks(), encoding="utf-8")
+    (generated / "floors.md").write_text(floors.floors(), encoding="utf-8")
     (generated / "profiles.md").write_text(make_tables.profiles(), encoding="utf-8")
     (generated / "speed.md").write_text(speed_figure.draw_all(generated), encoding="utf-8")
     evaluations = make_tables.evaluations()
-    for name in ("eval-smollm2", "eval-dinov2", *evaluations):  # a word where one is missing
+    named = ("eval-smollm2", "eval-dinov2", "eval-smollm2-fp8", "eval-dinov2-fp8")
+    for name in (*named, *evaluations):  # a word where one is missing
         text = evaluations.get(name, make_tables.NONE)
         (generated / f"{name}.md").write_text(text, encoding="utf-8")
     pareto_figure.draw(generated / "pareto.svg")

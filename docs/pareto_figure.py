@@ -74,6 +74,7 @@ def draw(path: Path) -> None:
     evaluations = [record for _, record in every if "evaluated" in record]
     if not chosen:
         raise ValueError("docs/benchmarks holds no record of an evaluation. Make one: python -m cudistr eval")
+    named: dict[str, Any] = {}  # lines of the legend
     figure = Figure(figsize=(4.6 * len(chosen), 3.6), layout="constrained")
     panels = figure.subplots(1, len(chosen), squeeze=False)[0]
     for panel, record in zip(panels, chosen.values(), strict=True):
@@ -116,7 +117,8 @@ def draw(path: Path) -> None:
         panel.set_yscale("log")
         panel.margins(x=0.4)  # for the notes
         panel.set_xlim(left=0)
-        panel.legend(fontsize=7)
+        named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named, loc="outside upper center", ncols=len(named), fontsize=7)
     figure.savefig(path)
 
 

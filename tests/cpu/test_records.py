@@ -209,6 +209,31 @@ def test_what_the_page_says_of_tolerances() -> None:
     assert len(found) >= 2 and all(error <= float(text.split(",")[0]) for error, text in found)
 
 
+@pytest.mark.parametrize(
+    ("model", "nearer", "further"),
+    [
+        (
+            "smollm2",
+            (
+                "projection:32,share=yes,near=256,sinks=64",
+                "projection:32,share=yes,fit=static,near=256,sinks=64",
+            ),
+            ("lsh:2", "lsh:2,near=256,sinks=64"),
+        ),
+        ("dinov2", ("projection:32,share=yes",), ("lsh:2",)),
+    ],
+)
+def test_what_the_page_says_of_fp8(model: str, nearer: tuple[str, ...], further: tuple[str, ...]) -> None:
+    """What is nearer to exact attention than rounding to FP8, and what is further away."""
+    errors: dict[str, list[float]] = {}
+    for path, record in make_tables.records():
+        if path.stem in (f"eval-{model}", f"eval-{model}-fp8"):
+            for row in record["rows"]:
+                errors.setdefault(row["method"], []).append(row["error_mean"])
+    assert max(max(errors[method]) for method in nearer) < min(errors["fp8"])
+    assert max(errors["fp8"]) < min(min(errors[method]) for method in further)
+
+
 def test_the_page_says_what_the_profile_says() -> None:
     """Its sentences hold for the committed profile."""
     (record,) = (r for _, r in make_tables.records() if "profile" in r)

@@ -1,0 +1,135 @@
+"""The clock model of the Hopper kernel, and how much of a measured time its clocks explain.
+
+python docs/floors.py    print the tables, as the documentation shows them
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import make_tables
+
+from cudistr import bench, normalize, plan
+
+# Of a multiprocessor in a clock: floating-point operations of products, exponentials, bytes of shared memory.
+PRODUCTS, EXPONENTIALS, SHARED_BYTES = 4096, 16, 128
+CONSUMER_ROWS = 64  # queries of a warpgroup
+HOPPER = plan.Device(90, 227 * 1024)  # 132 multiprocessors: an H100 or H200 on its own board
+TIMES = ("attention.json", "asymmetric.json", "asymmetric-64.json")
+
+
+def step_clocks(
+    rows: int, keys: int, head_dim: int, head_dim_v: int, group_size: int = 0
+) -> dict[str, float]:
+    """The clocks that each unit of a multiprocessor needs for a tile of queries and one of keys, at least."""
+    consumers = rows / CONSUMER_ROWS
+    if (
+        group_size
+    ):  # K is copied, read, and written as Khat, which the consumers read; they hold Qhat in registers
+        columns = head_dim // group_size
+        copied, read = 2 * head_dim + columns + head_dim_v, columns + head_dim_v
+        moved = 2 * keys * (consumers * read + copied)
+    else:
+        columns = head_dim
+        read = 2 * keys * (head_dim + head_dim_v)
+        moved = consumers * (read + 2 * CONSUMER_ROWS * head_dim) + read
+    return {
+        "products": 2 * rows * keys * (columns + head_dim_v) / PRODUCTS,
+        "exponentials": rows * keys / EXPONENTIALS,
+        "shared memory": moved / SHARED_BYTES,
+    }
+
+
+def floor_of(row: dict[str, Any]) -> tuple[str, float] | None:
+    """The unit that binds a call of a bench record's row, and its clocks; None if it is not the Hopper kernel's.
+
+    Of a causal call the pairs that are seen count, no matter how tiles cover them. The launch before a projected or
+    grouped call is left out.
+    """
+    kind, _, number = str(row["method"]).partition(":")
+    head_dim = int(number) if kind == "projection" else int(row["head_dim"])
+
+    def empty(heads: int, seqlen: int, columns: int) -> Any:
+        shape = (row["batch"], heads, seqlen, columns)
+        return np.broadcast_to(np.zeros(1, bench.DTYPES[row["dtype"]]), shape)
+
+    q = empty(row["heads"], row["seqlen_q"], head_dim)
+    k, v = (empty(row["heads_kv"], row["seqlen_k"], columns) for columns in (head_dim, row["head_dim_v"]))
+    reduction = None if kind == "projection" else bench.reduction_of(row["method"])
+    problem = normalize.problem(q, k, v, causal=row["causal"], reduction=reduction)
+    found = plan.hopper_kernel(problem, HOPPER)
+    if found is None or row["kernel"] != "hopper":
+        return None
+    tile = found[1]
+    group_size = 0 if reduction is None else reduction.group_size
+    step = step_clocks(tile.block_m, tile.tile_k, head_dim, row["head_dim_v"], group_size)
+    unit = max(step, key=lambda name: step[name])
+    seen = row["seqlen_q"] * row["seqlen_k"]
+    if row["causal"]:
+        seen = row["seqlen_q"] * (row["seqlen_q"] + 1) // 2 + row["seqlen_q"] * (
+            row["seqlen_k"] - row["seqlen_q"]
+        )
+    steps = row["batch"] * row["heads"] * seen / (tile.block_m * tile.tile_k)
+    return unit, steps * step[unit] / HOPPER.multiprocessors
+
+
+def parts(rows: list[dict[str, Any]], mhz: float) -> str:
+    """Rows of bench records, one line per method and mask: the floor at a clock as a part of the time, by length."""
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in rows:
+        floor = None if row["method"] == "group" or "cudistr" not in row["ms"] else floor_of(row)
+        if floor is not None:
+            _, dim, *_, mask = make_tables.case_cells(row)
+            line = lines.setdefault((make_tables.method_name(row["method"]), dim, mask, floor[0]), {})
+            line[row["seqlen_k"]] = f"{floor[1] / (1000 * mhz) / row['ms']['cudistr']:.0%}"
+    lengths = sorted({seqlen for line in lines.values() for seqlen in line})
+    head = ["method", "head_dim", "mask", "bound by", *(f"N = {n}" for n in lengths)]
+    return make_tables.table(
+        head, [[*line, *(of.get(n, "-") for n in lengths)] for line, of in lines.items()]
+    )
+
+
+def of_clocks(record: dict[str, Any]) -> str:
+    """Rows of a record of clocks: the floor at the clock that was read."""
+    rows = []
+    for row in record["rows"]:
+        floor = floor_of(row)
+        if floor is not None:
+            mhz, ms = row["mhz"]["cudistr"], row["ms"]["cudistr"]
+            least = floor[1] / (1000 * mhz)
+            *_, mask = make_tables.case_cells(row)
+            rows.append([
+                make_tables.method_name(row["method"]), str(row["head_dim"]), mask, floor[0], f"{mhz:.0f}",
+                make_tables.figure(least), make_tables.figure(ms), f"{least / ms:.0%}",
+            ])  # fmt: skip
+    head = ["method", "head_dim", "mask", "bound by", "MHz", "floor at this clock, ms", "ms", "floor's part"]
+    return make_tables.table(head, rows)
+
+
+def floors(folder: Path = make_tables.RECORDS) -> str:
+    """Both tables of every device of which there is a record of clocks."""
+    found = make_tables.records(folder)
+    texts = []
+    for path, record in found:
+        if "limit_watts" not in record:
+            continue
+        beside = [(p, r) for p, r in found if p.parent == path.parent and p.name in TIMES]
+        rows = [row for _, r in beside for row in r["rows"]]
+        names = ", ".join(f"`{p.name}`" for p, _ in beside)
+        texts.append(
+            f"{record['device']}, by {names}, at the highest clock, {record['max_mhz']:.0f} MHz:\n\n"
+            f"{parts(rows, record['max_mhz'])}\n"
+            f"By `{path.name}`, N = {record['rows'][0]['seqlen_k']}, at the clock that was read meanwhile:\n\n"
+            f"{of_clocks(record)}"
+        )
+    return "\n".join(texts) or make_tables.NONE
+
+
+if __name__ == "__main__":
+    print(floors(), end="")
