@@ -244,6 +244,17 @@ def test_the_page_says_what_the_profile_says() -> None:
     assert grouped["attention_ms"] < grouped["call_ms"]
 
 
+def test_what_the_page_says_of_energy() -> None:
+    """The bound on what `LSH(2)` can gain where power binds."""
+    text = (ROOT / "docs" / "hopper.md").read_text(encoding="utf-8")
+    (record,) = (r for _, r in make_tables.records() if "limit_watts" in r)
+    ratios = []
+    for causal in (False, True):
+        rows = {row["method"]: row["joules"] for row in record["rows"] if row["causal"] == causal}
+        ratios.append(f"{rows['exact']['fa3'] / rows['projection:64']['cudistr']:.2f}")
+    assert "takes {} times the energy of that projection, and {}\ntimes".format(*ratios) in text
+
+
 def test_the_rate_of_products_follows_from_the_records() -> None:
     folder = make_tables.RECORDS / "nvidia-h200"
     times, profile = (json.loads((folder / f"{name}.json").read_text()) for name in ("portable", "profile"))
