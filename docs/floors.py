@@ -29,9 +29,8 @@ def step_clocks(
 ) -> dict[str, float]:
     """The clocks that each unit of a multiprocessor needs for a tile of queries and one of keys, at least."""
     consumers = rows / CONSUMER_ROWS
-    if (
-        group_size
-    ):  # K is copied, read, and written as Khat, which the consumers read; they hold Qhat in registers
+    if group_size:
+        # K is copied, read, and written as Khat, which the consumers read; they hold Qhat in registers.
         columns = head_dim // group_size
         copied, read = 2 * head_dim + columns + head_dim_v, columns + head_dim_v
         moved = 2 * keys * (consumers * read + copied)
@@ -70,11 +69,8 @@ def floor_of(row: dict[str, Any]) -> tuple[str, float] | None:
     group_size = 0 if reduction is None else reduction.group_size
     step = step_clocks(tile.block_m, tile.tile_k, head_dim, row["head_dim_v"], group_size)
     unit = max(step, key=lambda name: step[name])
-    seen = row["seqlen_q"] * row["seqlen_k"]
-    if row["causal"]:
-        seen = row["seqlen_q"] * (row["seqlen_q"] + 1) // 2 + row["seqlen_q"] * (
-            row["seqlen_k"] - row["seqlen_q"]
-        )
+    rows, keys = row["seqlen_q"], row["seqlen_k"]
+    seen = rows * keys - (rows * (rows - 1) // 2 if row["causal"] else 0)
     steps = row["batch"] * row["heads"] * seen / (tile.block_m * tile.tile_k)
     return unit, steps * step[unit] / HOPPER.multiprocessors
 
