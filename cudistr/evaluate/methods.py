@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,20 @@ FITS = ("self", "static")
 OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0, "tokens": 0}
 
 Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
+
+
+def _options(reduction: type) -> set[str]:
+    """What a reduction takes besides its number, by name."""
+    return {field.name for field in dataclasses.fields(reduction)[1:]}
+
+
+KNOWN: dict[str, set[str]] = {
+    **{kind: set() for kind in ("exact", *RIVALS)},
+    "fp8": {"rotate"},
+    "lsh": _options(cudistr.LSH),
+    "energy": _options(cudistr.Energy),
+    "projection": {*OPTIONS, "near", "sinks"},
+}
 
 
 @dataclass(frozen=True)
@@ -76,10 +91,15 @@ def parse(spec: str) -> Method:
         kind in ("lsh", "energy") or (kind == "projection" and not options.get("tolerance"))
     ):
         raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
+    if number is not None and kind in ("exact", *RIVALS):
+        raise EvalError(f"--reduction: {kind} takes no number, got {spec!r}")
+    unknown = set(options) - KNOWN[kind]
+    if unknown:
+        allowed = f"Allowed: {', '.join(sorted(KNOWN[kind]))}" if KNOWN[kind] else "It has none"
+        raise EvalError(f"--reduction: {kind} has no option {', '.join(sorted(unknown))}. {allowed}")
+    if options.get("rotate", "yes") not in ("yes", "no"):
+        raise EvalError(f"--reduction: rotate must be yes or no, got {options['rotate']!r}")
     if kind == "projection":
-        unknown = set(options) - set(OPTIONS) - {"near", "sinks"}
-        if unknown:
-            raise EvalError(f"--reduction: projection has no option {', '.join(sorted(unknown))}")
         options = OPTIONS | options
         if options["fit"] not in FITS:
             raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
@@ -124,8 +144,10 @@ def prepare(
     if method.kind in RIVALS:
         if causal and method.kind not in MASKED:
             raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
-        rival = RIVALS[method.kind]
-        return [functools.partial(rival, causal=True) if causal else rival] * depth
+        given = {"rotate": True} if options.get("rotate") == "yes" else {}
+        return [
+            functools.partial(RIVALS[method.kind], **given, **({"causal": True} if causal else {}))
+        ] * depth
     if method.kind == "lsh":
         return [cudistr.LSH(method.number or 0, **options)] * depth
     if method.kind == "energy":

@@ -77,18 +77,24 @@ def e4m3(x: Any, xp: Any) -> Any:
     return xp.clip(xp.rint(x / step) * step, -np.float32(FP8_MOST), np.float32(FP8_MOST))
 
 
-def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False) -> Any:
+def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False, rotate: bool = False) -> Any:
     """Exact attention of float8 e4m3, as FlashAttention-3 takes it (Shah et al., arXiv 2407.08608, section 3.3).
 
     q, k and v are rounded, with one scale for each KV head, by its largest number. Weights are rounded too, the largest
-    of a row being 256 as in the authors' code; sums are float32. What the authors add for outliers is left out: scales
-    of blocks, and a rotation. q (1, heads, seqlen, head_dim), k and v with heads_kv heads.
+    of a row being 256 as in the authors' code; sums are float32. With ``rotate`` q and k are multiplied by a random
+    orthogonal matrix first, which spreads outliers over all columns and changes no score: the paper's incoherent
+    processing, for which it takes a matrix that is faster to multiply. Its scales of blocks are left out.
+    q (1, heads, seqlen, head_dim), k and v with heads_kv heads.
     """
     heads, heads_kv, seqlen, seqlen_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     out = xp.empty((*q.shape[:3], v.shape[3]), np.float32)
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    if rotate:
+        turned = np.linalg.qr(np.random.RandomState(0).standard_normal((q.shape[3],) * 2))[0]
+        turned = xp.asarray(turned.astype(np.float32))
+        q, k = q @ turned, k @ turned
 
     def rounded(x: Any) -> Any:
-        x = x.astype(np.float32)
         most = xp.abs(x).max()
         scale = xp.where(most == 0, np.float32(1), most / np.float32(FP8_MOST))
         return e4m3(x / scale, xp) * scale

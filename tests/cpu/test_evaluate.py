@@ -41,7 +41,18 @@ def test_parse() -> None:
         ("energy:near=3", "'energy:near=3' needs a number, such as energy:32"),
         ("lsh", "'lsh' needs a number, such as lsh:2"),
         ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),
-        ("projection:32,bear=2", "projection has no option bear"),
+        ("projection:32,bear=2", "projection has no option bear. Allowed: fit, near, share, sinks, tokens"),
+        ("lsh:2,bear=2,beer=3", "lsh has no option bear, beer. Allowed: "),
+        (
+            "energy:32,representative=mean",
+            "energy has no option representative. Allowed: block_q, near, sinks",
+        ),
+        ("exact,near=2", "exact has no option near. It has none"),
+        ("exact:2", "exact takes no number, got 'exact:2'"),
+        ("hyper:2", "hyper takes no number, got 'hyper:2'"),
+        ("hyper,rotate=yes", "hyper has no option rotate. It has none"),
+        ("fp8,near=2", "fp8 has no option near. Allowed: rotate"),
+        ("fp8,rotate=1", "rotate must be yes or no, got 1"),
         ("projection:32,fit=mine", "fit must be one of self, static, got 'mine'"),
         ("projection:32,tokens=2048", "tokens must be a number such as 2048, and go with fit=static"),
         ("projection:32,fit=static,tokens=few", "tokens must be a number such as 2048"),
@@ -143,8 +154,11 @@ def test_e4m3_is_float8() -> None:
     np.testing.assert_array_equal(rivals.e4m3(np.float32([460, -1e30]), np), [448, -448])
 
 
+@pytest.mark.parametrize("rotate", ["no", "yes"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_fp8_is_exact_attention_of_rounded_operands(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_is_exact_attention_of_rounded_operands(
+    causal: bool, rotate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rivals, "FP8_ROWS", 16)
     heads, heads_kv, seqlen = 4, 2, 41
     q, k, v = arrays(heads, heads_kv, seqlen)
@@ -158,8 +172,11 @@ def test_fp8_is_exact_attention_of_rounded_operands(causal: bool, monkeypatch: p
         scale = np.float32(np.abs(x).max() / 448 or 1)
         return rounded(x / scale) * scale
 
-    (method,) = methods.prepare(methods.parse("fp8"), [(q, k, v)], [], causal, {})
+    (method,) = methods.prepare(methods.parse(f"fp8,rotate={rotate}"), [(q, k, v)], [], causal, {})
     found = methods.attend(q, k, v, method, causal, np)
+    if rotate == "yes":
+        turned = np.linalg.qr(np.random.RandomState(0).standard_normal((32, 32)))[0].astype(np.float32)
+        q, k = q @ turned, k @ turned
     for h in range(heads):
         own = slice(h // 2 * 2, h // 2 * 2 + 2)  # the query heads of a KV head have one scale
         queries, keys, values = scaled(q[0, own])[h % 2], scaled(k[0, h // 2]), scaled(v[0, h // 2])
@@ -178,6 +195,16 @@ def test_fp8_has_the_error_of_three_digits() -> None:
     exact = reference.attention(q, k, v)
     error = np.linalg.norm(rivals.fp8(q, k, v, np) - exact) / np.linalg.norm(exact)
     assert 2**-7 < error < 2**-3  # numbers are up to 2^-4 off, 2^-5.3 in the root mean square
+
+
+def test_a_rotation_spreads_outliers() -> None:
+    random = np.random.RandomState(0)  # one number in a thousand is large, as in section 4.3 of the paper
+    shape = (3, 1, 2, 1000, 64)
+    large = 10 * random.standard_normal(shape) * (random.random_sample(shape) < 0.001)
+    q, k, v = (random.standard_normal(shape) + large).astype(np.float32)
+    exact = reference.attention(q, k, v)
+    plain, turned = (np.linalg.norm(rivals.fp8(q, k, v, np, rotate=r) - exact) for r in (False, True))
+    assert turned < 0.7 * plain
 
 
 def test_only_fp8_has_a_mask() -> None:
