@@ -5,6 +5,7 @@ python docs/floors.py    print the tables, as the documentation shows them
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_tables
 
+import cudistr
 from cudistr import bench, normalize, plan
 
 # Of a multiprocessor in a clock: floating-point operations of products, exponentials, bytes of shared memory.
 PRODUCTS, EXPONENTIALS, SHARED_BYTES = 4096, 16, 128
 CONSUMER_ROWS = 64  # queries of a warpgroup
 HOPPER = plan.Device(90, 227 * 1024)  # 132 multiprocessors: an H100 or H200 on its own board
+COVERED = re.compile(r"exact|projection:(\d+)|lsh:?(\d+)")  # methods that the model is for
 TIMES = ("attention.json", "asymmetric.json", "asymmetric-64.json")
 
 
@@ -46,13 +49,17 @@ def step_clocks(
 
 
 def floor_of(row: dict[str, Any]) -> tuple[str, float] | None:
-    """The unit that binds a call of a bench record's row, and its clocks; None if it is not the Hopper kernel's.
+    """The unit that binds a call of a bench record's row, and its clocks.
 
-    Of a causal call the pairs that are seen count, no matter how tiles cover them. The launch before a projected or
-    grouped call is left out.
+    None of what the model is not for: other kernels, exact keys, columns chosen by energy, weights. Tiles are those of
+    today's planner. Of a causal call the pairs that are seen count, no matter how tiles cover them. The launch before a
+    projected or grouped call is left out.
     """
-    kind, _, number = str(row["method"]).partition(":")
-    head_dim = int(number) if kind == "projection" else int(row["head_dim"])
+    method = COVERED.fullmatch(row["method"])
+    if row["kernel"] != "hopper" or method is None:
+        return None
+    rank, group_size = (int(number or 0) for number in method.groups())
+    head_dim = rank or row["head_dim"]
 
     def empty(heads: int, seqlen: int, columns: int) -> Any:
         shape = (row["batch"], heads, seqlen, columns)
@@ -60,13 +67,11 @@ def floor_of(row: dict[str, Any]) -> tuple[str, float] | None:
 
     q = empty(row["heads"], row["seqlen_q"], head_dim)
     k, v = (empty(row["heads_kv"], row["seqlen_k"], columns) for columns in (head_dim, row["head_dim_v"]))
-    reduction = None if kind == "projection" else bench.reduction_of(row["method"])
-    problem = normalize.problem(q, k, v, causal=row["causal"], reduction=reduction)
-    found = plan.hopper_kernel(problem, HOPPER)
-    if found is None or row["kernel"] != "hopper":
+    reduction = cudistr.LSH(group_size) if group_size else None
+    found = plan.hopper_kernel(normalize.problem(q, k, v, causal=row["causal"], reduction=reduction), HOPPER)
+    if found is None:
         return None
     tile = found[1]
-    group_size = 0 if reduction is None else reduction.group_size
     step = step_clocks(tile.block_m, tile.tile_k, head_dim, row["head_dim_v"], group_size)
     unit = max(step, key=lambda name: step[name])
     rows, keys = row["seqlen_q"], row["seqlen_k"]
@@ -79,7 +84,7 @@ def parts(rows: list[dict[str, Any]], mhz: float) -> str:
     """Rows of bench records, one line per method and mask: the floor at a clock as a part of the time, by length."""
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
-        floor = None if row["method"] == "group" or "cudistr" not in row["ms"] else floor_of(row)
+        floor = floor_of(row) if "cudistr" in row["ms"] else None
         if floor is not None:
             _, dim, *_, mask = make_tables.case_cells(row)
             line = lines.setdefault((make_tables.method_name(row["method"]), dim, mask, floor[0]), {})

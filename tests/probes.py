@@ -6,6 +6,7 @@ holds on both says that the twins are what the hardware is.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -22,25 +23,25 @@ from cudistr.plan import Kernel
 SOURCE = Path(__file__).parent / "emulation" / "probe.cu"
 LANES = np.arange(32)
 ROW, COLUMN = LANES // 4, LANES % 4  # of a lane in the fragments of a matrix instruction
-LDMATRIX, LDMATRIX_TRANS, MMA_F16, MMA_BF16, MMA_TF32, CONVERT, CP_ASYNC = range(7)
+LDMATRIX, LDMATRIX_TRANS, MMA_F16, MMA_BF16, MMA_TF32, CONVERT, CP_ASYNC, PLACE = range(8)
 
-Run = Callable[[int, np.ndarray, int], np.ndarray]
+Run = Callable[..., np.ndarray]
 
 
 def runner(cupy: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
-    """A function that runs a probe on 32-bit words and returns the words of each lane, (32, words)."""
+    """A function that runs a probe on 32-bit words and returns the words of each lane, (32 * thread blocks, words)."""
     sources = folder / "kernels_cu"
     shutil.copytree(compiler.SOURCES, sources)
     shutil.copy(SOURCE, sources / "kernels")
     monkeypatch.setattr(compiler, "SOURCES", sources)
     compiler._digest.cache_clear()
 
-    def run(probe: int, words: np.ndarray, width: int) -> np.ndarray:
+    def run(probe: int, words: np.ndarray, width: int, grid: tuple[int, int, int] = (1, 1, 1)) -> np.ndarray:
         given = cupy.asarray(np.ascontiguousarray(words, np.uint32))
-        out = cupy.ndarray((32, width), np.uint32)
+        out = cupy.ndarray((32 * math.prod(grid), width), np.uint32)
         kernel = Kernel("probe", (("PROBE", probe),), 32)
         device = launch.device_properties(0)
-        ready = launch._launch(kernel, 1, device, 0, launch._parameters(("in out", "u8")), {})
+        ready = launch._launch(kernel, grid, device, 0, launch._parameters(("in out", "u8")), {})
         ready(given.data.ptr, out.data.ptr)
         return np.asarray(cupy.asnumpy(out))
 
@@ -217,6 +218,14 @@ def check_cp_async(run: Run) -> None:
     np.testing.assert_array_equal(found, chunks * valid[:, None])
 
 
+def check_places(run: Run) -> None:
+    """Lanes, and thread blocks along three axes, the first of which is the fastest."""
+    grid = (2, 3, 4)
+    found = run(PLACE, np.array(grid[:2]), 4, grid)
+    z, y, x, lane = np.indices((*grid[::-1], 32)).reshape(4, -1)
+    np.testing.assert_array_equal(found, np.stack([lane, x, y, z], axis=1))
+
+
 CHECKS: dict[str, Callable[[Run], None]] = {
     "ldmatrix": lambda run: check_ldmatrix(run, False),
     "ldmatrix.trans": lambda run: check_ldmatrix(run, True),
@@ -225,4 +234,5 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "mma.tf32": lambda run: check_mma(run, MMA_TF32),
     "conversions": check_conversions,
     "cp.async": check_cp_async,
+    "places": check_places,
 }

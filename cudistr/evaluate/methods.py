@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,12 @@ import cudistr
 from cudistr import normalize, reference
 
 from .errors import EvalError
-from .rivals import MASKED, RIVALS
+from .rivals import RIVALS
 
 __all__ = ["Method", "Within", "attend", "decided", "mean_dim", "parse", "prepare"]
 
 ROWS = 128  # of a block of queries on the CPU: those of LSH's default
 FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
-KINDS = ("exact", "lsh", "energy", "projection", *RIVALS)
 FITS = ("self", "static")
 # Of projection, besides near and sinks. A tolerance of 0 is none; a static fit goes by so many first tokens of each
 # text, 0 for all.
@@ -29,17 +29,23 @@ OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0, 
 Inputs = list[tuple[Any, Any, Any]]  # q, k, v of each layer
 
 
-def _options(reduction: type) -> set[str]:
+def _fields(reduction: type) -> set[str]:
     """What a reduction takes besides its number, by name."""
     return {field.name for field in dataclasses.fields(reduction)[1:]}
 
 
-KNOWN: dict[str, set[str]] = {
-    **{kind: set() for kind in ("exact", *RIVALS)},
-    "fp8": {"rotate"},
-    "lsh": _options(cudistr.LSH),
-    "energy": _options(cudistr.Energy),
+def _keywords(rival: str) -> set[str]:
+    """What a rival takes by keyword."""
+    return set(inspect.getfullargspec(RIVALS[rival]).kwonlyargs)
+
+
+# The options of each kind of method, by name.
+KINDS: dict[str, set[str]] = {
+    "exact": set(),
+    "lsh": _fields(cudistr.LSH),
+    "energy": _fields(cudistr.Energy),
     "projection": {*OPTIONS, "near", "sinks"},
+    **{rival: _keywords(rival) - {"causal"} for rival in RIVALS},
 }
 
 
@@ -93,12 +99,14 @@ def parse(spec: str) -> Method:
         raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
     if number is not None and kind in ("exact", *RIVALS):
         raise EvalError(f"--reduction: {kind} takes no number, got {spec!r}")
-    unknown = set(options) - KNOWN[kind]
+    unknown = set(options) - KINDS[kind]
     if unknown:
-        allowed = f"Allowed: {', '.join(sorted(KNOWN[kind]))}" if KNOWN[kind] else "It has none"
+        allowed = f"Allowed: {', '.join(sorted(KINDS[kind]))}" if KINDS[kind] else "It has none"
         raise EvalError(f"--reduction: {kind} has no option {', '.join(sorted(unknown))}. {allowed}")
-    if options.get("rotate", "yes") not in ("yes", "no"):
-        raise EvalError(f"--reduction: rotate must be yes or no, got {options['rotate']!r}")
+    if kind in RIVALS:
+        for name, value in options.items():
+            if value not in ("yes", "no"):
+                raise EvalError(f"--reduction: {name} must be yes or no, got {value!r}")
     if kind == "projection":
         options = OPTIONS | options
         if options["fit"] not in FITS:
@@ -142,12 +150,12 @@ def prepare(
     if method.kind == "exact":
         return [None] * depth
     if method.kind in RIVALS:
-        if causal and method.kind not in MASKED:
-            raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
-        given = {"rotate": True} if options.get("rotate") == "yes" else {}
-        return [
-            functools.partial(RIVALS[method.kind], **given, **({"causal": True} if causal else {}))
-        ] * depth
+        given = {name: value == "yes" for name, value in options.items()}
+        if causal:
+            if "causal" not in _keywords(method.kind):
+                raise EvalError(f"--reduction: {method.kind} has no causal mask here; it is for dinov2")
+            given["causal"] = True
+        return [functools.partial(RIVALS[method.kind], **given)] * depth
     if method.kind == "lsh":
         return [cudistr.LSH(method.number or 0, **options)] * depth
     if method.kind == "energy":

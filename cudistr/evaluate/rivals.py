@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MASKED", "RIVALS", "TRAINED", "e4m3", "flatten", "fp8", "hydra", "hyper"]
+__all__ = ["RIVALS", "TRAINED", "e4m3", "flatten", "fp8", "hydra", "hyper"]
 
 HYPER_BITS, HYPER_BLOCK, HYPER_SAMPLES = 7, 256, 256  # of the authors' code
 FOCUS = 3  # FLatten's power p
 TRAINED = ("hydra", "flatten")  # need training
-MASKED = ("fp8",)  # take causal=True
 FP8_MOST, FP8_LEAST_EXPONENT, FP8_DIGITS = 448.0, -6, 3  # of e4m3 (arXiv 2209.05433, table 1)
 FP8_WEIGHT = 256.0  # what the largest weight of a row is stored as
 FP8_ROWS = 1024  # of queries at once
@@ -77,7 +76,7 @@ def e4m3(x: Any, xp: Any) -> Any:
     return xp.clip(xp.rint(x / step) * step, -np.float32(FP8_MOST), np.float32(FP8_MOST))
 
 
-def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False, rotate: bool = False) -> Any:
+def fp8(q: Any, k: Any, v: Any, xp: Any, *, causal: bool = False, rotate: bool = False) -> Any:
     """Exact attention of float8 e4m3, as FlashAttention-3 takes it (Shah et al., arXiv 2407.08608, section 3.3).
 
     q, k and v are rounded, with one scale for each KV head, by its largest number. Weights are rounded too, the largest
@@ -86,7 +85,8 @@ def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False, rotate: bool = Fa
     processing, for which it takes a matrix that is faster to multiply. Its scales of blocks are left out.
     q (1, heads, seqlen, head_dim), k and v with heads_kv heads.
     """
-    heads, heads_kv, seqlen, seqlen_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    heads_kv, seqlen = k.shape[1:3]
+    shared = q.shape[1] // heads_kv
     out = xp.empty((*q.shape[:3], v.shape[3]), np.float32)
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     if rotate:
@@ -99,7 +99,6 @@ def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False, rotate: bool = Fa
         scale = xp.where(most == 0, np.float32(1), most / np.float32(FP8_MOST))
         return e4m3(x / scale, xp) * scale
 
-    shared = heads // heads_kv
     for kv in range(heads_kv):
         own = slice(kv * shared, (kv + 1) * shared)
         queries, keys, values = rounded(q[0, own]), rounded(k[0, kv]), rounded(v[0, kv])
@@ -107,8 +106,8 @@ def fp8(q: Any, k: Any, v: Any, xp: Any, causal: bool = False, rotate: bool = Fa
             rows = slice(start * FP8_ROWS, min((start + 1) * FP8_ROWS, seqlen))
             scores = np.float32(q.shape[3] ** -0.5) * (queries[h, rows] @ keys.T)
             if causal:
-                last = xp.arange(rows.start, rows.stop)[:, None] + (seqlen_k - seqlen)
-                scores = xp.where(xp.arange(seqlen_k) > last, np.float32(-np.inf), scores)
+                later = xp.arange(seqlen) > xp.arange(rows.start, rows.stop)[:, None]
+                scores = xp.where(later, np.float32(-np.inf), scores)
             weights = np.float32(FP8_WEIGHT) * xp.exp(scores - scores.max(axis=1, keepdims=True))
             out[0, kv * shared + h, rows] = e4m3(weights, xp) @ values / weights.sum(axis=1, keepdims=True)
     return out
@@ -138,4 +137,6 @@ def flatten(q: Any, k: Any, v: Any, xp: Any) -> Any:
     return q @ (k.swapaxes(2, 3) @ v) / (q @ k.sum(axis=2)[..., None])
 
 
+# By name: functions of q, k, v and the module of arrays. What else one takes is by keyword: causal, for a mask, and
+# switches that a method's name may turn on.
 RIVALS: dict[str, Callable[..., Any]] = {"fp8": fp8, "hyper": hyper, "hydra": hydra, "flatten": flatten}

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from tests.pages import DOCS, load
 
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("floors", DOCS / "floors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = path  # the folder of the pages is not one of modules for other tests
-    return module
-
-
-floors = load()
+floors = load("floors")
 
 ROW = {
     "method": "exact", "kernel": "hopper", "dtype": "bfloat16", "head_dim": 128, "head_dim_v": 128, "heads": 16,
@@ -72,6 +56,14 @@ def test_floor_of_a_row() -> None:
     grouped = floors.floor_of({**ROW, "method": "lsh2"})
     assert grouped == ("shared memory", pytest.approx(2 * 16 * 64 * 64 * 1664 / 132))
     assert floors.floor_of({**ROW, "kernel": "portable"}) is None
+    for method in (
+        "group",
+        "energy:64",
+        "lsh:2,near=256",
+        "projection:64,near=256",
+        "lsh:2,representative=rank1",
+    ):
+        assert floors.floor_of({**ROW, "method": method}) is None, method
 
 
 def test_parts_of_the_time() -> None:
@@ -86,11 +78,30 @@ def test_without_records(tmp_path: Path) -> None:
     assert floors.floors(tmp_path) == floors.make_tables.NONE
 
 
+def measured() -> list[tuple[float, dict[str, Any]]]:
+    """Clocks of the floor, and the row, of all that the model is for in the records of one GPU."""
+    rows = [row for _, record in floors.make_tables.records() for row in record.get("rows", [])]
+    rows = [
+        row for row in rows if row.get("kernel") == "hopper" and "cudistr" in row["ms"] and "ranks" not in row
+    ]
+    found = [(floors.floor_of(row), row) for row in rows]
+    return [(floor[1], row) for floor, row in found if floor is not None]
+
+
 def test_no_call_is_faster_than_its_floor() -> None:
-    found = [row for _, record in floors.make_tables.records() for row in record.get("rows", [])]
-    rows = [row for row in found if row.get("kernel") == "hopper" and row["ms"].get("cudistr")]
-    rows = [row for row in rows if row["method"] in ("exact", "lsh2", "lsh4")]
-    assert rows
-    for row in rows:
-        floor = floors.floor_of(row)
-        assert floor is None or floor[1] / 1.98e6 < row["ms"]["cudistr"], row
+    found = measured()
+    assert len(found) > 100
+    for clocks, row in found:
+        assert clocks / 1.98e6 < row["ms"]["cudistr"], row  # the highest clock of an H100 and an H200
+
+
+def test_what_the_page_says_of_floors() -> None:
+    """Exact attention of 128 columns is nearest to its floor, under each mask."""
+    rows = [
+        (clocks / row["mhz"]["cudistr"] / row["ms"]["cudistr"], row)
+        for clocks, row in measured()
+        if "mhz" in row
+    ]
+    for causal in (False, True):
+        _, nearest = max((x for x in rows if x[1]["causal"] == causal), key=lambda x: x[0])
+        assert (nearest["method"], nearest["head_dim"]) == ("exact", 128)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,12 @@ from typing import Any
 import pytest
 
 from cudistr import bench, plan
+from tests.pages import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_tables = load()
+make_tables, pareto_figure = load("make_tables"), load("pareto_figure")
 
 CASE = {
     "dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, "heads": 32, "heads_kv": 8, "batch": 4,
@@ -207,6 +198,23 @@ def test_what_the_page_says_of_tolerances() -> None:
         (x["error_worst"], x["method"].split("tolerance=")[1]) for x in rows if "tolerance=" in x["method"]
     ]
     assert len(found) >= 2 and all(error <= float(text.split(",")[0]) for error, text in found)
+
+
+def test_the_front_of_a_figure() -> None:
+    """Who is slower has to be nearer to exact attention than all that are faster, and of two alike one is enough."""
+    points = [(3.0, 0.1), (1.0, 0.5), (2.0, 0.6), (3.0, 0.2), (4.0, 0.1), (5.0, 0.05)]
+    assert pareto_figure.front_of(points) == [(1.0, 0.5), (3.0, 0.1), (5.0, 0.05)]
+    assert pareto_figure.front_of([]) == []
+
+
+def test_the_figure_takes_the_smaller_error_of_fp8() -> None:
+    def record(seqlen: int, **errors: float) -> dict[str, Any]:
+        rows = [{"method": method.replace("_", ",rotate="), "error_mean": x} for method, x in errors.items()]
+        return {"evaluated": {"model": "M", "seqlen": seqlen}, "rows": rows}
+
+    own, others = record(99, exact=0.0), [record(99, fp8=0.3, fp8_yes=0.2, lsh=0.1), record(50, fp8=0.05)]
+    assert pareto_figure.fp8_of(own, others) == 0.2
+    assert pareto_figure.fp8_of(own, []) is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 // One instruction of kernels_cu/ptx at a time, or a few that stand for one, so that tests can compare it with what PTX
-// says: one warp, lane l reads kIn words at in + l * kIn and writes kOut words at out + l * kOut.
+// says: one warp, lane l reads kIn words at in + l * kIn and writes kOut words at out + l * kOut; several for places of blocks.
 //
 // Constants: PROBE, one of the names below by number.
 #include "ptx/copy.cuh"
@@ -70,5 +70,11 @@ extern "C" __global__ void __launch_bounds__(32) probe(const ProbeParams params)
     cp_async_commit();
     cp_async_wait<0>();
     for (int i = 0; i < 4; ++i) params.out[lane * 4 + i] = reinterpret_cast<u32*>(storage + lane * 16)[i];
+#elif PROBE == 7  // places of a lane and of its block: in the blocks along x and y; out, of every lane of every block, 4 words
+    const int place[3] = {block_index(), block_index_y(), block_index_z()};
+    const int block = (place[2] * int(params.in[1]) + place[1]) * int(params.in[0]) + place[0];
+    u32* out = params.out + (block * 32 + lane) * 4;
+    out[0] = lane;
+    for (int i = 0; i < 3; ++i) out[1 + i] = place[i];
 #endif
 }
