@@ -113,6 +113,10 @@ constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so
 // columns 0.93, 96 columns 0.91, 128 columns 0.97 to 0.98, 160 to 256 columns 0.89 to 0.93; bfloat16, 64 columns 0.96, 96
 // columns 0.98, 128 columns 1.02, more 1.00. In groups it is up to 5% slower.
 constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && (!kWide || HEAD_DIM_V <= 96);
+// Whether float16 asks first if any maximum of the warp moves. Then nothing stands between exponentials and products with
+// values, which go side by side. Parts of the time if it does (one H200, 4k and 8k tokens): exact attention and groups of 96
+// and 128 columns 0.94 to 0.98, groups of 256 columns 0.92; of 64 columns 1.01 to 1.02.
+constexpr bool kVotes = !kWide && HEAD_DIM_V > 64;
 typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
 constexpr bool kWeighted = WEIGHTED;
@@ -702,9 +706,8 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
     // Whether queries, and the rows of K in their groups, are brought in the first pass alone, also if it has no keys. Of the
     // others ptxas would spill.
     constexpr bool kOnce = KEPT && !KEEP && ALIGNED;
-    // Without a branch between exponentials and products with values, they go side by side. With fewer columns there are
-    // fewer products, and no gain.
-    constexpr bool kApplyFirst = kBeside || (kHow == kAhead && kGroup > 2 && HEAD_DIM_V > 64);
+    // Where ptxas would spill for reading values ahead.
+    constexpr int kHold = kVotes && kGrouped && kGroup == 2 ? 1 : kGrouped || (kVotes && HEAD_DIM < HEAD_DIM_V) ? 2 : 0;
     LoopShared<kHow>& shared = of_loop(storage, static_cast<LoopShared<kHow>*>(nullptr));
     // Whether the queries come as rows, to where values will be, and their groups are picked from there.
     constexpr bool kStaged = kHow == kAhead && kStages && sizeof(PlainQueryTile) <= sizeof(shared.v);
@@ -1002,19 +1005,26 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             softmax.begin(rescale);
             if constexpr (kWide) {
                 if (softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale)) softmax.apply(rescale, output);
+            } else if constexpr (kVotes) {
+                if (softmax.any_rises(scores, params.score_scale)) {
+                    softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
+                    softmax.apply(rescale, output);
+                    softmax.rescale_sum(rescale);
+                }
+                softmax.begin(rescale);
             } else {
                 softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
-                if constexpr (kApplyFirst) softmax.apply(rescale, output);
+                if constexpr (kBeside) softmax.apply(rescale, output);
             }
             const Values& values = shared.v[tile % kValueStages];
             if constexpr (kBeside) {
                 Softmax::Beside<kKeys / 8> beside(softmax, scores, params.score_scale);
-                multiply_weights_values<T, kSplit, kGrouped>(output, scores, values, lane, beside);
+                multiply_weights_values<T, kSplit, kHold>(output, scores, values, lane, beside);
                 beside.end(rescale);
             } else {
                 softmax.exponentiate(scores, params.score_scale, rescale, of_tile);
-                if constexpr (!kWide && !kApplyFirst) softmax.apply(rescale, output);
-                multiply_weights_values<T, kSplit, kGrouped>(output, scores, values, lane);
+                if constexpr (!kWide && !kVotes) softmax.apply(rescale, output);
+                multiply_weights_values<T, kSplit, kHold>(output, scores, values, lane);
             }
             if constexpr (kWide) {
                 softmax.begin(rescale);

@@ -98,9 +98,10 @@ struct Ready {
 
 // output += P V for one key tile. The accumulators of P are the left operand as they stand: two neighbouring 8-key tiles
 // make one 16-key step.
-// kHold keeps ptxas from reading values so far ahead that it spills: no read moves across a warp barrier.
+// kHold keeps ptxas from reading values so far ahead that it spills: no read moves across a warp barrier, one before every
+// so many reads; 0 for none.
 // beside: what makes the weights of a step between the products of the step before, or Ready.
-template <class T, bool kSplit, bool kHold, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile, class Beside>
+template <class T, bool kSplit, int kHold, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile, class Beside>
 DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
                                     const float (&weights)[kRowTiles][kKeyTiles][4], const Tile& values, int lane,
                                     Beside& beside) {
@@ -126,7 +127,7 @@ DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
             for (int mt = 0; mt < kRowTiles; ++mt) a[mt] = Mma::left(packed[step % 2][mt]);
 #pragma unroll
             for (int pair = 0; pair < kOutTiles / 2; ++pair) {
-                if (kHold && pair % 2 == 0) __syncwarp();
+                if (kHold && pair % (kHold ? kHold : 1) == 0) __syncwarp();
                 u32 raw[4];
                 ldmatrix_x4_trans(raw, address + (step * 16 * Tile::kPitch + pair * 16) * int(sizeof(T)));
 #pragma unroll
@@ -148,7 +149,7 @@ DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
     }
 }
 
-template <class T, bool kSplit, bool kHold, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile>
+template <class T, bool kSplit, int kHold, int kRowTiles, int kKeyTiles, int kOutTiles, class Tile>
 DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
                                     const float (&weights)[kRowTiles][kKeyTiles][4], const Tile& values, int lane) {
     Ready ready;

@@ -13,7 +13,8 @@ DEVICE void multiply_float_queries_keys(float (&scores)[kRowTiles][kKeyTiles][4]
     constexpr int kBytes = int(sizeof(float));
     constexpr int kDepth = Traits<float>::kMmaDepth;
     constexpr int kAtOnce = kSplit > 1 ? kSplit : 1;
-    constexpr bool kNearest = kSteps <= 2;  // sums of more products round more than these do
+    // Sums of many products round more than operands in an instruction less; those of groups are few.
+    constexpr bool kNearest = kTransposed || kSteps <= 2;
     static_assert(kSteps % kAtOnce == 0, "all steps are taken");
     const u32 address = right_address<float>(keys, lane);
     const float* element = &keys.at(kTransposed ? lane % 4 : 0, kTransposed ? lane / 4 : 0);

@@ -96,6 +96,27 @@ struct OnlineSoftmax {
         }
     }
 
+    // Whether raise would move a maximum of the warp. In most tiles none moves: a vote instead of what lanes share.
+    template <int kKeyTiles>
+    DEVICE bool any_rises(const float (&scores)[kRowTiles][kKeyTiles][4], float score_scale) const {
+        bool rises = false;
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float part[kParts];
+#pragma unroll
+                for (int nt = 0; nt < kKeyTiles; ++nt) {
+                    float& of = part[nt % kParts];
+                    of = nt < kParts ? scores[mt][nt][half * 2] : fmaxf(of, scores[mt][nt][half * 2]);
+                    of = fmaxf(of, scores[mt][nt][half * 2 + 1]);
+                }
+                rises |= __fmul_rn(fmaxf(part[0], part[kParts - 1]), score_scale) - maximum[mt][half] > kLag;
+            }
+        }
+        return __any_sync(kFullWarp, rises);
+    }
+
     // What is known of a tile of queries, beside a set of rows of which every maximum is found.
     static constexpr u32 kUnsettled = 1u << 30;  // some row of the warp has no maximum
     static constexpr u32 kAgain = 1u << 31;      // it is done for a second time

@@ -26,6 +26,7 @@ from tests.strategies import BFLOAT16, lost_sums, near_ties, random
 FLASH = "kernels/sm80_flash_fwd.cu"
 HOPPER = "kernels/sm90_flash_fwd.cu"
 PANELS = "tile/panels.cuh"
+SOFTMAX = "tile/softmax.cuh"
 PREPARE = "kernels/smxx_lsh_prepare.cu"
 WEIGHTS = "kernels/smxx_lsh_weights.cu"
 KEY_ENERGY = "kernels/smxx_key_energy.cu"
@@ -621,6 +622,24 @@ FAULTS |= {
     ),
 }  # fmt: skip
 
+# Maxima of float16 that move where a vote says so, exact and in groups.
+RISING = {"head_dim": 128, "rise": 250, "causal": True}
+FAULTS |= {
+    f"{name}, {kind}": Fault(file, old, new, found, {**RISING, **options}, head_dim_v=128)
+    for kind, options in (("exact", {}), ("groups", {"reduction": cudistr.LSH(4)}))
+    for name, file, old, new, found in (
+        ("a vote that finds no rise", SOFTMAX, "return __any_sync(kFullWarp, rises);", "return false;", WRONG),
+        ("a rise of which only its own lane knows", SOFTMAX, "return __any_sync(kFullWarp, rises);", "return rises;",
+         "has diverged"),
+        ("an output that does not follow its maxima", FLASH,
+         "                    softmax.apply(rescale, output);\n                    softmax.rescale_sum", "softmax.rescale_sum",
+         WRONG),
+        ("a sum that does not follow its maxima", FLASH,
+         "softmax.rescale_sum(rescale);\n                }\n                softmax.begin", "}\n                softmax.begin",
+         WRONG),
+    )
+}  # fmt: skip
+
 # Exact keys beside groups, and beside columns kept by energy, in the portable kernel.
 NEAR = {"reduction": cudistr.LSH(2, near=40, sinks=9)}
 NEAR_RANK1 = {"reduction": cudistr.LSH(2, representative="rank1", near=40, sinks=9)}
@@ -1123,6 +1142,8 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         1, fault.dtype, batch=1, heads=4, heads_kv=2, lengths=fault.lengths, head_dim_v=fault.head_dim_v,
         head_dim=options.pop("head_dim", 128 if ranks and max(ranks) > 64 else 64),
     )  # fmt: skip
+    if "rise" in options:
+        util.rising(q, k, options.pop("rise"))
     if ranks:
         k += k.dtype.type(0.5)
         options["reduction"] = projection = util.of_ranks(q, k, *ranks).with_near(kept[0], sinks=kept[1])

@@ -264,8 +264,20 @@ def test_scores_that_rise(dtype, reduction, rise):
 
 
 @each_dtype
-def test_rows_whose_scores_rise_leave_the_others_as_they_are(dtype):
-    q, k, v = inputs(32, dtype, batch=1, heads=2, lengths=(150, 700))
+@pytest.mark.parametrize("reduction", [None, cudistr.LSH(2), cudistr.LSH(4)], ids=["exact", "G2", "G4"])
+@pytest.mark.parametrize("rise", [30, 250, 2000])
+def test_scores_of_many_columns_that_rise(dtype, reduction, rise):
+    # With more than 64 columns the portable kernel asks in float16 whether any maximum moves.
+    q, k, v = inputs(33, dtype, batch=1, heads=2, lengths=(150, 700), head_dim=128)
+    rising(q, k, rise)
+    check_kernel(q, k, v, reduction=reduction)
+    check_kernel(q, k, v, reduction=reduction, causal=True, softcap=200.0)
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_whose_scores_rise_leave_the_others_as_they_are(dtype, head_dim):
+    q, k, v = inputs(32, dtype, batch=1, heads=2, lengths=(150, 700), head_dim=head_dim)
     rising(q, k, 250)
     wild = np.arange(150) % 7 == 3
     wild[:15] = False  # whose scores hardly rise
