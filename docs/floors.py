@@ -114,21 +114,24 @@ def of_clocks(record: dict[str, Any]) -> str:
 
 
 def floors(folder: Path = make_tables.RECORDS) -> str:
-    """Both tables of every device of which there is a record of clocks."""
+    """The tables of every device of which there are records of clocks."""
     found = make_tables.records(folder)
     texts = []
-    for path, record in found:
-        if "limit_watts" not in record:
-            continue
-        beside = [(p, r) for p, r in found if p.parent == path.parent and p.name in TIMES]
-        rows = [row for _, r in beside for row in r["rows"]]
-        names = ", ".join(f"`{p.name}`" for p, _ in beside)
+    for device in sorted({path.parent for path, record in found if "limit_watts" in record}):
+        own = [(path, record) for path, record in found if path.parent == device]
+        clocked = [(path, record) for path, record in own if "limit_watts" in record]
+        beside = [(path, record) for path, record in own if path.name in TIMES]
+        rows = [row for _, record in beside for row in record["rows"]]
+        names = ", ".join(f"`{path.name}`" for path, _ in beside)
+        most = clocked[0][1]["max_mhz"]
         texts.append(
-            f"{record['device']}, by {names}, at the highest clock, {record['max_mhz']:.0f} MHz:\n\n"
-            f"{parts(rows, record['max_mhz'])}\n"
+            f"{clocked[0][1]['device']}, by {names}, at the highest clock, {most:.0f} MHz:\n\n{parts(rows, most)}"
+        )
+        texts += [
             f"By `{path.name}`, N = {record['rows'][0]['seqlen_k']}, at the clock that was read meanwhile:\n\n"
             f"{of_clocks(record)}"
-        )
+            for path, record in clocked
+        ]
     return "\n".join(texts) or make_tables.NONE
 
 

@@ -114,8 +114,8 @@ constexpr bool kWide = Traits<T>::kWide;  // weights may be large for a step, so
 // columns 0.98, 128 columns 1.02, more 1.00. In groups it is up to 5% slower.
 constexpr bool kBeside = sizeof(T) == 2 && !GROUP && !RANKED && (!kWide || HEAD_DIM_V <= 96);
 // Whether float16 asks first if any maximum of the warp moves. Then nothing stands between exponentials and products with
-// values, which go side by side. Parts of the time if it does (one H200, 4k and 8k tokens): exact attention and groups of 96
-// and 128 columns 0.94 to 0.98, groups of 256 columns 0.92; of 64 columns 1.01 to 1.02.
+// values, which go side by side. Parts of the time if it does (one H200, 2k to 8k tokens): exact attention and groups of
+// 96 and 128 columns 0.94 to 0.99, groups of 256 columns 0.90 to 0.92; of 64 columns 1.01 to 1.02.
 constexpr bool kVotes = !kWide && HEAD_DIM_V > 64;
 typedef OnlineSoftmax<ROW_TILES, kWide && GROUP <= 8 && !kBeside> Softmax;  // of the others some would spill
 constexpr bool kShareKeys = SHARE_KEYS;
