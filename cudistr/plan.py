@@ -1408,8 +1408,8 @@ def packed_heads(problem: Problem) -> int:
 # The cost of a call in clocks of a multiprocessor, for the number of splits. What decides is how thread blocks fall on
 # multiprocessors; the constants only have to tell a step of keys from a second launch. Rates are those of an H100:
 # products of scores and of output together, as docs/benchmarks has them for the portable kernel at 128 columns
-# (bfloat16, N = 4k: 0.76 of 1024 multiplications; float16, which finds all maxima, as bfloat16 before it left them
-# out; float32 by three TF32 products: 110).
+# (bfloat16, N = 4k: 0.76 of 1024 multiplications; float16, which looks at all scores for their maxima, less; float32 by
+# three TF32 products: 110).
 PRODUCTS_PER_CLOCK = {"float16": 760, "bfloat16": 775, "float32": 110}
 BYTES_PER_CLOCK = 16  # from memory and L2: between 13, which is all of memory's, and the 28 of L2
 WAIT_CLOCKS = 2000  # in a step of keys a thread block waits for memory twice, while others may work
