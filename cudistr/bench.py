@@ -936,27 +936,40 @@ def _make_group(arrays: Sequence[Any], xp: Any) -> Call:
     def call() -> object:
         return cudistr.group(q, reduction)
 
-    return call if xp is np else _captured(call, xp)
-
-
-def _captured(call: Call, cupy: Any) -> Call:
-    """A call as a CUDA graph, replayed."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()  # its inputs come from another stream
+    if xp is np:
+        return call
+    stream = xp.cuda.Stream(non_blocking=True)
+    xp.cuda.Device().synchronize()  # q comes from another stream
     with stream:
-        call()  # compiles, and leaves in the stream's pool the memory that the captured call takes
-        stream.synchronize()
-        stream.begin_capture()
-        try:
-            result = call()
-        finally:
-            graph = stream.end_capture()
+        graph, result = capture(call, stream)
 
     def replay() -> object:
         graph.launch()
         return result  # which every replay writes to
 
     return replay
+
+
+def capture(call: Callable[[], T], stream: Any) -> tuple[Any, T]:
+    """A call as a CUDA graph, and its result, which every replay writes to: keep it until the last one.
+
+    The stream is the current one. The first error is raised, after the capture has ended: nothing could run before.
+    """
+    call()  # compiles, and leaves in the stream's pool the memory that the captured call takes
+    stream.synchronize()
+    stream.begin_capture()
+    error: Exception | None = None
+    try:
+        result = call()
+    except Exception as raised:  # whatever it is
+        error = raised
+    try:
+        graph = stream.end_capture()
+    except Exception as raised:  # a capture that has failed says so here too
+        error = error or raised
+    if error is not None:
+        raise error
+    return graph, result
 
 
 def _make_plain(arrays: Sequence[Any], case: Case, cupy: Any) -> Call:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cudistr import bench
 from cudistr.demo.measure import Device
 
 from .methods import Inputs, Method, Within, attend, decided, mean_dim, prepare
@@ -125,22 +126,14 @@ def _graph_milliseconds(
     cuda = device.xp.cuda
     stream = cuda.Stream(non_blocking=True)
     device.finish()  # the inputs come from another stream
+
+    def calls() -> list[Any]:
+        return [attention(layer, q, k, v) for layer, (q, k, v) in enumerate(inputs)]
+
     with stream:
-        for layer, (q, k, v) in enumerate(inputs):  # fills the pool of this stream
-            attention(layer, q, k, v)
-        stream.synchronize()
-        stream.begin_capture()
-        error: Exception | None = None
         try:
-            # Kept until the last replay, which writes to them.
-            outputs = [attention(layer, q, k, v) for layer, (q, k, v) in enumerate(inputs)]
-        except Exception as raised:  # whatever it is, the capture has to end before anything else can run
-            error = raised
-        try:
-            graph = stream.end_capture()
-        except Exception as raised:  # a capture that has failed says so here too
-            error = error or raised
-        if error is not None:
+            graph, outputs = bench.capture(calls, stream)
+        except Exception as error:
             warnings.warn(f"{spec} has no ms_graph, it could not be captured: {error}", stacklevel=2)
             return None
         # The replay before the one that is timed keeps the GPU busy while the host launches.

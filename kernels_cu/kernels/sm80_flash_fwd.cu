@@ -1006,7 +1006,7 @@ DEVICE void attend_keys(const AttentionParams& params, SharedStorage& storage, f
             if constexpr (kWide) {
                 if (softmax.raise_if_needed(scores, cut, known, params.score_scale, rescale)) softmax.apply(rescale, output);
             } else if constexpr (kVotes) {
-                if (softmax.any_rises(scores, params.score_scale)) {
+                if (softmax.any_moves(scores, params.score_scale)) {
                     softmax.raise(scores, softmax.kAllRows, params.score_scale, rescale);
                     softmax.apply(rescale, output);
                     softmax.rescale_sum(rescale);

@@ -127,7 +127,9 @@ DEVICE void multiply_weights_values(float (&output)[kRowTiles][kOutTiles][4],
             for (int mt = 0; mt < kRowTiles; ++mt) a[mt] = Mma::left(packed[step % 2][mt]);
 #pragma unroll
             for (int pair = 0; pair < kOutTiles / 2; ++pair) {
-                if (kHold && pair % (kHold ? kHold : 1) == 0) __syncwarp();
+                if constexpr (kHold > 0) {
+                    if (pair % kHold == 0) __syncwarp();
+                }
                 u32 raw[4];
                 ldmatrix_x4_trans(raw, address + (step * 16 * Tile::kPitch + pair * 16) * int(sizeof(T)));
 #pragma unroll

@@ -53,6 +53,9 @@ struct OnlineSoftmax {
     static constexpr u32 kAllRows = (1 << 2 * kRowTiles) - 1;
     static DEVICE bool has(u32 rows, int mt, int half) { return rows >> (2 * mt + half) & 1; }
 
+    // Whether a row's maximum moves for a score, which is given as maxima are kept.
+    DEVICE bool moves(float top, int mt, int half) const { return top - maximum[mt][half] > kLag; }
+
     // Takes the scores into the maxima, of some rows.
     template <int kKeyTiles>
     DEVICE void raise(const float (&scores)[kRowTiles][kKeyTiles][4], u32 rows, float score_scale,
@@ -89,17 +92,19 @@ struct OnlineSoftmax {
             for (int half = 0; half < 2; ++half) {
                 const float before = maximum[mt][half];
                 const float after = __fmul_rn(top[mt][half], score_scale);  // as it is kept
-                const bool stays = !(after - before > kLag) || !has(rows, mt, half);
+                const bool stays = !moves(after, mt, half) || !has(rows, mt, half);
                 if (!stays) maximum[mt][half] = after;
                 rescale[mt][half] *= stays ? 1.f : exp2_approx(before - after);
             }
         }
     }
 
-    // Whether raise would move a maximum of the warp. In most tiles none moves: a vote instead of what lanes share.
+    // Whether raise would move a maximum of the warp. In most tiles none moves: a vote instead of what lanes share. It has a
+    // loop of its own, row after row, where raise takes both of a lane side by side: with one loop for the two ptxas makes
+    // other kernels than those that were measured.
     template <int kKeyTiles>
-    DEVICE bool any_rises(const float (&scores)[kRowTiles][kKeyTiles][4], float score_scale) const {
-        bool rises = false;
+    DEVICE bool any_moves(const float (&scores)[kRowTiles][kKeyTiles][4], float score_scale) const {
+        bool any = false;
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
 #pragma unroll
@@ -111,10 +116,10 @@ struct OnlineSoftmax {
                     of = nt < kParts ? scores[mt][nt][half * 2] : fmaxf(of, scores[mt][nt][half * 2]);
                     of = fmaxf(of, scores[mt][nt][half * 2 + 1]);
                 }
-                rises |= __fmul_rn(fmaxf(part[0], part[kParts - 1]), score_scale) - maximum[mt][half] > kLag;
+                any |= moves(__fmul_rn(fmaxf(part[0], part[kParts - 1]), score_scale), mt, half);
             }
         }
-        return __any_sync(kFullWarp, rises);
+        return __any_sync(kFullWarp, any);
     }
 
     // What is known of a tile of queries, beside a set of rows of which every maximum is found.

@@ -55,6 +55,49 @@ def library(monkeypatch: pytest.MonkeyPatch, name: str) -> type[ForeignArray]:
     return array
 
 
+class Gpu:
+    """A GPU as far as times go: one unit of it for each call of attention, whether from Python or in a graph."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.captured: list[float] | None = None
+        self.cuda = types.SimpleNamespace(
+            Event=self.event,
+            Stream=lambda non_blocking: self,
+            Device=lambda: self,
+            get_elapsed_time=lambda start, stop: stop.at - start.at,
+        )
+
+    def event(self) -> Any:
+        event = types.SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.clock)
+        return event
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "a capture is left open"
+
+    def begin_capture(self) -> None:
+        self.synchronize()
+        self.captured = []
+
+    def end_capture(self) -> Any:
+        assert self.captured is not None
+        units, self.captured = sum(self.captured), None
+        return types.SimpleNamespace(launch=lambda stream=None: self.work(units))
+
+    def work(self, units: float) -> None:
+        if self.captured is None:
+            self.clock += units
+        else:
+            self.captured.append(units)
+
+
 @contextlib.contextmanager
 def forgotten(caches: Iterable[Any]) -> Iterator[None]:
     """Nothing that these caches remembered counts inside, and nothing from inside counts afterwards."""

@@ -16,6 +16,7 @@ import pytest
 import cudistr
 from cudistr import bench
 from cudistr.bench import Case, Timings
+from tests.cpu.fakes import Gpu
 
 CASE = Case("bfloat16", 64, 64, 32, 8, 4, 4096, 4096, True)
 KERNELS = {"exact": "hopper", "lsh2": "portable"}
@@ -461,6 +462,43 @@ def test_commit(tmp_path: pathlib.Path) -> None:
     assert bench.commit_of(source.parent, {}) == "unknown"  # somewhere inside another checkout
     source.write_text("2")
     assert bench.commit_of(tmp_path, {}) == f"{commit}-dirty"
+
+
+def test_the_order_of_columns_is_timed_as_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, orders = Gpu(), []
+
+    def group(q: Any, reduction: Any) -> object:
+        gpu.work(1.0)
+        orders.append(object())
+        return orders[-1]
+
+    monkeypatch.setattr(cudistr, "group", group)
+    replay = bench._make_group([np.zeros(1)], gpu)
+    assert len(orders) == 2  # before the capture, and in it
+    assert [replay(), replay()] == [orders[1]] * 2
+    assert len(orders) == 2
+    assert gpu.clock == 3.0
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["the capture ends", "its end fails too"])
+def test_a_capture_that_fails_ends_with_the_first_error(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+    end = gpu.end_capture
+
+    def failing() -> Any:
+        graph = end()
+        if not ends:
+            raise RuntimeError("the capture was invalidated")
+        return graph
+
+    def call() -> None:
+        if gpu.captured is not None:
+            raise ValueError("the first")
+
+    monkeypatch.setattr(gpu, "end_capture", failing)
+    with pytest.raises(ValueError, match="the first"):
+        bench.capture(call, gpu)
+    gpu.synchronize()  # which asks for the end of the capture
 
 
 # --- the whole command, on a machine made of NumPy ----------------------------------------------------------

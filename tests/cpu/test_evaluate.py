@@ -16,6 +16,7 @@ import cudistr
 from cudistr import cli, evaluate, reference
 from cudistr.demo.measure import Device
 from cudistr.evaluate import EvalError, llama, measure, methods, rivals
+from tests.cpu.fakes import Gpu
 from tests.strategies import kept_pairs
 
 
@@ -377,49 +378,6 @@ def test_a_record_that_is_none() -> None:
     with pytest.raises(ValueError, match="error_mean of exact must be a finite number, got nan"):
         evaluate.validate({**record, "rows": [row]})
     assert measure.GPU_RUNS % 2  # the median is a run
-
-
-class Gpu:
-    """A GPU as far as times go: one unit of it for each call of attention, whether from Python or in a graph."""
-
-    def __init__(self) -> None:
-        self.clock = 0.0
-        self.captured: list[float] | None = None
-        self.cuda = SimpleNamespace(
-            Event=self.event,
-            Stream=lambda non_blocking: self,
-            Device=lambda: self,
-            get_elapsed_time=lambda start, stop: stop.at - start.at,
-        )
-
-    def event(self) -> Any:
-        event = SimpleNamespace(synchronize=lambda: None)
-        event.record = lambda: setattr(event, "at", self.clock)
-        return event
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        assert self.captured is None, "a capture is left open"
-
-    def begin_capture(self) -> None:
-        self.synchronize()
-        self.captured = []
-
-    def end_capture(self) -> Any:
-        assert self.captured is not None
-        units, self.captured = sum(self.captured), None
-        return SimpleNamespace(launch=lambda stream: self.work(units))
-
-    def work(self, units: float) -> None:
-        if self.captured is None:
-            self.clock += units
-        else:
-            self.captured.append(units)
 
 
 def test_times_from_python_and_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

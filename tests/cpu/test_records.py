@@ -271,6 +271,24 @@ def test_what_the_page_says_of_energy() -> None:
     assert "takes {} times the energy, and {} times under a causal mask".format(*of_64) in text
 
 
+@pytest.mark.parametrize(("name", "head_dim", "larger"), [("clock", 128, True), ("clock-64", 64, False)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_the_page_says_of_leads(name: str, head_dim: int, larger: bool, causal: bool) -> None:
+    """Whose lead over FlashAttention-3 is larger where candidates take turns than where each runs alone."""
+
+    def lead(file: str) -> float:
+        rows = json.loads((make_tables.RECORDS / "nvidia-h200" / f"{file}.json").read_text())["rows"]
+        (ms,) = (
+            row["ms"]
+            for row in rows
+            if (row["method"], row["head_dim"], row["seqlen_k"]) == ("exact", head_dim, 16384)
+            and row["causal"] == causal
+        )
+        return float(ms["fa3"] / ms["cudistr"])
+
+    assert (lead("attention") > lead(name)) == larger
+
+
 def test_the_rate_of_products_follows_from_the_records() -> None:
     folder = make_tables.RECORDS / "nvidia-h200"
     times, profile = (json.loads((folder / f"{name}.json").read_text()) for name in ("portable", "profile"))

@@ -628,8 +628,8 @@ FAULTS |= {
     f"{name}, {kind}": Fault(file, old, new, found, {**RISING, **options}, head_dim_v=128)
     for kind, options in (("exact", {}), ("groups", {"reduction": cudistr.LSH(4)}))
     for name, file, old, new, found in (
-        ("a vote that finds no rise", SOFTMAX, "return __any_sync(kFullWarp, rises);", "return false;", WRONG),
-        ("a rise of which only its own lane knows", SOFTMAX, "return __any_sync(kFullWarp, rises);", "return rises;",
+        ("a vote that no maximum moves", SOFTMAX, "return __any_sync(kFullWarp, any);", "return false;", WRONG),
+        ("a maximum of which only its own lane knows that it moves", SOFTMAX, "return __any_sync(kFullWarp, any);", "return any;",
          "has diverged"),
         ("an output that does not follow its maxima", FLASH,
          "                    softmax.apply(rescale, output);\n                    softmax.rescale_sum", "softmax.rescale_sum",
