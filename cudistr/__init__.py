@@ -4,7 +4,7 @@ from cudistr import reference
 from cudistr.api import attention, attention_error, attention_plan, group, merge
 from cudistr.errors import CompileError, CudaUnavailableError, UnsupportedDeviceError
 from cudistr.projection import Projection
-from cudistr.reductions import LSH, Energy
+from cudistr.reductions import LSH, Energy, LowRank
 
 __version__ = "0.1.0"
 
@@ -13,6 +13,7 @@ __all__ = [
     "CompileError",
     "CudaUnavailableError",
     "Energy",
+    "LowRank",
     "Projection",
     "UnsupportedDeviceError",
     "__version__",

@@ -41,11 +41,11 @@ def attention(
         heads must be a multiple of heads_kv: query head h reads KV head ``h // (heads // heads_kv)``.
     v : array (batch, heads_kv, seqlen_k, head_dim_v)
         head_dim_v is a multiple of 8 up to 256 and need not be head_dim.
-    reduction : None, cudistr.LSH, cudistr.Energy or cudistr.Projection, optional
+    reduction : None, cudistr.LSH, cudistr.Energy, cudistr.LowRank or cudistr.Projection, optional
         None is exact attention. ``cudistr.LSH(group_size)`` is DistrAttention; ``cudistr.Energy(keep)`` keeps the
-        columns of each block of queries that matter most; ``cudistr.Projection.fit(q, k, rank=...)`` is the best of
-        a given rank on calibration data. All are approximations whose error depends on the data:
-        :func:`attention_error` measures it.
+        columns of each block of queries that matter most; ``cudistr.LowRank(rank)`` finds the best columns of a given
+        rank in the call, and ``cudistr.Projection.fit(q, k, rank=...)`` on calibration data. All are approximations
+        whose error depends on the data: :func:`attention_error` measures it.
     causal : bool, default False
         Query i sees key j when ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right, so that the
         last query sees every key. For seqlen_q = 2 and seqlen_k = 4 (1 is visible)::
@@ -62,9 +62,9 @@ def attention(
         If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
     tolerance : float, optional
         The largest relative error ``||O - Ohat|| / ||O||`` that the output of a head of a batch entry may have,
-        between 0 and 1. With a ``cudistr.Projection``, 64 query rows of each head are computed exactly too in every
-        call, and a head whose error may be larger than this is exact: see the notes. Without a reduction the call is
-        exact: to find factors for one call takes far longer than the call. Fit a projection once.
+        between 0 and 1. With a ``cudistr.Projection`` or a ``cudistr.LowRank``, 64 query rows of each head are
+        computed exactly too in every call, and a head whose error may be larger than this is exact: see the notes.
+        Without a reduction the call is exact.
     exact_if_faster : bool, optional
         Whether the call may be exact where exact attention was measured to be faster, as it is for short sequences:
         :func:`attention_plan` says what a call does. True allows it, False does not. None, the default, allows it

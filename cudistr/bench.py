@@ -324,11 +324,11 @@ def method_of(name: str) -> Method:
     """
     from cudistr.evaluate import errors, methods  # imports this module
 
-    if name.partition(":")[0] not in ("exact", "lsh", "energy", "projection"):
+    if name.partition(":")[0] not in ("exact", "lsh", "energy", "lowrank", "projection"):
         if SHORT_NAME.fullmatch(name) is None:
             raise ValueError(
-                "method must be 'exact', 'lsh' with a group size, such as 'lsh2', or as cudistr eval names lsh, energy "
-                f"and projection, such as 'projection:64,near=256,sinks=64', got {name!r}."
+                "method must be 'exact', 'lsh' with a group size, such as 'lsh2', or as cudistr eval names lsh, "
+                f"energy, lowrank and projection, such as 'projection:64,near=256,sinks=64', got {name!r}."
             )
         name = f"lsh:{name[3:]}"
     try:
@@ -339,6 +339,8 @@ def method_of(name: str) -> Method:
         cudistr.LSH(found.number or 0, **found.options)  # refuses numbers and options
     elif found.kind == "energy":
         cudistr.Energy(found.number or 0, **found.options)
+    elif found.kind == "lowrank":
+        cudistr.LowRank(found.number or 0, **{k: x for k, x in found.options.items() if k != "tolerance"})
     if found.options.get("fit", "self") != "self":
         raise ValueError(
             f"method: a projection is fitted on the call's own arrays, got {name!r}. Leave fit away."
@@ -1055,7 +1057,7 @@ def add_shapes(parser: argparse.ArgumentParser, seqlen: list[int]) -> None:
         nargs="+",
         default=["exact", "lsh2", "lsh4"],
         metavar="METHOD",
-        help="exact, lshG, or as eval names them (bench alone): energy:64, projection:64,near=256,sinks=64",
+        help="exact, lshG, or as eval names them (bench alone): energy:64, lowrank:64, projection:64,near=256,sinks=64",
     )
 
 

@@ -7,11 +7,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cudistr import launch, reference
+import numpy as np
+
+from cudistr import launch, lowrank, reference
 from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
 from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, passes
 from cudistr.projection import Projection
-from cudistr.reductions import Reduction
+from cudistr.reductions import LowRank, Reduction
 from cudistr.worth import Worth, worth
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Settled",
     "attention",
     "copied_problem",
+    "found",
     "in_one_kernel",
     "parts",
     "projected_problem",
@@ -98,12 +101,13 @@ def settle(
         reduction = reduction.narrowed(tolerance)
     if not problem.reduced or problem.device is None or problem.empty:
         return Settled(problem, reduction, tolerance, None)
-    columns = 0.0
-    if problem.rank is not None:
-        assert isinstance(reduction, Projection)
+    columns, anew = 0.0, isinstance(reduction, LowRank)
+    if isinstance(reduction, LowRank):
+        columns = reduction.rank
+    elif isinstance(reduction, Projection):
         columns = sum(reduction.ranks) / len(reduction.ranks)
     device, measured = launch.device_properties(problem.device), launch.break_even(problem.device)
-    found = worth(problem, device, columns, tolerance is not None, measured)
+    found = worth(problem, device, columns, tolerance is not None, measured, anew)
     if found.exact_is_faster and _may_be_exact(tolerance, exact_if_faster):
         return Settled(exact(problem), None, None, found)
     return Settled(problem, reduction, tolerance, found)
@@ -127,14 +131,15 @@ def attention(
     projection = reduction if isinstance(reduction, Projection) else None
     if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
         projection.check_mean(problem.dtype)  # the mean is multiplied with q there
-    if tolerance is not None and problem.rank is not None and not problem.empty:
-        assert projection is not None
-        return within(problem, projection, q, k, v, out, return_lse, stream, tolerance)[:2]
+    if problem.rank is not None and not problem.empty:
+        assert isinstance(reduction, Projection | LowRank)
+        if tolerance is not None:
+            return within(problem, reduction, q, k, v, out, return_lse, stream, tolerance)[:2]
+        if problem.device is not None:
+            return _projected(problem, reduction, q, k, v, out, return_lse, stream, None)[:2]
+        projection = found(problem, reduction, q, k)
     if problem.device is None or problem.empty:
         return launch.attention(problem, q, k, v, out, return_lse, stream, projection)
-    if problem.rank is not None:
-        assert projection is not None
-        return _projected(problem, projection, q, k, v, out, return_lse, stream, None)[:2]
     kept = bool(problem.near or problem.sinks)
     if kept and not any(x.reduced for x in passes(problem)):
         (whole,) = parts(problem)
@@ -183,9 +188,43 @@ def copied_problem(problem: Problem, k: Any, v: Any) -> Problem:
     return _behind(problem, problem.head_dim, ranked=kept, copied=True, replaced=not kept, aligned=aligned)
 
 
+def found(problem: Problem, reduction: Projection | LowRank, q: Any, k: Any) -> Projection:
+    """The projection of a call; of low-rank factors, that of every head of every batch entry, one after another."""
+    if isinstance(reduction, Projection):
+        return reduction
+    if problem.device is None:
+        return of_arrays(problem, reduction, lowrank.find(q, k, problem, reduction.rank))
+    with launch.placed(problem.device, None):
+        _, made = launch.find(problem, q, k, reduction.rank)
+        host = made.get()
+    units, head_dim = problem.batch * problem.heads_kv, problem.head_dim
+    factors, mean = np.split(host, [2 * units * head_dim * reduction.rank])
+    a, b = factors.reshape(units, 2, head_dim, -1).swapaxes(0, 1)
+    return of_arrays(problem, reduction, lowrank.Found(a, b, mean.reshape(units, head_dim)))
+
+
+def of_arrays(problem: Problem, reduction: LowRank, arrays: lowrank.Found) -> Projection:
+    """Low-rank factors as a projection of as many heads as all batch entries have together."""
+    units, nothing = problem.batch * problem.heads_kv, np.zeros((problem.batch * problem.heads_kv, 0))
+    return Projection(
+        problem.batch * problem.heads,
+        units,
+        problem.head_dim,
+        (reduction.rank,) * units,
+        reduction.near,
+        reduction.sinks,
+        queries=arrays.queries,
+        keys=arrays.keys,
+        mean=arrays.mean,
+        singular_values=nothing,
+        output_errors=nothing,
+        row_errors=nothing,
+    )
+
+
 def within(
     problem: Problem,
-    projection: Projection,
+    projection: Projection | LowRank,
     q: Any,
     k: Any,
     v: Any,
@@ -199,16 +238,17 @@ def within(
     Returns out, lse, and what :func:`cudistr.reference.decide` returns.
     """
     if problem.device is None:
-        ranks, errors = reference.decide(q, k, v, problem, projection, tolerance)
+        own = found(problem, projection, q, k)
+        ranks, errors = reference.decide(q, k, v, problem, own, tolerance)
         reduced = launch.Reduced(None, None, ranks)
-        result, lse = launch.attention(problem, q, k, v, out, return_lse, None, projection, reduced)
+        result, lse = launch.attention(problem, q, k, v, out, return_lse, None, own, reduced)
         return result, lse, ranks, errors
     return _projected(problem, projection, q, k, v, out, return_lse, stream, tolerance)
 
 
 def _projected(
     problem: Problem,
-    projection: Projection,
+    projection: Projection | LowRank,
     q: Any,
     k: Any,
     v: Any,
@@ -220,14 +260,17 @@ def _projected(
     """The same on a device; without a tolerance every head is projected, and there are no errors."""
     assert problem.device is not None
     with launch.placed(problem.device, stream):
-        ranks, errors = projection.head_ranks(problem.batch, problem.device), None
+        ranks, errors = _head_ranks(problem, projection), None
         kept = bool(problem.near or problem.sinks)
         if kept and tolerance is None and not any(x.reduced for x in passes(problem)):
             return *launch.attention(exact(problem), q, k, v, out, return_lse, None), ranks, errors
-        factors = projection.factors(q.dtype, problem.device)
+        if isinstance(projection, LowRank):
+            factors, _ = launch.find(problem, q, k, projection.rank, sketched=tolerance is not None)
+        else:
+            factors = projection.factors(q.dtype, problem.device)
         made = launch.project(problem, q, k, factors, return_lse or kept, sketched=tolerance is not None)
         if tolerance is not None:
-            known = projection.head_errors(problem.batch, problem.device)
+            known = _head_errors(problem, projection)
             ranks, errors = launch.decide(problem, q, k, v, made, ranks, known, tolerance, reference.SPREAD)
         own, replaced = projected_problem(problem, projection, v, tolerance)
         reduced = None
@@ -240,13 +283,27 @@ def _projected(
         return result, lse, ranks, errors
 
 
+def _head_ranks(problem: Problem, projection: Projection | LowRank) -> Any:
+    assert problem.device is not None
+    if isinstance(projection, Projection):
+        return projection.head_ranks(problem.batch, problem.device)
+    return launch.constant((problem.batch, problem.heads), projection.rank, "int32", problem.device)
+
+
+def _head_errors(problem: Problem, projection: Projection | LowRank) -> Any:
+    assert problem.device is not None
+    if isinstance(projection, Projection):
+        return projection.head_errors(problem.batch, problem.device)
+    return launch.constant((problem.batch, problem.heads, 2), 0, "float32", problem.device)
+
+
 def projected_problem(
-    problem: Problem, projection: Projection, v: Any, tolerance: float | None
+    problem: Problem, projection: Projection | LowRank, v: Any, tolerance: float | None
 ) -> tuple[Problem, bool]:
     """What is launched behind a projection, and whether Qhat and Khat take the place of q and k in it."""
     kept = bool(problem.near or problem.sinks)
     ranked = projection.mixed or kept or tolerance is not None
-    fewer = projection.rank < projection.head_dim and tolerance is None  # of every head
+    fewer = projection.rank < problem.head_dim and tolerance is None  # of every head
     # Where no head needs q and k themselves: all heads lack the shift then.
     replaced = not ranked or (fewer and not kept)
     aligned = problem.aligned or _aligned((v, problem.v_strides))

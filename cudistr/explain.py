@@ -16,6 +16,9 @@ from cudistr.plan import (
     draw_kernel,
     energy_order,
     key_energy,
+    lowrank_factors_kernel,
+    lowrank_rows_kernel,
+    lowrank_sums_kernel,
     merge_kernel,
     passes,
     plan,
@@ -25,7 +28,7 @@ from cudistr.plan import (
     weights,
 )
 from cudistr.projection import Projection
-from cudistr.reductions import LSH, Reduction
+from cudistr.reductions import LSH, LowRank, Reduction
 
 __all__ = ["CallPlan", "explain"]
 
@@ -36,7 +39,7 @@ class CallPlan:
 
     Attributes
     ----------
-    reduction : None, cudistr.LSH, cudistr.Energy or cudistr.Projection
+    reduction : None, cudistr.LSH, cudistr.Energy, cudistr.LowRank or cudistr.Projection
         What is computed; None is exact attention.
     reason : str
         Why that, in a sentence.
@@ -112,7 +115,7 @@ class _Steps:
     def of(self, settled: compose.Settled, k: Any, v: Any) -> tuple[list[str], list[Plan]]:
         problem, reduction, tolerance, _ = settled
         if problem.rank is not None:
-            assert isinstance(reduction, Projection)
+            assert isinstance(reduction, Projection | LowRank)
             self._projected(problem, reduction, v, tolerance)
             return self.names, self.plans
         kept = bool(problem.near or problem.sinks)
@@ -158,11 +161,17 @@ class _Steps:
         self.names += [find.kernel.name, copied_queries(problem)[0].kernel.name]
         self._one(compose.copied_problem(problem, k, v))
 
-    def _projected(self, problem: Problem, projection: Projection, v: Any, tolerance: float | None) -> None:
+    def _projected(
+        self, problem: Problem, projection: Projection | LowRank, v: Any, tolerance: float | None
+    ) -> None:
         kept = bool(problem.near or problem.sinks)
         if kept and tolerance is None and not any(x.reduced for x in passes(problem)):
             return self._one(exact(problem))
         columns = projection.columns
+        if isinstance(projection, LowRank):
+            of = problem.dtype, problem.head_dim
+            self.names += [x(*of, problem.aligned).name for x in (lowrank_rows_kernel, lowrank_sums_kernel)]
+            self.names.append(lowrank_factors_kernel(*of, projection.rank, self.device).name)
         self.names.append(project_kernel(problem, columns).name)
         if tolerance is not None:
             decide = decide_kernel(problem.head_dim, problem.head_dim_v)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cudistr import compiler, reference, tuned
+from cudistr import compiler, lowrank, reference, tuned
 from cudistr.errors import CudaUnavailableError
 from cudistr.normalize import MAX_SHARDS, Problem, near_keys, row_strides, rows_aligned
 from cudistr.plan import (
@@ -29,6 +29,7 @@ from cudistr.plan import (
     ITEMSIZE,
     MAX_PASSES,
     PROBE_ROWS,
+    PROJECT_GROUP,
     Device,
     Kernel,
     Pass,
@@ -49,6 +50,11 @@ from cudistr.plan import (
     keeps_keys,
     key_energy,
     key_spans,
+    lowrank_columns,
+    lowrank_factors_kernel,
+    lowrank_rows_kernel,
+    lowrank_splits,
+    lowrank_sums_kernel,
     merge_kernel,
     merge_rows,
     merge_shard_kernel,
@@ -205,6 +211,28 @@ _DECIDE = _parameters(
     ("factors outputs sums wanted known counts compared ranks errors", "u8"),
     ("splits", "i4"),
     ("limit spread share", "f4"),
+)
+_DRAWN = (
+    ("q_batch q_head q_row k_batch k_head k_row", "i8"),
+    ("heads_kv heads_per_kv seqlen_k samples", "i4"),
+    ("band_low band_high", "i8"),
+    *_NEAR,
+)
+_LOWRANK_ROWS = _parameters(
+    ("q k drawn sums center", "u8"), *_DRAWN, ("sinks splits", "i4"), ("scale", "f4"), multiple=8
+)
+_LOWRANK_SUMS = _parameters(
+    ("q k drawn queries sums center of_keys of_queries", "u8"),
+    *_DRAWN,
+    ("sinks row_splits splits query_splits", "i4"),
+    ("scale", "f4"),
+    multiple=8,
+)
+_LOWRANK_FACTORS = _parameters(
+    ("of_keys of_queries start vectors center scratch", "u8"),
+    ("factors mean q_lanes k_lanes bias mean_lanes sketch_lanes", "u8"),
+    ("splits query_splits", "i4"),
+    multiple=8,
 )
 _PREPARE_END = (
     ("q_batch q_head q_row k_batch k_head k_row", "i8"),
@@ -1078,6 +1106,143 @@ def project(
         *(0 if x is None else x.data.ptr for x in (residual, shift)),
     )  # fmt: skip
     return Projected(qhat, khat, shift, residual)
+
+
+@functools.lru_cache(maxsize=64)
+def constant(shape: tuple[int, ...], value: int, dtype: str, index: int) -> Any:
+    """An array of one number on a device, which must be the current one; made once."""
+    import cupy
+
+    made = cupy.full(shape, value, dtype)
+    cupy.cuda.get_current_stream().synchronize()  # later calls may come on any stream
+    return made
+
+
+class _Find(NamedTuple):
+    """The kernels that find a call's own low-rank factors, and what they share."""
+
+    rows: _Launch
+    sums: _Launch
+    factors: _Launch
+    drawn: Any  # int32 (64, 2) and (512, 2): query heads of a KV head, and rows
+    queries: Any
+    start: Any  # float32 (columns, rank)
+    vectors: Any  # float32 (columns, 16)
+    widths: Any  # int32 (units,)
+    lengths: tuple[int, ...]  # of what they leave for each other, in words
+    lanes: tuple[tuple[int, ...], ...]  # shapes of what smxx_project.cu reads: factors, mean, sketch
+
+
+@functools.lru_cache(maxsize=64)
+def _find_recipe(problem: Problem, rank: int) -> _Find:
+    """Compile and prepare what finds the factors of a problem."""
+    import cupy
+
+    assert problem.device is not None
+    device = device_properties(problem.device)
+    check_device(device, problem.device)
+    dtype, head_dim = problem.dtype, problem.head_dim
+    units = problem.batch * problem.heads_kv
+    row_splits, splits, query_splits = lowrank_splits(problem, device)
+    columns = lowrank_columns(head_dim)
+    halves = 1 if head_dim <= 128 else 2
+    extent = _extent(problem)
+    values: dict[str, Any] = {
+        **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
+        **dict(zip(("k_batch", "k_head", "k_row"), problem.k_strides, strict=True)),
+        **{name: extent[name] for name in ("heads_per_kv", "seqlen_k", "band_low", "band_high")},
+        **_near(problem),
+        "heads_kv": problem.heads_kv,
+        "samples": min(problem.seqlen_k, lowrank.KEYS),
+        "sinks": near_keys(problem).sinks,
+        "scale": problem.scale * LOG2_E,
+    }
+    names = _LOWRANK_ROWS.names or ()
+    of_rows = {name: x for name, x in values.items() if name in names} | {"splits": row_splits}
+    rows = _launch(
+        lowrank_rows_kernel(dtype, head_dim, problem.aligned),
+        check_blocks(units * row_splits),
+        device,
+        problem.device,
+        _LOWRANK_ROWS,
+        of_rows,
+    )
+    of_sums = {**values, "row_splits": row_splits, "splits": splits, "query_splits": query_splits}
+    sums = _launch(
+        lowrank_sums_kernel(dtype, head_dim, problem.aligned),
+        check_blocks(halves**2 * units * (splits + query_splits)),
+        device,
+        problem.device,
+        _LOWRANK_SUMS,
+        of_sums,
+    )
+    names = _LOWRANK_FACTORS.names or ()
+    of_factors = {name: x for name, x in of_sums.items() if name in names}
+    kernel = lowrank_factors_kernel(dtype, head_dim, rank, device)
+    factors = _launch(kernel, check_blocks(units), device, problem.device, _LOWRANK_FACTORS, of_factors)
+    arrays = (
+        lowrank.drawn(problem, lowrank.ROWS),
+        lowrank.drawn(problem, lowrank.QUERIES),
+        *(
+            np.pad(x, ((0, columns - head_dim), (0, 0))).astype(np.float32)
+            for x in (lowrank.start(head_dim, rank), lowrank.sketch_vectors(head_dim))
+        ),
+        np.full(units, rank, np.int32),
+    )
+    drawn, queries, begin, vectors, widths = map(cupy.asarray, arrays)
+    cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
+    parts = 4 // ITEMSIZE[dtype]
+    steps = 2 * -(-head_dim * ITEMSIZE[dtype] // 64)
+    lanes = (
+        (units, -(-rank // PROJECT_GROUP) * 2, parts, steps, 32, 4),
+        (units, 1, parts, steps, 4, 4),
+        (units, 1, parts, steps, 32, 4),
+    )
+    in_shared = dict(kernel.constants)["IN_SHARED"]
+    parts_of_keys = row_splits * (2 if head_dim > 128 else 4)
+    lengths = (
+        units * parts_of_keys * lowrank.ROWS * 3,
+        units * columns,
+        units * splits * columns**2,
+        units * query_splits * columns**2,
+        0 if in_shared else units * 2 * columns * (rank + 2),
+    )
+    return _Find(rows, sums, factors, drawn, queries, begin, vectors, widths, lengths, lanes)
+
+
+def find(problem: Problem, q: Any, k: Any, rank: int, sketched: bool = False) -> tuple[Factors, Any]:
+    """Find the low-rank factors of a call.
+
+    On the current device and stream, for a problem that is not empty; the results are held if this is captured. Returns
+    them as :func:`project` takes them, with the sketch if wanted, and in float32: A and B of each unit, (units, 2,
+    head_dim, rank), and then each unit's mean, (units, head_dim), in one array.
+    """
+    import cupy
+
+    own = _find_recipe(problem, rank)
+    units, head_dim = len(own.widths), problem.head_dim
+    *starts, end = itertools.accumulate(own.lengths, initial=0)
+    scratch = cupy.cuda.alloc(4 * end)
+    sums, center, of_keys, of_queries, matrices = (scratch.ptr + 4 * first for first in starts)
+    of_factors, of_mean, of_sketch = own.lanes
+    made = cupy.ndarray(units * head_dim * (2 * rank + 1), np.float32)
+    mean = made.data.ptr + 4 * units * head_dim * 2 * rank
+    lanes = [cupy.ndarray(shape, np.uint32) for shape in (of_factors, of_factors, of_mean)]
+    bias = cupy.ndarray((units, rank), np.float32)
+    sketch = cupy.ndarray(of_sketch, np.uint32) if sketched else None
+    hold(scratch, made, bias, *lanes, *([] if sketch is None else [sketch]))
+    drawn, queries = own.drawn.data.ptr, own.queries.data.ptr
+    own.rows(q.data.ptr, k.data.ptr, drawn, sums, center)
+    own.sums(q.data.ptr, k.data.ptr, drawn, queries, sums, center, of_keys, of_queries)
+    own.factors(
+        of_keys, of_queries, own.start.data.ptr, own.vectors.data.ptr, center, matrices, made.data.ptr, mean,
+        lanes[0].data.ptr, lanes[1].data.ptr, bias.data.ptr, lanes[2].data.ptr,
+        0 if sketch is None else sketch.data.ptr,
+    )  # fmt: skip
+    # Without a sketch nothing reads it; the array that stands for it is one that is there.
+    return Factors(
+        lanes[0], lanes[1], bias, lanes[2], own.widths, lanes[2] if sketch is None else sketch
+    ), made
 
 
 def _row_bounds(seqlen_k: int, values: dict[str, int]) -> dict[str, int]:

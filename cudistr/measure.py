@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cudistr import compose, launch, reference
 from cudistr.normalize import Problem
 from cudistr.projection import Projection, wide
-from cudistr.reductions import Energy, Reduction
+from cudistr.reductions import Energy, LowRank, Reduction
 
 __all__ = ["ErrorReport", "Estimate", "measure"]
 
@@ -195,12 +195,12 @@ def measure(
     xp = np if problem.device is None else importlib.import_module("cupy")
     with launch.placed(problem.device, stream):
         ranks: NDArray[np.int32] | None = None
-        within = tolerance is not None and isinstance(reduction, Projection)
+        within = tolerance is not None and isinstance(reduction, Projection | LowRank)
         problem, reduction, tolerance, _ = compose.settle(problem, reduction, tolerance, exact_if_faster)
         if within:
             ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
             if problem.rank is not None:
-                assert isinstance(reduction, Projection) and tolerance is not None
+                assert isinstance(reduction, Projection | LowRank) and tolerance is not None
                 out, _, chosen, _ = compose.within(
                     problem, reduction, q, k, v, None, False, stream, tolerance
                 )
@@ -256,7 +256,9 @@ def _energies(
         # The energy of K's columns is that of the keys that are reduced.
         chosen = dataclasses.replace(problem.reduction, sinks=problem.sinks)
         orders, numbers = launch.columns(q, k if chosen.by_keys else None, chosen, stream)
-    projection = reduction if isinstance(reduction, Projection) else None
+    projection = None
+    if isinstance(reduction, Projection | LowRank) and problem.rank is not None:
+        projection = compose.found(problem, reduction, q, k)
     energies = np.zeros((problem.heads, rows, 4))
     shared = problem.heads // problem.heads_kv
     step = max(1, MAX_SCORES // problem.seqlen_k)
@@ -270,7 +272,8 @@ def _energies(
                 queries = wide(q[b, h][positions], xp)
                 scores = reduced = _scores(queries, keys, problem, xp)
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
-                    reduced = _projected(queries, keys, projection, group, problem, xp)
+                    own = reference.unit(projection, problem, b, h)
+                    reduced = _projected(queries, keys, projection, own, problem, xp)
                 elif orders is not None:
                     of_head = None if numbers is None else numbers[..., b, h, :, :]
                     copied = _expanded(queries, orders[b, h], of_head, positions, problem, xp)

@@ -17,7 +17,16 @@ import ml_dtypes
 import numpy as np
 
 from cudistr.errors import CudaUnavailableError
-from cudistr.reductions import KEEP_MULTIPLE, LSH, RANK_MULTIPLE, Energy, LowRank, Reduction
+from cudistr.reductions import (
+    KEEP_MULTIPLE,
+    LSH,
+    MAX_RANK,
+    RANK_MULTIPLE,
+    Energy,
+    Fitted,
+    LowRank,
+    Reduction,
+)
 
 __all__ = [
     "Adopted",
@@ -451,8 +460,8 @@ def problem(
     """
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(
-            f"reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got "
-            f"{_kind(reduction)}. Pass, for example, cudistr.LSH(group_size=2)."
+            f"reduction must be None (exact), a cudistr.LSH, a cudistr.Energy, a cudistr.LowRank or a "
+            f"cudistr.Projection, got {_kind(reduction)}. Pass, for example, cudistr.LSH(group_size=2)."
         )
     outline = None if reduction is None else reduction.outline
     if causal is not True and causal is not False:
@@ -508,7 +517,7 @@ def _problem(
     tf32: bool,
     device: int | None,
     family: str | None,
-    outline: LSH | Energy | LowRank | None,
+    outline: LSH | Energy | LowRank | Fitted | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
     scale: float | None,
@@ -561,8 +570,14 @@ def _problem(
         if _terms(outline, head_dim) < head_dim:
             reduction = dataclasses.replace(outline, near=0, sinks=0)
             near, sinks = outline.near, outline.sinks
+    elif isinstance(outline, LowRank):
+        _check_rank(outline.rank, head_dim)
+        _check_no_softcap("LowRank", softcap)
+        if outline.rank < head_dim:
+            rank, near, sinks = outline.rank, outline.near, outline.sinks
     elif outline is not None:
-        _check_projection(outline, (heads, heads_kv, head_dim), softcap)
+        _check_projection(outline, (heads, heads_kv, head_dim))
+        _check_no_softcap("Projection", softcap)
         if outline.rank < head_dim or outline.mixed:
             rank, near, sinks = outline.rank, outline.near, outline.sinks
     left, right = window if window is not None else (None, None)
@@ -673,7 +688,7 @@ def _check_columns(reduction: LSH | Energy, head_dim: int) -> None:
         )
 
 
-def _check_projection(outline: LowRank, found: tuple[int, int, int], softcap: float | None) -> None:
+def _check_projection(outline: Fitted, found: tuple[int, int, int]) -> None:
     fitted = (outline.heads, outline.heads_kv, outline.head_dim)
     if fitted != found:
         numbers = "{} heads over {} of head_dim {}"
@@ -681,10 +696,22 @@ def _check_projection(outline: LowRank, found: tuple[int, int, int], softcap: fl
             f"reduction: the projection was fitted for {numbers.format(*fitted)}, got q and k with "
             f"{numbers.format(*found)}. Fit one on q and k of this layer: cudistr.Projection.fit(q, k, rank=...)."
         )
+
+
+def _check_rank(rank: int, head_dim: int) -> None:
+    allowed = [*range(RANK_MULTIPLE, min(head_dim, MAX_RANK + 1), RANK_MULTIPLE), head_dim]
+    if rank not in allowed:
+        raise ValueError(
+            f"reduction: rank must be a multiple of {RANK_MULTIPLE} up to {MAX_RANK} and below head_dim {head_dim}, or "
+            f"head_dim, got {rank}. Allowed here: {', '.join(map(str, allowed))}."
+        )
+
+
+def _check_no_softcap(name: str, softcap: float | None) -> None:
     if softcap is not None:
         raise ValueError(
-            f"softcap cannot be used with a cudistr.Projection, got {softcap}: a projection takes the mean off the "
-            "keys, which softmax does not see, but softcap does. Use cudistr.LSH, or no softcap."
+            f"softcap cannot be used with a cudistr.{name}, got {softcap}: it takes the mean off the keys, which "
+            "softmax does not see, but softcap does. Use cudistr.LSH, or no softcap."
         )
 
 
@@ -859,10 +886,10 @@ def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float |
         )
     if reduction is None:  # exact
         return None
-    if not isinstance(reduction.outline, LowRank):
+    if not isinstance(reduction.outline, LowRank | Fitted):
         raise TypeError(
-            f"tolerance is for a reduction that is a cudistr.Projection, got reduction {_kind(reduction)}. Pass "
-            "cudistr.Projection.fit(q, k, rank=...), or leave tolerance away."
+            f"tolerance is for a reduction that is a cudistr.LowRank or a cudistr.Projection, got reduction "
+            f"{_kind(reduction)}. Pass cudistr.LowRank(rank=...), or leave tolerance away."
         )
     if problem.head_dim % RANK_MULTIPLE:
         raise ValueError(

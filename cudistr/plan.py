@@ -38,6 +38,12 @@ __all__ = [
     "keeps_keys",
     "key_energy",
     "key_spans",
+    "lowrank_columns",
+    "lowrank_factors_kernel",
+    "lowrank_keys",
+    "lowrank_rows_kernel",
+    "lowrank_splits",
+    "lowrank_sums_kernel",
     "merge_kernel",
     "merge_rows",
     "merge_shard_kernel",
@@ -1281,6 +1287,81 @@ def project_rows(problem: Problem, kernel: Kernel, slices: int, device: Device) 
         return -(-blocks // at_once) * (tiles + PROJECT_START)
 
     return rows * min(range(1, PROJECT_TILES + 1), key=time)
+
+
+LOWRANK_ROWS = 64  # that smxx_lowrank_rows.cu and smxx_lowrank_sums.cu draw of a KV head
+LOWRANK_QUERIES = 512  # of which the latter sums products
+LOWRANK_KEYS = 2048  # that they look at, at most
+FACTORS_THREADS = 512  # of smxx_lowrank_factors.cu
+
+
+def lowrank_columns(head_dim: int) -> int:
+    """Columns of the sums that low-rank factors are found of: head_dim filled up to whole tiles, beyond 128 to two."""
+    return _round_up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def lowrank_keys(head_dim: int) -> int:
+    """Keys of a tile that is sampled."""
+    return 64 if head_dim <= 128 else 32
+
+
+def _lowrank_kernel(name: str, dtype: str, head_dim: int, aligned: bool, tiles: int, more: int) -> Kernel:
+    columns, keys = lowrank_columns(head_dim), lowrank_keys(head_dim)
+    shared_bytes = 2 * (LOWRANK_ROWS + tiles * keys) * (columns + 8) + 4 * columns + more
+    constants = {
+        "DTYPE": DTYPE_NUMBER[dtype],
+        "HEAD_DIM": head_dim,
+        "ALIGNED": int(aligned),
+        "SHARED_BYTES": shared_bytes,
+    }
+    return Kernel(name, tuple(constants.items()), 8 * keys, shared_bytes)
+
+
+def lowrank_rows_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
+    """The kernel that finds what the softmax of each drawn row adds up to."""
+    return _lowrank_kernel(
+        "smxx_lowrank_rows", dtype, head_dim, aligned, 1, 4 * 8 * 8 * lowrank_keys(head_dim)
+    )
+
+
+def lowrank_sums_kernel(dtype: str, head_dim: int, aligned: bool) -> Kernel:
+    """The kernel that sums products of columns, weighted by the attention that keys get."""
+    more = 4 * 2 * LOWRANK_ROWS + (4 * 2 * LOWRANK_ROWS // 16 + 2) * lowrank_keys(head_dim)
+    return _lowrank_kernel("smxx_lowrank_sums", dtype, head_dim, aligned, 2, more)
+
+
+def lowrank_factors_kernel(dtype: str, head_dim: int, rank: int, device: Device) -> Kernel:
+    """The kernel that makes factors of these sums."""
+    columns, pitch = lowrank_columns(head_dim), rank + 2
+    # The square, and rows of its elimination, 2 or 4 at once, two times.
+    panel = _round_up(rank * pitch, 4) + (2 * (2 if rank > 96 else 4) + 2) * rank
+    least = 4 * (panel + columns + FACTORS_THREADS // 32)
+    matrices = 2 * 4 * columns * pitch
+    fits = least + matrices <= device.shared_bytes
+    constants = {
+        "DTYPE": DTYPE_NUMBER[dtype],
+        "HEAD_DIM": head_dim,
+        "RANK": rank,
+        "IN_SHARED": int(fits),
+        "SHARED_BYTES": least + fits * matrices,
+    }
+    return Kernel(
+        "smxx_lowrank_factors", tuple(constants.items()), FACTORS_THREADS, constants["SHARED_BYTES"]
+    )
+
+
+def lowrank_splits(problem: Problem, device: Device) -> tuple[int, int, int]:
+    """Into how many parts a unit's keys are split for the rows; and its keys, and its queries, for the sums.
+
+    The sums of every part are written, and read again by one thread block: so there is one for each multiprocessor.
+    """
+    units = problem.batch * problem.heads_kv
+    keys = min(problem.seqlen_k, LOWRANK_KEYS), LOWRANK_QUERIES
+    tiles, query_tiles = (-(-n // lowrank_keys(problem.head_dim)) for n in keys)
+    share = device.multiprocessors // ((1 if problem.head_dim <= 128 else 4) * units)
+    of_queries = max(1, min(round(share * query_tiles / (tiles + query_tiles)), query_tiles))
+    rows = max(1, min(2 * device.multiprocessors // units, tiles))
+    return rows, max(1, min(share - of_queries, tiles)), of_queries
 
 
 PROBE_ROWS = 64  # sampled rows of each head

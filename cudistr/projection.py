@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cudistr import launch, normalize, reference
+from cudistr import launch, lowrank, normalize, reference
 from cudistr.launch import Factors
 from cudistr.plan import PANEL_COLUMNS, PROBE_ROWS, PROJECT_GROUP
-from cudistr.reductions import RANK_MULTIPLE, LowRank, Reduction, exact_keys, integer
+from cudistr.reductions import RANK_MULTIPLE, Fitted, Reduction, exact_keys, integer
 
 __all__ = ["Projection", "wide"]
 
 FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
-SKETCH = 16  # random vectors; columns of one matrix instruction
 # Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
 WEIGHT_ROWS = 512  # of a head and a batch entry, that weights are found of
@@ -120,7 +119,7 @@ class Projection(Reduction):
     _copies: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        outline = LowRank(
+        outline = Fitted(
             self.heads,
             self.heads_kv,
             self.head_dim,
@@ -141,7 +140,7 @@ class Projection(Reduction):
             array.setflags(write=False)
 
     @property
-    def outline(self) -> LowRank:
+    def outline(self) -> Fitted:
         """All that planning has to know, without arrays."""
         return self.__dict__["_outline"]  # type: ignore[no-any-return]
 
@@ -440,9 +439,9 @@ class Projection(Reduction):
                     for x in (self.queries, self.keys)
                 ),
                 bias.astype(np.float32),
-                in_lanes(mean_columns(self.mean, dtype), SKETCH)[..., :4, :],
+                in_lanes(mean_columns(self.mean, dtype), lowrank.SKETCH)[..., :4, :],
                 np.array(widths, np.int32),
-                in_lanes(in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype), SKETCH),
+                in_lanes(in_parts(self.sketch().astype(np.float32).swapaxes(1, 2), dtype), lowrank.SKETCH),
             )
             self._copies[key] = Factors(*(cupy.asarray(np.ascontiguousarray(x)) for x in host))
             cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
@@ -455,7 +454,7 @@ class Projection(Reduction):
         A score is ``q k``, its reduction ``q A B^T k``: with ``k`` drawn at random, ``|q (1 - A B^T) k|`` says how much
         of a query is missed.
         """
-        vectors = np.random.RandomState(0).standard_normal((self.head_dim, SKETCH))
+        vectors = lowrank.sketch_vectors(self.head_dim)
         a, b = (x.astype(np.float64) for x in (self.queries, self.keys))
         return vectors - a @ (b.swapaxes(1, 2) @ vectors)
 

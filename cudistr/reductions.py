@@ -17,8 +17,10 @@ __all__ = [
     "LSH",
     "MAX_BLOCK_Q",
     "MAX_PROJ",
+    "MAX_RANK",
     "RANK_MULTIPLE",
     "Energy",
+    "Fitted",
     "LowRank",
     "Reduction",
     "projections",
@@ -32,6 +34,7 @@ MAX_BLOCK_Q = 65536  # beyond any use, and the projections are still small
 RANK_MULTIPLE = 16  # columns of one matrix instruction
 KEEP_MULTIPLE = 16  # the same
 REPRESENTATIVES = ("sample", "mean", "rank1")
+MAX_RANK = 128  # columns whose squares and products a thread block holds while it finds them
 MAX_PROJ = 16  # bits of a hash code that the grouping kernel keeps in registers
 
 
@@ -80,7 +83,7 @@ class Reduction(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def outline(self) -> LSH | Energy | LowRank:
+    def outline(self) -> LSH | Energy | LowRank | Fitted:
         """All that checks and planning have to know: a value without arrays, equal for equal ones."""
 
     @property
@@ -90,7 +93,7 @@ class Reduction(abc.ABC):
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Fitted:
     """Outline of a :class:`cudistr.Projection`: what it serves, and what it leaves of it."""
 
     heads: int
@@ -296,6 +299,103 @@ class Energy(Reduction):
     @property
     def by_keys(self) -> bool:
         """Always: the energy of a column is that of K too."""
+        return True
+
+
+@dataclass(frozen=True)
+class LowRank(Reduction):
+    """Reduce the score product to ``rank`` columns for each head, found anew in every call.
+
+    ``Qhat = Q A`` and ``Khat = (K - mean) B``, as a :class:`cudistr.Projection` has them, with factors of the call's
+    own q and k: it needs no calibration data, and there is none that could be unlike the call's. To find them takes
+    time in every call, so that it is for long sequences; see "What it costs" on the accuracy page of the documentation.
+
+    This is an approximation whose error depends on the data: :func:`cudistr.attention_error` measures it, and with a
+    ``tolerance`` heads whose error may be larger are exact.
+
+    Parameters
+    ----------
+    rank : int, default 32
+        Columns that are left: a multiple of 16 up to 128 and below head_dim; or head_dim, with which attention is
+        exact.
+    near : int, default 0
+        Keys less than ``near`` positions away from a query's own position (bottom-right aligned) keep the full score
+        product, as in :class:`LSH`. 0 is none.
+    sinks : int, default 0
+        The first ``sinks`` keys keep the full score product too.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is of the wrong kind or out of its range.
+
+    Notes
+    -----
+    What is found, for each KV head of each batch entry, from its keys, or 2048 of them all over the sequence, and from
+    rows of all query heads that share it: 512 rows give ``S = sum_i q_i q_i^T``; the softmax of 64 rows gives each key
+    a weight ``w_j``, what it receives of them if it does not stay exact, and 3% of the sum of weights is shared out
+    equally; ``T = sum_j w_j (k_j - mean) (k_j - mean)^T``, with the mean of 128 keys. To second order the divergence of
+    a softmax from one whose scores are off by ``e_j`` is half the variance of ``e_j`` under it: so keys count by the
+    attention they get.
+
+    ``B`` has ``B^T T B = 1``, and spans the vectors of ``S T`` with the largest eigenvalues, but for what two rounds of
+    subspace iteration from random vectors leave out; ``A = T B``. These are the factors of a Projection for the same
+    sums (Eckart and Young, *Psychometrika* 1, 1936). Each round is orthonormalised twice, since in float32 no more than
+    one factor of the scores may pile up before.
+
+    The rows, the keys and the random vectors are the same in every call of a shape: equal arrays give equal bits. Sums
+    are of rows that are rounded to bfloat16, whatever the dtype, and what is not finite counts as 0 in them; q and k
+    are multiplied with the factors in their own precision.
+
+    From 4096 keys and 65 queries on, whole blocks of keys stay exact: more than asked for, never fewer.
+
+    Examples
+    --------
+    >>> import numpy as np, cudistr
+    >>> q, k, v = np.random.RandomState(0).standard_normal((3, 1, 2, 300, 64)).astype(np.float32)
+    >>> cudistr.attention(q, k, v, causal=True, reduction=cudistr.LowRank(32, near=64)).shape
+    (1, 2, 300, 64)
+    """
+
+    rank: int = 32
+    near: int = 0
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        rank = integer("LowRank", "rank", self.rank, f"Pass a multiple of {RANK_MULTIPLE}, 32 for example.")
+        if rank < RANK_MULTIPLE or rank % 8:
+            raise ValueError(
+                f"LowRank: rank must be a positive multiple of {RANK_MULTIPLE} (columns of one matrix instruction), or "
+                f"head_dim, got {rank}. Pass {max(1, rank // RANK_MULTIPLE) * RANK_MULTIPLE}."
+            )
+        near, sinks = exact_keys("LowRank", self.near, self.sinks)
+        for name, value in (("rank", rank), ("near", near), ("sinks", sinks)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def outline(self) -> LowRank:
+        """Itself: it has no arrays."""
+        return self
+
+    @property
+    def by_keys(self) -> bool:
+        """Always: the factors are those of K too."""
+        return True
+
+    # What a Projection says of itself, too.
+    @property
+    def columns(self) -> int:
+        """Columns of Qhat and Khat."""
+        return self.rank
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a kernel has to be told how many columns each head uses."""
+        return False
+
+    @property
+    def alike(self) -> bool:
+        """Whether heads that are not exact all use the same columns, and some."""
         return True
 
 

@@ -378,6 +378,12 @@ def _projected_scores(q: Float, k: Float, projection: Projection, head: int, pro
     return scores
 
 
+def unit(projection: Projection, problem: Problem, entry: int, head: int) -> int:
+    """Which of a projection's KV heads a head of a batch entry has: of low-rank factors, every entry has its own."""
+    own = head // (problem.heads // problem.heads_kv)
+    return own + entry * problem.heads_kv if projection.heads_kv > problem.heads_kv else own
+
+
 def _attend(scores: Float, v: Float, seen: NDArray[np.bool_]) -> tuple[Float, Float]:
     """Softmax attention of one block of one head: out (rows, head_dim_v) and lse (rows,)."""
     scores = np.where(seen, scores, -np.inf)
@@ -453,10 +459,11 @@ def decide(
     ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
     found = np.zeros((problem.batch, problem.heads, 2))
     for b, h in np.ndindex(*ranks.shape):
-        group = h // shared
+        group = unit(projection, problem, b, h)
         if projection.ranks[group] == problem.head_dim:
             continue
-        queries, keys, values = (x.astype(np.float64) for x in (q[b, h], k[b, group], v[b, group]))
+        of_keys = b, h // shared
+        queries, keys, values = (x.astype(np.float64) for x in (q[b, h], k[of_keys], v[of_keys]))
         with np.errstate(invalid="ignore", over="ignore"):
             rows, factors = draw(((queries @ sketch[group]) ** 2).sum(axis=1), problem)
             seen = visible(rows, problem)
@@ -503,7 +510,8 @@ def solve(
                 q_block = q[b, h, rows].astype(np.float64, order="C")  # one layout, so one order of sums
                 scores = exact = _scores(q_block, keys, problem)
                 if projection is not None and (ranks is None or ranks[b, h] < problem.head_dim):
-                    scores = _projected_scores(q_block, keys, projection, h // shared, problem)
+                    own = unit(projection, problem, b, h)
+                    scores = _projected_scores(q_block, keys, projection, own, problem)
                 elif isinstance(reduction, Energy):
                     assert energies is not None
                     scores = _kept_scores(q_block, keys, energies, reduction, problem)
@@ -577,7 +585,11 @@ def attention(
     """NumPy twin of :func:`cudistr.attention`: float64 results; ``out`` is a float64 array here."""
     options = dict(reduction=reduction, causal=causal, window=window, scale=scale, softcap=softcap)
     problem = normalize.problem(q, k, v, reference=True, **options)  # type: ignore[arg-type]
-    projection: Any = reduction if problem.rank is not None else None
+    projection: Any = None
+    if problem.rank is not None and not problem.empty:
+        from cudistr.compose import found  # which imports this module
+
+        projection = found(problem, reduction, q, k)  # type: ignore[arg-type]
     ranks = None
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)

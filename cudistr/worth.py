@@ -41,7 +41,8 @@ COLUMNS: tuple[Column, ...] = (
     ("float32", 64),
     ("float32", 128),
 )
-# Of the kinds, "half" and "quarter" are projections and the part of head_dim that they leave, and "energy" keeps half.
+# Of the kinds, "half" and "quarter" are projections and the part of head_dim that they leave, with "lowrank" found in the
+# call, and "energy" keeps half.
 # Keys that a query sees on average, from which on the reduction is faster than exact attention. The time of a token is
 # taken for a constant and a part that grows with its keys; both follow from calls with 4096 and with 16384 keys, 16384
 # tokens, and heads of 2048 columns in all; of the two masks, the larger number counts. Beyond 2^16 is never, and None
@@ -95,8 +96,9 @@ def kind_of(method: str, head_dim: int) -> Kind | None:
     if name == "energy" and 2 * int(number) == head_dim:
         return ("energy", *more)
     parts = {2: "half", 4: "quarter"}
-    if name == "projection" and head_dim % int(number) == 0 and head_dim // int(number) in parts:
-        return (parts[head_dim // int(number)], *more)
+    if name in ("projection", "lowrank") and head_dim % int(number) == 0 and head_dim // int(number) in parts:
+        part = parts[head_dim // int(number)]
+        return (f"lowrank {part}" if name == "lowrank" else part, *more)
     return None
 
 
@@ -181,13 +183,14 @@ def column(problem: Problem, device: Device) -> Column:
     return family, 64 if problem.head_dim <= 64 else 128
 
 
-def _kind(problem: Problem, columns: float) -> str:
+def _kind(problem: Problem, columns: float, anew: bool) -> str:
     reduction = problem.reduction
     if isinstance(reduction, LSH):
         return "rank1" if reduction.by_keys else "lsh2" if reduction.group_size < 4 else "lsh4"
     if reduction is not None:
         return "energy"
-    return "quarter" if columns <= problem.head_dim / 4 else "half"
+    size = "quarter" if columns <= problem.head_dim / 4 else "half"
+    return f"lowrank {size}" if anew else size
 
 
 NOTHING = Kept()
@@ -199,7 +202,14 @@ def _own(measured: Kept) -> dict[Kind, tuple[float | None, ...]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def worth(problem: Problem, device: Device, columns: float, within: bool, measured: Kept = NOTHING) -> Worth:
+def worth(
+    problem: Problem,
+    device: Device,
+    columns: float,
+    within: bool,
+    measured: Kept = NOTHING,
+    anew: bool = False,
+) -> Worth:
     """Whether a reduced problem on a device, which is not empty, takes less time than exact attention.
 
     Parameters
@@ -214,11 +224,13 @@ def worth(problem: Problem, device: Device, columns: float, within: bool, measur
         Whether it keeps to a tolerance. Heads that turn out to be exact save nothing, which is not known here.
     measured : Kept
         What was measured on this device, in place of the table.
+    anew : bool
+        Whether its factors are found in the call.
     """
     keys = _visible_keys(problem)
     place = column(problem, device)
     kept = bool(problem.near or problem.sinks)
-    kind = _kind(problem, columns)
+    kind = _kind(problem, columns, anew)
     plain = dataclasses.replace(problem, near=0, sinks=0) if kept else problem
     if place[0] == "hopper" and kind.startswith("lsh") and hopper_kernel(plain, device) is None:
         return Worth(keys, NEVER)  # the portable kernel beside the exact Hopper kernel
@@ -234,7 +246,7 @@ def worth(problem: Problem, device: Device, columns: float, within: bool, measur
         if found is not None:
             least = max(least, found)
             known |= more == (kept, within)
-    if kind == "half":  # more columns save less, for the same cost
+    if kind.endswith("half"):  # more columns save less, for the same cost
         saved = 1 - columns / problem.head_dim
         least = NEVER if saved <= 0 else least * max(1.0, 0.5 / saved)
     # What is made of K serves this call alone: few queries pay more for it.

@@ -150,12 +150,15 @@ def break_even(folder: Path = RECORDS) -> dict[tuned.Kind, tuple[float | None, .
     for path, record in records(folder):
         for row in record["rows"] if path.match(BREAK_EVEN) else ():
             family = "float32" if row["dtype"] == "float32" else row["kernel"]
-            key = ((family, row["head_dim"]), row["method"], row["causal"])
+            key = (path, (family, row["head_dim"]), row["method"], row["causal"])
             ms.setdefault(key, {})[row["seqlen_k"]] = row["ms"]["cudistr"]
-    exact = {(column, causal): x for (column, method, causal), x in ms.items() if method == "exact"}
+    # A reduction is compared with exact attention of the same run.
+    exact = {
+        (path, column, causal): x for (path, column, method, causal), x in ms.items() if method == "exact"
+    }
     return worth.table(
-        (kind, column, worth.rounded(worth.faster_from(exact[column, causal], reduced, causal)))
-        for (column, method, causal), reduced in ms.items()
+        (kind, column, worth.rounded(worth.faster_from(exact[path, column, causal], reduced, causal)))
+        for (path, column, method, causal), reduced in ms.items()
         if (kind := worth.kind_of(method, column[1])) is not None
     )
 
@@ -169,6 +172,8 @@ def break_even_table() -> str:
         "energy": "`Energy`, half of head_dim",
         "half": "`Projection`, half of head_dim",
         "quarter": "`Projection`, a quarter",
+        "lowrank half": "`LowRank`, half of head_dim",
+        "lowrank quarter": "`LowRank`, a quarter",
     }
     kernels = {"hopper": "Hopper kernel", "portable": "portable kernel", "float32": "float32"}
 

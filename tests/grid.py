@@ -257,6 +257,9 @@ def _hopper_problems() -> Iterator[tuple[str, normalize.Problem]]:
     )
 
 
+LOWRANK = {24: (16,), 64: (32, 48), 128: (64, 32, 96), 192: (80,), 256: (128,)}  # head_dim to ranks
+
+
 def kernels(capability: int) -> dict[str, Kernel]:
     """Variant name to kernel, for one architecture."""
     found: dict[str, Kernel] = {}
@@ -306,6 +309,14 @@ def kernels(capability: int) -> dict[str, Kernel]:
                     found["smxx_draw"] = planner.draw_kernel(problem)
                     found["smxx_draw kept"] = planner.draw_kernel(kept)
             found[f"smxx_decide {d}"] = planner.decide_kernel(d, d)
+        for d in LOWRANK:
+            for aligned in (True, False) if d in UNALIGNED else (True,):
+                name = f"{dtype} {d}" + ("" if aligned else " unaligned")
+                found[f"smxx_lowrank_rows {name}"] = planner.lowrank_rows_kernel(dtype, d, aligned)
+                found[f"smxx_lowrank_sums {name}"] = planner.lowrank_sums_kernel(dtype, d, aligned)
+            for rank in LOWRANK[d] if dtype == "bfloat16" else LOWRANK[d][:1]:
+                kernel = planner.lowrank_factors_kernel(dtype, d, rank, DEVICES[capability])
+                found[f"smxx_lowrank_factors {dtype} {d} rank{rank}"] = kernel
         found[f"smxx_merge {dtype} 64"] = planner.merge_kernel(dtype, 64)
         for before, after in ((dtype, dtype), (dtype, "float32"), ("float32", "float32"), ("float32", dtype)):
             name = f"smxx_merge_shard {dtype} {before} {after} 64"

@@ -197,8 +197,9 @@ class Group:
                 )
             if reduction is not None and reduction.by_keys and parallel == "context":
                 raise ValueError(
-                    "a cudistr.Energy, and representative='rank1', go by all keys of a head, so they cannot be used "
-                    "with parallel='context'. Pass parallel='heads', or a cudistr.LSH with another representative."
+                    "a cudistr.Energy, a cudistr.LowRank, and representative='rank1', go by all keys of a head, so "
+                    "they cannot be used with parallel='context'. Pass parallel='heads', or a cudistr.LSH with another "
+                    "representative."
                 )
             alike = {
                 "batch": problem.batch,

@@ -76,8 +76,8 @@ def attend(call: Call, q: Any, k: Any, v: Any, options: Options) -> tuple[Any, A
     problem = dataclasses.replace(
         problem, left=call.left, right=call.right, near=0, sinks=0, exact_block=(1, 1)
     )
-    projection = reduction if isinstance(reduction, Projection) and problem.rank is not None else None
     if problem.device is None:
+        projection = reduction if isinstance(reduction, Projection) and problem.rank is not None else None
         return reference.solve(q, k, v, problem, projection)
     return compose.attention(problem, reduction, q, k, v, None, True, None)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cudistr
-from cudistr import normalize, reference
+from cudistr import compose, normalize, reference
 
 from .errors import EvalError
 from .rivals import RIVALS
@@ -44,6 +44,7 @@ KINDS: dict[str, set[str]] = {
     "exact": set(),
     "lsh": _fields(cudistr.LSH),
     "energy": _fields(cudistr.Energy),
+    "lowrank": {*_fields(cudistr.LowRank), "tolerance"},
     "projection": {*OPTIONS, "near", "sinks"},
     **{rival: _keywords(rival) - {"causal"} for rival in RIVALS},
 }
@@ -51,9 +52,9 @@ KINDS: dict[str, set[str]] = {
 
 @dataclass(frozen=True)
 class Within:
-    """A projection whose heads keep to a tolerance, or are exact: decided in every call."""
+    """A projection, or low-rank factors, whose heads keep to a tolerance, or are exact: decided in every call."""
 
-    projection: cudistr.Projection
+    projection: cudistr.Projection | cudistr.LowRank
     tolerance: float
 
 
@@ -94,7 +95,7 @@ def parse(spec: str) -> Method:
                 f"--reduction: {word!r} in {spec!r} is neither a number in first place nor name=value"
             ) from None
     if number is None and (
-        kind in ("lsh", "energy") or (kind == "projection" and not options.get("tolerance"))
+        kind in ("lsh", "energy", "lowrank") or (kind == "projection" and not options.get("tolerance"))
     ):
         raise EvalError(f"--reduction: {spec!r} needs a number, such as {kind}:{2 if kind == 'lsh' else 32}")
     if number is not None and kind in ("exact", *RIVALS):
@@ -107,6 +108,8 @@ def parse(spec: str) -> Method:
         for name, value in options.items():
             if value not in ("yes", "no"):
                 raise EvalError(f"--reduction: {name} must be yes or no, got {value!r}")
+    if kind == "lowrank" and "tolerance" in options:
+        options["tolerance"] = _tolerance(options)
     if kind == "projection":
         options = OPTIONS | options
         if options["fit"] not in FITS:
@@ -125,7 +128,7 @@ def parse(spec: str) -> Method:
 
 
 def _tolerance(options: dict[str, Any]) -> float:
-    """The tolerance of a projection's options, 0 without one."""
+    """The tolerance of a method's options, 0 for none."""
     try:
         tolerance = float(options["tolerance"])
     except ValueError:
@@ -160,6 +163,10 @@ def prepare(
         return [cudistr.LSH(method.number or 0, **options)] * depth
     if method.kind == "energy":
         return [cudistr.Energy(method.number or 0, **options)] * depth
+    if method.kind == "lowrank":
+        tolerance = options.pop("tolerance", 0.0)
+        anew = cudistr.LowRank(method.number or 0, **options)
+        return [Within(anew, tolerance) if tolerance else anew] * depth
     near, sinks = options.get("near", 0), options.get("sinks", 0)
     rank, share = method.number or 0, options["share"] == "yes"
     tolerance = options["tolerance"]
@@ -200,6 +207,8 @@ def mean_dim(
         reduced = float(reduction.keep)
     elif isinstance(reduction, cudistr.Projection):
         reduced = float(np.mean(reduction.ranks if ranks is None else ranks))
+    elif isinstance(reduction, cudistr.LowRank):
+        reduced = float(reduction.rank if ranks is None else np.mean(ranks))
     else:
         return None
     rows = np.zeros((1, 1, seqlen, head_dim), np.float32)
@@ -243,7 +252,8 @@ def decided(q: Any, k: Any, v: Any, within: Within, causal: bool, xp: Any) -> ND
         )
         return np.array(report.ranks, np.int32)
     problem = normalize.problem(q, k, v, reduction=within.projection, causal=causal)
-    return reference.decide(q, k, v, problem, within.projection, within.tolerance)[0]
+    found = compose.found(problem, within.projection, q, k)
+    return reference.decide(q, k, v, problem, found, within.tolerance)[0]
 
 
 def _on_cpu(
@@ -262,6 +272,8 @@ def _on_cpu(
         normalize.check_group(q, reduction, of_keys)
         orders, numbers = reference.solve_columns(q, reduction, of_keys)
     problem = normalize.problem(q, k, v, reduction=reduction, causal=causal)
+    if isinstance(reduction, cudistr.LowRank):
+        reduction = compose.found(problem, reduction, q, k)
     rows_per_block = ROWS if orders is None else reduction.rows_per_block
     for h in range(heads):
         kv = h * k.shape[1] // heads

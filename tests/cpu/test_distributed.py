@@ -183,6 +183,7 @@ def test_exact_keys_of_a_ring_are_no_whole_blocks(request):
         ("context", cudistr.LSH(2, representative="mean", block_q=64, near=9)),
         ("heads", cudistr.LSH(2, representative="rank1")),
         ("heads", cudistr.Energy(16, near=9, sinks=2)),
+        ("heads", cudistr.LowRank(16, near=9, sinks=2)),
     ],
     ids=str,
 )
@@ -411,7 +412,7 @@ def test_what_cannot_be_computed_is_refused_on_all_ranks():
         ValueError,
         "parallel='heads', or leave it away",
     )
-    for by_keys in (cudistr.Energy(16), cudistr.LSH(2, representative="rank1")):
+    for by_keys in (cudistr.Energy(16), cudistr.LSH(2, representative="rank1"), cudistr.LowRank(16)):
         raises(
             2,
             lambda g, reduction=by_keys: g.attention(*wide, reduction=reduction),

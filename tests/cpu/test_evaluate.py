@@ -38,7 +38,7 @@ def test_parse() -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("lhs:2", "'lhs' is no method. Allowed: exact, lsh, energy, projection"),
+        ("lhs:2", "'lhs' is no method. Allowed: exact, lsh, energy, lowrank, projection"),
         ("energy:near=3", "'energy:near=3' needs a number, such as energy:32"),
         ("lsh", "'lsh' needs a number, such as lsh:2"),
         ("lsh:two", "'two' in 'lsh:two' is neither a number in first place nor name=value"),

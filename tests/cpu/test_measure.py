@@ -290,7 +290,7 @@ def test_report_prints_as_a_table():
         (
             {"reduction": 2},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy, a cudistr.LowRank or a cudistr.Projection, got",
         ),
     ],
     ids=str,

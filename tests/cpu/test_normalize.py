@@ -185,12 +185,12 @@ def test_sequence_too_long(name):
         (
             {"reduction": 2},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got int. Pass, for example",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy, a cudistr.LowRank or a cudistr.Projection, got int. Pass, for example",
         ),
         (
             {"reduction": cudistr.LSH},
             TypeError,
-            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy or a cudistr.Projection, got the class cudistr.reductions.LSH. Pass",
+            "reduction must be None (exact), a cudistr.LSH, a cudistr.Energy, a cudistr.LowRank or a cudistr.Projection, got the class cudistr.reductions.LSH. Pass",
         ),
         (
             {"reduction": cudistr.LSH(3)},

@@ -1064,6 +1064,12 @@ LAYOUTS = {
     "KeyEnergyParams": (planner.key_energy("float16", 64, 1, 1).kernel, launch._KEY_ENERGY),
     "EnergyOrderParams": (planner.energy_order("float16", 64, True, 1).kernel, launch._ENERGY_ORDER),
     "ProjectParams": (planner.project_kernel(problem(), 48), launch._PROJECT),
+    "LowRankRowsParams": (planner.lowrank_rows_kernel("float16", 64, True), launch._LOWRANK_ROWS),
+    "LowRankSumsParams": (planner.lowrank_sums_kernel("float16", 64, True), launch._LOWRANK_SUMS),
+    "LowRankFactorsParams": (
+        planner.lowrank_factors_kernel("float16", 64, 32, AMPERE),
+        launch._LOWRANK_FACTORS,
+    ),
     "MergeParams": (planner.merge_kernel("float16", 64), launch._MERGE),
     "MergeShardParams": (
         planner.merge_shard_kernel("float16", "float16", "float32", 64),
@@ -1133,7 +1139,7 @@ def test_parameters_lie_where_the_kernel_reads_them(
     assert layout.names is not None and layout.fields is not None
     offsets = {}
     for name in layout.names:
-        offsets[in_struct(name)] = layout.fields[name][1]
+        offsets[in_struct(name, struct)] = layout.fields[name][1]
     asserting(
         kernel,
         f"sizeof({struct}) == {layout.itemsize}",
@@ -1147,8 +1153,25 @@ def test_parameters_lie_where_the_kernel_reads_them(
     assert kinds[maps : maps + addresses] == [np.dtype("u8")] * addresses
 
 
-def in_struct(name: str) -> str:
+# Of the structs LowRankRowsParams and LowRankSumsParams, within one of their own.
+OF_CALL = (
+    "q_batch",
+    "q_head",
+    "q_row",
+    "k_batch",
+    "k_head",
+    "k_row",
+    "heads_kv",
+    "heads_per_kv",
+    "seqlen_k",
+    "samples",
+)
+
+
+def in_struct(name: str, struct: str) -> str:
     """A parameter as the kernel's struct names it: MergeParams has arrays of pointers, and passes are a struct."""
+    if struct.startswith("LowRank"):
+        return f"call.{name}" if name in OF_CALL else re.sub("^(near|exact)_", "near.", name)
     within = {
         r"(out|lse)(\d+)": r"\1s[\2]",
         r"pass_(\w+)(\d)": r"passes.\1[\2]",

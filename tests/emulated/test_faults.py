@@ -21,6 +21,7 @@ import cudistr
 from cudistr import compiler, compose, launch, normalize
 from tests.emulation.fake_cupy import EmulationError, Settings
 from tests.gpu import util
+from tests.gpu.test_lowrank import check_attended, check_found
 from tests.strategies import BFLOAT16, lost_sums, near_ties, random
 
 FLASH = "kernels/sm80_flash_fwd.cu"
@@ -36,6 +37,10 @@ MERGE = "kernels/smxx_merge.cu"
 MERGE_SHARD = "kernels/smxx_merge_shard.cu"
 MERGE_SPLITS = "kernels/smxx_merge_splits.cu"
 PROJECT = "kernels/smxx_project.cu"
+DRAWN = "tile/drawn.cuh"
+LOWRANK_ROWS = "kernels/smxx_lowrank_rows.cu"
+LOWRANK_SUMS = "kernels/smxx_lowrank_sums.cu"
+LOWRANK_FACTORS = "kernels/smxx_lowrank_factors.cu"
 DRAW = "kernels/smxx_draw.cu"
 PROBE = "kernels/smxx_probe.cu"
 DECIDE = "kernels/smxx_decide.cu"
@@ -679,6 +684,74 @@ FAULTS |= {
 }  # fmt: skip
 
 # Hopper: what works beside the threads, and what orders it.
+LOW_RANK, ATTENDED = {"low_rank": True}, {"low_rank": True, "attended": True}
+SOME = {**LOW_RANK, "head_dim": 24}  # columns to fill up
+OTHERS = "Not equal to tolerance|assert np.False_"  # what a comparison of factors says
+FAULTS |= {
+    "sampled keys before the center is found": Fault(
+        DRAWN,
+        f"{BARRIER}\n        for (int column",
+        "for (int column",
+        f"read {RACE}",
+        LOW_RANK,
+    ),
+    "a center of fewer keys": Fault(DRAWN, "sum / kCenterKeys", "sum / 64", OTHERS, LOW_RANK),
+    "columns that are not filled up": Fault(
+        DRAWN, "i < Tile::kRows * kRest;", "i < 0;", "which nothing wrote|nothing wrote", SOME
+    ),
+    "no barrier before a tile of samples is used": Fault(
+        LOWRANK_ROWS, f"        {BARRIER}\n        const int next", "        const int next", RACE, LOW_RANK
+    ),
+    "no barrier before the next samples overwrite": Fault(
+        LOWRANK_ROWS, f"{BARRIER}  // every warp is done with the tile", "", RACE, LOW_RANK
+    ),
+    "a softmax of half of the lanes": Fault(
+        LOWRANK_ROWS, "int distance = 1; distance < 4;", "int distance = 1; distance < 2;", OTHERS, ATTENDED
+    ),
+    "exact keys that count": Fault(
+        LOWRANK_SUMS, "rows.keeps(half, own.key[nt][i], sinks) ? 0.f : weight;", "weight;", OTHERS, ATTENDED
+    ),
+    "keys that count alike": Fault(LOWRANK_SUMS, "fmaf(weight, factor, plain)", "plain", OTHERS, ATTENDED),
+    "the weight of another key": Fault(
+        LOWRANK_SUMS, "lane % 4 * 2 + odd] = sum;", "lane % 4 * 2 + !odd] = sum;", OTHERS, ATTENDED
+    ),
+    "no barrier before weights are used": Fault(
+        LOWRANK_SUMS,
+        f"{BARRIER}  // the tile is there, and the weights of the one before",
+        "",
+        RACE,
+        LOW_RANK,
+    ),
+    "no barrier before the tile after the next": Fault(
+        LOWRANK_SUMS, f"{BARRIER}  // every warp is done with the tile before", "", RACE, LOW_RANK
+    ),
+    "the queries of another tile": Fault(
+        LOWRANK_SUMS, "params.queries + (tile + 1) * kKeys", "params.queries", OTHERS, LOW_RANK
+    ),
+    "no barrier before rows that are taken off": Fault(
+        LOWRANK_FACTORS,
+        "        named_barrier_sync(1, kStepWarps * kWarpSize);\n    }\n    if constexpr",
+        "    }\n    if constexpr",
+        RACE,
+        LOW_RANK,
+    ),
+    "a product in the place of its rows before they are read": Fault(
+        LOWRANK_FACTORS, f"if (kLeft == kByRows) {BARRIER}", "", RACE, LOW_RANK
+    ),
+    "columns that are not orthogonal": Fault(
+        LOWRANK_FACTORS, "row < column ? own[m][c] : row == column", "row == column", OTHERS, LOW_RANK
+    ),
+    "sums over splits by one of them": Fault(
+        LOWRANK_FACTORS, "own[n].x[c] += more[n].x[c];", "own[n].x[c] = more[n].x[c];", OTHERS, LOW_RANK
+    ),
+    "columns of factors at another's place": Fault(
+        LOWRANK_FACTORS, "tile % (kOf / 16) * 2;", "tile % (kOf / 16);", "Not equal|not equal", LOW_RANK
+    ),
+    "the second part of a factor": Fault(
+        LOWRANK_FACTORS, "x -= Traits<T>::to_float(part);", "", "Not equal|not equal", LOW_RANK
+    ),
+}
+
 ON_HOPPER = {
     # Barriers
     "no barrier after barriers are initialised": Fault(
@@ -1133,6 +1206,17 @@ def run(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         util.same_bits(cudistr.group(util.on_device(q), reduction), cudistr.reference.group(q, reduction))
         return
     options = dict(fault.options)
+    if options.pop("low_rank", False):
+        if options.pop("attended", False):
+            check_attended(fault.dtype)
+        else:
+            check_found(
+                fault.dtype,
+                options.get("head_dim", 64),
+                16 if "head_dim" in options else 32,
+                lengths=fault.lengths,
+            )
+        return
     monkeypatch.setattr(Settings, "multiprocessors", options.pop("multiprocessors", Settings.multiprocessors))
     section = options.pop("section", 0)
     ranks, kept = options.pop("ranks", None), options.pop("kept", (0, 0))

@@ -17,6 +17,7 @@ from cudistr.plan import Device, Kernel
 from tests import grid
 from tests.emulation.fake_cupy import Settings, statistics
 from tests.gpu import util
+from tests.gpu.test_lowrank import check_found
 from tests.strategies import BFLOAT16, random
 
 MASKS: tuple[dict[str, Any], ...] = ({"causal": True}, {"window": (150, 20)}, {})
@@ -50,6 +51,7 @@ ENERGY_ORDER = other_variants("smxx_energy_order")
 COPIED_QUERIES = other_variants("smxx_copied_queries")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
+LOWRANK = {kind: other_variants(f"smxx_lowrank_{kind}") for kind in ("rows", "sums", "factors")}
 DRAW = other_variants("smxx_draw")
 PROBE = other_variants("smxx_probe")
 DECIDE = other_variants("smxx_decide")
@@ -378,6 +380,41 @@ def test_project_several_tiles_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_project_more_columns_than_shared_memory_holds(dtype: str) -> None:
     check_projected(PROJECT[f"smxx_project {dtype} 256"], (30, 150), (48, 144))
+
+
+@pytest.mark.parametrize("kernel", LOWRANK["factors"].values(), ids=LOWRANK["factors"])
+@pytest.mark.parametrize("layout", ["transposed", "ragged"])
+def test_low_rank(kernel: Kernel, layout: str) -> None:
+    constants = dict(kernel.constants)
+    head_dim, rank = constants["HEAD_DIM"], constants["RANK"]
+    dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
+    others = [planner.lowrank_rows_kernel, planner.lowrank_sums_kernel]
+    used = [make(dtype.name, head_dim, layout == "transposed") for make in others]
+    if layout == "ragged" and head_dim not in grid.UNALIGNED:
+        used = []
+    elif layout == "transposed":
+        assert all(x in (LOWRANK["rows"] | LOWRANK["sums"]).values() for x in used)
+    use(grid.DEVICES[80])
+    check_found(dtype, head_dim, rank, lengths=(90, 140), layout=layout)
+    assert all((x, 0) in compiler._functions for x in (kernel, *used))
+
+
+@pytest.mark.parametrize("capability", grid.DEVICES)
+def test_low_rank_in_global_memory_or_shared(capability: int) -> None:
+    use(grid.DEVICES[capability])
+    check_found(np.dtype(np.float16), 128, 96, lengths=(90, 140))
+
+
+def test_low_rank_of_a_sample_of_keys() -> None:
+    check_found(np.dtype(np.float16), 24, 16, lengths=(600, 2300))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+def test_low_rank_on_a_small_gpu_and_a_large_one(
+    multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "multiprocessors", multiprocessors)
+    check_found(BFLOAT16, 40, 32, lengths=(130, 300))
 
 
 @pytest.mark.parametrize("kernel", PROBE.values(), ids=PROBE)

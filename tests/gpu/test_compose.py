@@ -148,6 +148,8 @@ def test_without_keys_and_rows():
         cudistr.LSH(2, representative="rank1", near=64, sinks=16),
         cudistr.Energy(32, near=64, sinks=16),
         cudistr.Energy(32, near=0, sinks=0),
+        cudistr.LowRank(32),
+        cudistr.LowRank(32, near=64, sinks=16),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cudistr
-from cudistr import LSH, Energy, Projection, compiler, launch
+from cudistr import LSH, Energy, LowRank, Projection, compiler, launch
 from tests.gpu.util import cp, inputs, on_device, same_bits
 from tests.strategies import random
 
@@ -24,6 +24,8 @@ REDUCTIONS = {
     "rank1, near": LSH(2, representative="rank1", near=70, sinks=8),
     "Energy": Energy(16, near=0, sinks=0),
     "Energy, near": Energy(16, near=70, sinks=8),
+    "low rank": LowRank(16),
+    "low rank, near": LowRank(16, near=70, sinks=8),
     "projection": "rank 16",
     "projection, near": "rank 16, near",
     "projection, all near": "rank 16, all near",
