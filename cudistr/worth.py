@@ -41,8 +41,8 @@ COLUMNS: tuple[Column, ...] = (
     ("float32", 64),
     ("float32", 128),
 )
-# Of the kinds, "half" and "quarter" are projections and the part of head_dim that they leave, with "lowrank" found in the
-# call, and "energy" keeps half.
+# Of the kinds, "half" and "quarter" are projections and the part of head_dim that they leave, with "lowrank" found in
+# the call, and "energy" keeps half.
 # Keys that a query sees on average, from which on the reduction is faster than exact attention. The time of a token is
 # taken for a constant and a part that grows with its keys; both follow from calls with 4096 and with 16384 keys, 16384
 # tokens, and heads of 2048 columns in all; of the two masks, the larger number counts. Beyond 2^16 is never, and None

@@ -17,7 +17,6 @@
 //   RANK        columns of Qhat and Khat, a multiple of 16
 //   IN_SHARED   1: both of the matrices that are iterated lie in shared memory; 0: in global memory
 //   SHARED_BYTES  what the plan reserves
-#include "ptx/barrier.cuh"
 #include "tile/multiply.cuh"
 #include "tile/warp.cuh"
 
@@ -254,72 +253,78 @@ typedef float OwnRows[kPerWarp][kPerLane];
 
 DEVICE bool inside(int column) { return RANK % kWarpSize == 0 || column < RANK; }
 
-// Takes multiples of rows off all others, kTogether rows at once, which the warps that have them wrote for all: those whose
-// pivots are in the lanes' kFrom-th columns. Every warp eliminates these rows among each other by itself.
+// Takes multiples of rows off all others, kTogether rows at once, which the warps that have them wrote for all. The pivots are
+// in the lanes' kFrom-th columns. Every warp eliminates these rows among each other by itself.
+template <int kFrom>
+DEVICE void take_off(SharedStorage& shared, OwnRows& own, int place, int warp, int lane) {
+    const int first = kFrom * kWarpSize + place;
+    const float(&rows)[kTogether][RANK] = shared.rows[first / kTogether % 2];
+    float pivot[kTogether][kTogether], factor[kTogether][kPerLane], left[kTogether];
+#pragma unroll
+    for (int a = 0; a < kTogether; ++a) {
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b) pivot[a][b] = rows[a][first + b];
+#pragma unroll
+        for (int c = kFrom; c < kPerLane; ++c) {
+            const int column = lane + c * kWarpSize;
+            factor[a][c] = inside(column) ? rows[a][column] : 0.f;
+        }
+    }
+#pragma unroll
+    for (int a = 0; a < kTogether; ++a) {
+        left[a] = fmaxf(pivot[a][a], 0.f) + kDamped;
+        const float inverse = reciprocal_approx(left[a]);
+        if (warp == 0 && lane == a) shared.inverse[first + a] = inverse;
+#pragma unroll
+        for (int c = kFrom; c < kPerLane; ++c) {
+            factor[a][c] = (c > kFrom || lane > place + a) && pivot[a][a] > 0.f ? factor[a][c] * inverse : 0.f;
+        }
+#pragma unroll
+        for (int b = a + 1; b < kTogether; ++b) {
+            const float multiple = pivot[a][a] > 0.f ? pivot[b][a] * inverse : 0.f;
+#pragma unroll
+            for (int c = kFrom; c < kPerLane; ++c) factor[b][c] = fmaf(-factor[a][c], pivot[b][a], factor[b][c]);
+#pragma unroll
+            for (int other = a + 1; other < kTogether; ++other) {
+                pivot[b][other] = fmaf(-pivot[a][other], multiple, pivot[b][other]);
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kPerWarp; ++m) {
+#pragma unroll
+        for (int a = 0; a < kTogether; ++a) {
+            // Of a row itself, minus its multiples are left: the columns of the inverse.
+            const float theirs = from_lane(own[m][kFrom], place + a);
+            const float times = warp + m * kStepWarps == first + a ? left[a] + 1.f : theirs;
+#pragma unroll
+            for (int c = kFrom; c < kPerLane; ++c) own[m][c] = fmaf(-factor[a][c], times, own[m][c]);
+        }
+    }
+    const int next = warp - (first + kTogether) % kStepWarps;  // which of the next rows a warp has
+    if (next >= 0 && next < kTogether) {
+        // A bit, because ptxas puts the rows into memory if it sees that one is looked up by its number.
+        const u32 bit = anew(1u << (first + kTogether) / kStepWarps);
+#pragma unroll
+        for (int m = 0; m < kPerWarp; ++m) {
+#pragma unroll
+            for (int c = kFrom; c < kPerLane; ++c) {
+                const int column = lane + c * kWarpSize;
+                if (bit >> m & 1 && inside(column)) {
+                    shared.rows[(first / kTogether + 1) % 2][next][column] = own[m][c];
+                }
+            }
+        }
+    }
+}
+
+// The same for all rows. Only some of the warps have rows.
 template <int kFrom>
 DEVICE void eliminate(SharedStorage& shared, OwnRows& own, int warp, int lane) {
 #pragma unroll 1
     for (int place = 0; place < min(kWarpSize, RANK - kFrom * kWarpSize); place += kTogether) {
-        const int first = kFrom * kWarpSize + place;
-        const float(&rows)[kTogether][RANK] = shared.rows[first / kTogether % 2];
-        float pivot[kTogether][kTogether], factor[kTogether][kPerLane], left[kTogether];
-#pragma unroll
-        for (int a = 0; a < kTogether; ++a) {
-#pragma unroll
-            for (int b = 0; b < kTogether; ++b) pivot[a][b] = rows[a][first + b];
-#pragma unroll
-            for (int c = kFrom; c < kPerLane; ++c) {
-                const int column = lane + c * kWarpSize;
-                factor[a][c] = inside(column) ? rows[a][column] : 0.f;
-            }
-        }
-#pragma unroll
-        for (int a = 0; a < kTogether; ++a) {
-            left[a] = fmaxf(pivot[a][a], 0.f) + kDamped;
-            const float inverse = reciprocal_approx(left[a]);
-            if (warp == 0 && lane == a) shared.inverse[first + a] = inverse;
-#pragma unroll
-            for (int c = kFrom; c < kPerLane; ++c) {
-                factor[a][c] = (c > kFrom || lane > place + a) && pivot[a][a] > 0.f ? factor[a][c] * inverse : 0.f;
-            }
-#pragma unroll
-            for (int b = a + 1; b < kTogether; ++b) {
-                const float multiple = pivot[a][a] > 0.f ? pivot[b][a] * inverse : 0.f;
-#pragma unroll
-                for (int c = kFrom; c < kPerLane; ++c) factor[b][c] = fmaf(-factor[a][c], pivot[b][a], factor[b][c]);
-#pragma unroll
-                for (int other = a + 1; other < kTogether; ++other) {
-                    pivot[b][other] = fmaf(-pivot[a][other], multiple, pivot[b][other]);
-                }
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < kPerWarp; ++m) {
-#pragma unroll
-            for (int a = 0; a < kTogether; ++a) {
-                // Of a row itself, minus its multiples are left: the columns of the inverse.
-                const float theirs = from_lane(own[m][kFrom], place + a);
-                const float times = warp + m * kStepWarps == first + a ? left[a] + 1.f : theirs;
-#pragma unroll
-                for (int c = kFrom; c < kPerLane; ++c) own[m][c] = fmaf(-factor[a][c], times, own[m][c]);
-            }
-        }
-        const int next = warp - (first + kTogether) % kStepWarps;  // which of the next rows a warp has
-        if (next >= 0 && next < kTogether) {
-            // A bit, because ptxas puts the rows into memory if it sees that one is looked up by its number.
-            const u32 bit = anew(1u << (first + kTogether) / kStepWarps);
-#pragma unroll
-            for (int m = 0; m < kPerWarp; ++m) {
-#pragma unroll
-                for (int c = kFrom; c < kPerLane; ++c) {
-                    const int column = lane + c * kWarpSize;
-                    if (bit >> m & 1 && inside(column)) {
-                        shared.rows[(first / kTogether + 1) % 2][next][column] = own[m][c];
-                    }
-                }
-            }
-        }
-        named_barrier_sync(1, kStepWarps * kWarpSize);
+        if (warp < kStepWarps) take_off<kFrom>(shared, own, place, warp, lane);
+        __syncthreads();
     }
     if constexpr (kFrom + 1 < kPerLane) eliminate<kFrom + 1>(shared, own, warp, lane);
 }
@@ -334,8 +339,8 @@ DEVICE void orthonormalize(SharedStorage& shared) {
         shared.length[i] = x > kLeastTrace ? 1.f / sqrtf(x) : 0.f;
     }
     __syncthreads();
+    OwnRows own = {};
     if (warp < kStepWarps) {
-        OwnRows own;
 #pragma unroll
         for (int m = 0; m < kPerWarp; ++m) {
             const int row = warp + m * kStepWarps;
@@ -347,8 +352,10 @@ DEVICE void orthonormalize(SharedStorage& shared) {
                 if (inside(column) && row < kTogether) shared.rows[0][row][column] = own[m][c];
             }
         }
-        named_barrier_sync(1, kStepWarps * kWarpSize);
-        eliminate<0>(shared, own, warp, lane);
+    }
+    __syncthreads();
+    eliminate<0>(shared, own, warp, lane);
+    if (warp < kStepWarps) {
 #pragma unroll
         for (int c = 0; c < kPerLane; ++c) {
             const int column = lane + c * kWarpSize;

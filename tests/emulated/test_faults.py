@@ -730,8 +730,8 @@ FAULTS |= {
     ),
     "no barrier before rows that are taken off": Fault(
         LOWRANK_FACTORS,
-        "        named_barrier_sync(1, kStepWarps * kWarpSize);\n    }\n    if constexpr",
-        "    }\n    if constexpr",
+        f"warp, lane);\n        {BARRIER}\n    }}\n    if constexpr",
+        "warp, lane);\n    }\n    if constexpr",
         RACE,
         LOW_RANK,
     ),
