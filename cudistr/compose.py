@@ -12,7 +12,7 @@ import numpy as np
 from cudistr import launch, lowrank, reference
 from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
 from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, passes
-from cudistr.projection import Projection
+from cudistr.projection import ROW_MARGIN, Projection, ranks_allowed
 from cudistr.reductions import LowRank, Reduction
 from cudistr.worth import Worth, worth
 
@@ -206,6 +206,7 @@ def found(problem: Problem, reduction: Projection | LowRank, q: Any, k: Any) -> 
 def of_arrays(problem: Problem, reduction: LowRank, arrays: lowrank.Found) -> Projection:
     """Low-rank factors as a projection of as many heads as all batch entries have together."""
     units, nothing = problem.batch * problem.heads_kv, np.zeros((problem.batch * problem.heads_kv, 0))
+    unseen = np.zeros((units, len(ranks_allowed(problem.head_dim))))
     return Projection(
         problem.batch * problem.heads,
         units,
@@ -217,8 +218,8 @@ def of_arrays(problem: Problem, reduction: LowRank, arrays: lowrank.Found) -> Pr
         keys=arrays.keys,
         mean=arrays.mean,
         singular_values=nothing,
-        output_errors=nothing,
-        row_errors=nothing,
+        output_errors=unseen,
+        row_errors=unseen + lowrank.UNSEEN_ROW / ROW_MARGIN,  # no data tells
     )
 
 
@@ -287,14 +288,17 @@ def _head_ranks(problem: Problem, projection: Projection | LowRank) -> Any:
     assert problem.device is not None
     if isinstance(projection, Projection):
         return projection.head_ranks(problem.batch, problem.device)
-    return launch.constant((problem.batch, problem.heads), projection.rank, "int32", problem.device)
+    return launch.constant((problem.batch, problem.heads), (projection.rank,), "int32", problem.device)[
+        ..., 0
+    ]
 
 
 def _head_errors(problem: Problem, projection: Projection | LowRank) -> Any:
     assert problem.device is not None
     if isinstance(projection, Projection):
         return projection.head_errors(problem.batch, problem.device)
-    return launch.constant((problem.batch, problem.heads, 2), 0, "float32", problem.device)
+    unseen = (0.0, lowrank.UNSEEN_ROW**2)
+    return launch.constant((problem.batch, problem.heads), unseen, "float32", problem.device)
 
 
 def projected_problem(

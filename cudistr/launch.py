@@ -1109,11 +1109,11 @@ def project(
 
 
 @functools.lru_cache(maxsize=64)
-def constant(shape: tuple[int, ...], value: int, dtype: str, index: int) -> Any:
-    """An array of one number on a device, which must be the current one; made once."""
+def constant(shape: tuple[int, ...], values: tuple[float, ...], dtype: str, index: int) -> Any:
+    """An array of some numbers along a last axis, on a device, which must be the current one; made once."""
     import cupy
 
-    made = cupy.full(shape, value, dtype)
+    made = cupy.asarray(np.broadcast_to(np.array(values, dtype), (*shape, len(values))).copy())
     cupy.cuda.get_current_stream().synchronize()  # later calls may come on any stream
     return made
 

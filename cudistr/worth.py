@@ -62,6 +62,11 @@ BREAK_EVEN: dict[Kind, tuple[float | None, ...]] = {
     ("quarter", False, False): (1500, 2500, 520, 190, None, 170),
     ("quarter", True, False): (4200, 3800, 3300, 1600, None, 1600),
     ("quarter", True, True): (None, 31000, None, 2500, None, None),
+    ("lowrank half", False, False): (9700, 13000, 3300, 4200, None, None),
+    ("lowrank half", False, True): (14000, 18000, 5600, 5500, None, None),
+    ("lowrank half", True, False): (11000, 15000, 6600, 5200, None, None),
+    ("lowrank quarter", False, False): (7300, 8000, 2300, 2400, None, None),
+    ("lowrank quarter", True, False): (8600, 9400, 4400, 3400, None, None),
 }
 # The same as methods of cudistr bench. A tolerance is one that no head exceeds.
 METHODS = (
@@ -79,6 +84,11 @@ METHODS = (
     "projection:{quarter}",
     "projection:{quarter},near=256,sinks=64",
     "projection:{quarter},near=256,sinks=64,tolerance=0.99",
+    "lowrank:{half}",
+    "lowrank:{half},tolerance=0.99",
+    "lowrank:{half},near=256,sinks=64",
+    "lowrank:{quarter}",
+    "lowrank:{quarter},near=256,sinks=64",
 )
 MOST_KEYS = 2**16  # beyond them a reduction counts as never faster
 ROWS = 4096  # queries that are looked at for the average, at most

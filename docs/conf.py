@@ -39,13 +39,16 @@ def generate(_app):
     (generated / "records.md").write_text(make_tables.all_tables(), encoding="utf-8")
     (generated / "distributed.md").write_text(make_tables.several_gpus(), encoding="utf-8")
     (generated / "reductions.md").write_text(make_tables.reductions(), encoding="utf-8")
+    lowrank = make_tables.reductions(name="lowrank")
+    (generated / "lowrank.md").write_text(lowrank, encoding="utf-8")
     (generated / "break-even.md").write_text(make_tables.break_even_table(), encoding="utf-8")
     (generated / "clock.md").write_text(make_tables.clocks(), encoding="utf-8")
     (generated / "floors.md").write_text(floors.floors(), encoding="utf-8")
     (generated / "profiles.md").write_text(make_tables.profiles(), encoding="utf-8")
     (generated / "speed.md").write_text(speed_figure.draw_all(generated), encoding="utf-8")
     evaluations = make_tables.evaluations()
-    named = ("eval-smollm2", "eval-dinov2", "eval-smollm2-fp8", "eval-dinov2-fp8")
+    models = ("eval-smollm2", "eval-dinov2")
+    named = [model + kind for kind in ("", "-fp8", "-lowrank") for model in models]
     for name in (*named, *evaluations):  # a word where one is missing
         text = evaluations.get(name, make_tables.NONE)
         (generated / f"{name}.md").write_text(text, encoding="utf-8")

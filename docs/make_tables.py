@@ -130,13 +130,13 @@ def costs(rows: Sequence[dict[str, Any]]) -> str:
     return table([what, *head], [[name, *(cell(lines[name].get(c), c) for c in cases)] for name in names])
 
 
-def reductions(folder: Path = RECORDS) -> str:
-    """What each reduction costs: the records reductions.json."""
+def reductions(folder: Path = RECORDS, name: str = "reductions") -> str:
+    """What each reduction costs: the records of that name."""
     found = [
         f"Milliseconds of a call on {record['device']}, and the part of exact attention's time, by length and mask:\n\n"
         f"{costs(record['rows'])}"
         for path, record in records(folder)
-        if path.name == "reductions.json"
+        if path.stem == name
     ]
     return "\n".join(found) or NONE
 
