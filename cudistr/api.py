@@ -120,8 +120,8 @@ def attention(
     (``row_errors``), since a query that attends to one far key by what the projection misses is rare, and no rule
     favours it; and no head is taken to be better than it was on that data (``output_errors``), so that one that was
     worse than the tolerance there is exact without a sample. Of a ``LowRank``, which has no such data, it is one row
-    that is off by twice the root mean square of an output: with 2048 queries no tolerance below 0.044 leaves a head
-    reduced, with 16384 none below 0.016. The decision is made on the device, without
+    that is off by three times the root mean square of an output: with 2048 queries no tolerance below 0.067 leaves a
+    head reduced, with 16384 none below 0.024. The decision is made on the device, without
     synchronisation, and can be captured. It is a statement about a sample and about calibration data: an error that
     sits in a few rows out of thousands, unlike any of the calibration data, can escape it. :func:`attention_error`
     with the same arguments says what was chosen, and measures it with other rows.

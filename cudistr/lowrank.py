@@ -34,7 +34,7 @@ PLAIN_PART = 0.03  # of all weights, that the keys have alike
 RIDGE = 1e-7  # of the trace of the sums of keys, on their diagonal
 DAMPED = 2e-6  # of a column's square, added to what is left of it: less than that is rounding
 # With a tolerance, a row that is not drawn may be off by so many times the root mean square of an output: once.
-UNSEEN_ROW = 2.0
+UNSEEN_ROW = 3.0
 SKETCH = 16  # random vectors that say how much of a query is missed; columns of one matrix instruction
 
 Float = NDArray[np.float64]

@@ -146,7 +146,7 @@ def test_all_columns_and_all_near_are_exact():
     st.integers(0, 2**16),
     st.integers(1, 24),
     st.sampled_from([0.003, 0.1, 1.0]),
-    st.sampled_from([0.05, 0.15, 0.3]),
+    st.sampled_from([0.05, 0.2, 0.4]),
 )
 def test_heads_keep_to_a_tolerance(seed, rank, noise, tolerance):
     q, k, v = low_rank(seed, rank, noise)
@@ -160,11 +160,11 @@ def test_heads_keep_to_a_tolerance(seed, rank, noise, tolerance):
 def test_a_tolerance_leaves_what_is_of_low_rank():
     q, k, v = low_rank(9, 12, 0.001)
     q[:, 1], k[:, 1] = random(10, 300, 32), random(11, 300, 32)
-    report = cudistr.attention_error(q, k, v, reduction=LowRank(16), tolerance=0.15)
+    report = cudistr.attention_error(q, k, v, reduction=LowRank(16), tolerance=0.25)
     assert report.ranks == ((16, 32, 16),)
-    assert report.output.value <= 0.15
-    # One row of 300 may be off by twice the length of an output, whatever the sample says.
-    report = cudistr.attention_error(q, k, v, reduction=LowRank(16), tolerance=0.11)
+    assert report.output.value <= 0.25
+    # One row of 300 may be off by three times the length of an output, whatever the sample says.
+    report = cudistr.attention_error(q, k, v, reduction=LowRank(16), tolerance=0.17)
     assert report.ranks == ((32, 32, 32),)
 
 

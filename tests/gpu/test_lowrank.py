@@ -221,16 +221,16 @@ def test_decisions_are_those_of_the_host(kept):
     reduction = LowRank(16, near=kept[0], sinks=kept[1])
     given = [on_device(x) for x in (q, k, v)]
     problem = normalize.problem(*given, reduction=reduction, causal=True)
-    out, _, ranks, errors = compose.within(problem, reduction, *given, None, False, None, 0.2)
+    out, _, ranks, errors = compose.within(problem, reduction, *given, None, False, None, 0.3)
     found = compose.found(problem, reduction, *given[:2])
     host = normalize.problem(q, k, v, reduction=reduction, causal=True)
-    expected, wanted = reference.decide(q, k, v, host, found, 0.2)
+    expected, wanted = reference.decide(q, k, v, host, found, 0.3)
     np.testing.assert_array_equal(cp.asnumpy(ranks), expected)
     assert expected.tolist() == [[16, 64]] * 2
     np.testing.assert_allclose(cp.asnumpy(errors)[..., 0], wanted[..., 0], rtol=0.05, atol=2e-3)
     same_bits(out[:, 1], cudistr.attention(*given, causal=True)[:, 1])
     report = cudistr.attention_error(
-        *given, causal=True, reduction=reduction, tolerance=0.2, exact_if_faster=False
+        *given, causal=True, reduction=reduction, tolerance=0.3, exact_if_faster=False
     )
     assert report.ranks == ((16, 64),) * 2
 
