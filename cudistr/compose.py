@@ -288,9 +288,9 @@ def _head_ranks(problem: Problem, projection: Projection | LowRank) -> Any:
     assert problem.device is not None
     if isinstance(projection, Projection):
         return projection.head_ranks(problem.batch, problem.device)
-    return launch.constant((problem.batch, problem.heads), (projection.rank,), "int32", problem.device)[
-        ..., 0
-    ]
+    ranks = launch.constant((problem.batch, problem.heads), (projection.rank,), "int32", problem.device)
+    launch.hold(ranks)
+    return ranks[..., 0]
 
 
 def _head_errors(problem: Problem, projection: Projection | LowRank) -> Any:
@@ -298,7 +298,9 @@ def _head_errors(problem: Problem, projection: Projection | LowRank) -> Any:
     if isinstance(projection, Projection):
         return projection.head_errors(problem.batch, problem.device)
     unseen = (0.0, lowrank.UNSEEN_ROW**2)
-    return launch.constant((problem.batch, problem.heads), unseen, "float32", problem.device)
+    known = launch.constant((problem.batch, problem.heads), unseen, "float32", problem.device)
+    launch.hold(known)
+    return known
 
 
 def projected_problem(

@@ -1230,7 +1230,7 @@ def find(problem: Problem, q: Any, k: Any, rank: int, sketched: bool = False) ->
     lanes = [cupy.ndarray(shape, np.uint32) for shape in (of_factors, of_factors, of_mean)]
     bias = cupy.ndarray((units, rank), np.float32)
     sketch = cupy.ndarray(of_sketch, np.uint32) if sketched else None
-    hold(scratch, made, bias, *lanes, *([] if sketch is None else [sketch]))
+    hold(scratch, made, bias, *lanes, *([] if sketch is None else [sketch]), own)
     drawn, queries = own.drawn.data.ptr, own.queries.data.ptr
     own.rows(q.data.ptr, k.data.ptr, drawn, sums, center)
     own.sums(q.data.ptr, k.data.ptr, drawn, queries, sums, center, of_keys, of_queries)
