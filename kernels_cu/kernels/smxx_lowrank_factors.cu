@@ -5,8 +5,8 @@
 // eigenvalues, so that A = T B with B^T T B = 1 leaves the least of the scores out. They are found by subspace iteration from
 // random vectors W. A = T B and B = S A take turns, and after each of them its columns are made orthonormal, those of B in
 // the metric of T and those of A in that of S: in float32 not more than one factor of the scores may pile up before. Only the
-// first B = S T W is let go. Orthonormal by a Cholesky factor of B^T T B (by Gauss-Jordan elimination, whose inverse is then
-// a product like all others), damped: a column of which only rounding is left becomes small, not noise of length 1.
+// first B = S T W is let go. Orthonormal by the inverse of a Cholesky factor of B^T T B, made by elimination, damped: a column
+// of which only rounding is left becomes small, not noise of length 1.
 //
 // Products are those of three TF32 each. The order of the terms of a sum is free: a lane reads four neighbours of a row, and
 // takes them for the terms of two instructions.

@@ -156,6 +156,7 @@ void check_global(unsigned thread, address_t a, size_t bytes, bool write, const 
             if (!global.when) global.when.reset(new u32[region.bytes]());
             for (size_t i = first; i < first + bytes; ++i) {
                 const u32 other = global.writer[i];
+                // A block may use global memory like shared memory of its own.
                 const bool apart = other && (other - 1) / m.threads != m.block;
                 if (other && other != self && (apart || !is_over(thread, other, global.when[i]))) {
                     fail(caller, "%s to %s at byte %zu by %s, which thread %u of block %u wrote too in this launch",
