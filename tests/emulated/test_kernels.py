@@ -51,7 +51,7 @@ ENERGY_ORDER = other_variants("smxx_energy_order")
 COPIED_QUERIES = other_variants("smxx_copied_queries")
 MERGE = other_variants("smxx_merge")
 PROJECT = other_variants("smxx_project")
-LOWRANK = {kind: other_variants(f"smxx_lowrank_{kind}") for kind in ("rows", "sums", "factors")}
+LOWRANK = {kind: other_variants(f"smxx_lowrank_{kind}") for kind in ("rows", "sums")}
 DRAW = other_variants("smxx_draw")
 PROBE = other_variants("smxx_probe")
 DECIDE = other_variants("smxx_decide")
@@ -73,6 +73,19 @@ def split_variants() -> dict[Kernel, tuple[str, Problem, int]]:
 SPLIT = split_variants()
 
 
+def factors_variants() -> dict[Kernel, tuple[str, int]]:
+    """Every kernel that finds factors on any device, once: name, capability. Shared memory decides which."""
+    found: dict[Kernel, tuple[str, int]] = {}
+    for capability in grid.DEVICES:
+        for name, kernel in grid.kernels(capability).items():
+            if kernel.name == "smxx_lowrank_factors":
+                found.setdefault(kernel, (f"{name} sm_{capability}", capability))
+    return found
+
+
+FACTORS = factors_variants()
+
+
 def use(device: Device) -> None:
     Settings.capability, Settings.shared_bytes = device.capability, device.shared_bytes
 
@@ -90,6 +103,8 @@ def test_the_suite_is_the_grid() -> None:
         *MERGE_SHARD.values(),
         *MERGE_SPLITS.values(),
         *PROJECT.values(),
+        *(kernel for kinds in LOWRANK.values() for kernel in kinds.values()),
+        *FACTORS,
         *DRAW.values(),
         *PROBE.values(),
         *DECIDE.values(),
@@ -385,30 +400,24 @@ def test_project_more_columns_than_shared_memory_holds(dtype: str) -> None:
 def low_rank_layouts() -> list[Any]:
     """Kernels that find factors, with rows of a layout for which the grid has the two before them."""
     found = []
-    for name, kernel in LOWRANK["factors"].items():
+    for kernel, (name, capability) in FACTORS.items():
         unaligned = dict(kernel.constants)["HEAD_DIM"] in grid.UNALIGNED
         for layout in ("transposed", "ragged")[: 1 + unaligned]:
-            found.append(pytest.param(kernel, layout, id=f"{name} {layout}"))
+            found.append(pytest.param(kernel, capability, layout, id=f"{name} {layout}"))
     return found
 
 
-@pytest.mark.parametrize(("kernel", "layout"), low_rank_layouts())
-def test_low_rank(kernel: Kernel, layout: str) -> None:
+@pytest.mark.parametrize(("kernel", "capability", "layout"), low_rank_layouts())
+def test_low_rank(kernel: Kernel, capability: int, layout: str) -> None:
     constants = dict(kernel.constants)
     head_dim, rank = constants["HEAD_DIM"], constants["RANK"]
     dtype = np.dtype(list(grid.DTYPES.values())[constants["DTYPE"]])
     kinds = {"rows": planner.lowrank_rows_kernel, "sums": planner.lowrank_sums_kernel}
     used = {kind: make(dtype.name, head_dim, layout == "transposed") for kind, make in kinds.items()}
     assert all(x in LOWRANK[kind].values() for kind, x in used.items())
-    use(grid.DEVICES[80])
+    use(grid.DEVICES[capability])
     check_found(dtype, head_dim, rank, lengths=(90, 140), layout=layout)
     assert all((x, 0) in compiler._functions for x in (kernel, *used.values()))
-
-
-@pytest.mark.parametrize("capability", grid.DEVICES)
-def test_low_rank_in_global_memory_or_shared(capability: int) -> None:
-    use(grid.DEVICES[capability])
-    check_found(np.dtype(np.float16), 128, 96, lengths=(90, 140))
 
 
 def test_low_rank_of_a_sample_of_keys() -> None:

@@ -48,7 +48,16 @@ def score_errors(q, k, found):
 
 
 def check_found(
-    dtype, head_dim, rank, *, lengths=(150, 200), layout="contiguous", reduction=None, slope=None, **options
+    dtype,
+    head_dim,
+    rank,
+    *,
+    lengths=(150, 200),
+    layout="contiguous",
+    reduction=None,
+    slope=None,
+    rounding=ROUNDING,
+    **options,
 ):
     """Hold the factors of a call to those of the host, and what smxx_project.cu reads to the factors."""
     q, k, v = arrays(rank, dtype, lengths=lengths, head_dim=head_dim, slope=slope)
@@ -64,7 +73,7 @@ def check_found(
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-5)
     # Another rounding of the sums finds other vectors of nearly the same space.
     errors, wanted = (score_errors(q, k, x) for x in (found, expected))
-    assert (errors <= 1.2 * wanted + ROUNDING).all()
+    assert (errors <= 1.2 * wanted + rounding).all()
     # Orthonormal in the metric of the sums, but for columns of which nothing but rounding is left: these are shorter.
     values = np.linalg.eigvals(found.keys.swapaxes(1, 2).astype(np.float64) @ found.queries)
     assert values.real.min() > -0.02 and values.real.max() < 1.05
