@@ -725,8 +725,8 @@ FAULTS |= {
     "no barrier before the tile after the next": Fault(
         LOWRANK_SUMS, f"{BARRIER}  // every warp is done with the tile before", "", RACE, LOW_RANK
     ),
-    "the queries of another tile": Fault(
-        LOWRANK_SUMS, "params.queries + (tile + 1) * kKeys", "params.queries", OTHERS, LOW_RANK
+    "queries that count for nothing": Fault(
+        LOWRANK_SUMS, "plain = 1.f / kQueries;", "plain = 0.f;", OTHERS, LOW_RANK
     ),
     "no barrier before rows that are taken off": Fault(
         LOWRANK_FACTORS,
@@ -741,8 +741,8 @@ FAULTS |= {
     "columns that are not orthogonal": Fault(
         LOWRANK_FACTORS, "row < column ? own[m][c] : row == column", "row == column", OTHERS, LOW_RANK
     ),
-    "sums over splits by one of them": Fault(
-        LOWRANK_FACTORS, "own[n].x[c] += more[n].x[c];", "own[n].x[c] = more[n].x[c];", OTHERS, LOW_RANK
+    "sums over splits that are taken off": Fault(
+        LOWRANK_FACTORS, "own[n].x[c] += more[n].x[c];", "own[n].x[c] -= more[n].x[c];", OTHERS, LOW_RANK
     ),
     "columns of factors at another's place": Fault(
         LOWRANK_FACTORS, "tile % (kOf / 16) * 2;", "tile % (kOf / 16);", "Not equal|not equal", LOW_RANK
