@@ -21,10 +21,10 @@ __all__ = [
     "Settled",
     "attention",
     "copied_problem",
-    "found",
     "in_one_kernel",
     "parts",
     "projected_problem",
+    "projection_of",
     "settle",
     "within",
 ]
@@ -137,7 +137,7 @@ def attention(
             return within(problem, reduction, q, k, v, out, return_lse, stream, tolerance)[:2]
         if problem.device is not None:
             return _projected(problem, reduction, q, k, v, out, return_lse, stream, None)[:2]
-        projection = found(problem, reduction, q, k)
+        projection = projection_of(problem, reduction, q, k)
     if problem.device is None or problem.empty:
         return launch.attention(problem, q, k, v, out, return_lse, stream, projection)
     kept = bool(problem.near or problem.sinks)
@@ -188,22 +188,22 @@ def copied_problem(problem: Problem, k: Any, v: Any) -> Problem:
     return _behind(problem, problem.head_dim, ranked=kept, copied=True, replaced=not kept, aligned=aligned)
 
 
-def found(problem: Problem, reduction: Projection | LowRank, q: Any, k: Any) -> Projection:
+def projection_of(problem: Problem, reduction: Projection | LowRank, q: Any, k: Any) -> Projection:
     """The projection of a call; of low-rank factors, that of every head of every batch entry, one after another."""
     if isinstance(reduction, Projection):
         return reduction
     if problem.device is None:
-        return of_arrays(problem, reduction, lowrank.find(q, k, problem, reduction.rank))
+        return _of_arrays(problem, reduction, lowrank.find(q, k, problem, reduction.rank))
     with launch.placed(problem.device, None):
         _, made = launch.find(problem, q, k, reduction.rank)
         host = made.get()
     units, head_dim = problem.batch * problem.heads_kv, problem.head_dim
     factors, mean = np.split(host, [2 * units * head_dim * reduction.rank])
     a, b = factors.reshape(units, 2, head_dim, -1).swapaxes(0, 1)
-    return of_arrays(problem, reduction, lowrank.Found(a, b, mean.reshape(units, head_dim)))
+    return _of_arrays(problem, reduction, lowrank.Found(a, b, mean.reshape(units, head_dim)))
 
 
-def of_arrays(problem: Problem, reduction: LowRank, arrays: lowrank.Found) -> Projection:
+def _of_arrays(problem: Problem, reduction: LowRank, arrays: lowrank.Found) -> Projection:
     """Low-rank factors as a projection of as many heads as all batch entries have together."""
     units, nothing = problem.batch * problem.heads_kv, np.zeros((problem.batch * problem.heads_kv, 0))
     unseen = np.zeros((units, len(ranks_allowed(problem.head_dim))))
@@ -239,7 +239,7 @@ def within(
     Returns out, lse, and what :func:`cudistr.reference.decide` returns.
     """
     if problem.device is None:
-        own = found(problem, projection, q, k)
+        own = projection_of(problem, projection, q, k)
         ranks, errors = reference.decide(q, k, v, problem, own, tolerance)
         reduced = launch.Reduced(None, None, ranks)
         result, lse = launch.attention(problem, q, k, v, out, return_lse, None, own, reduced)

@@ -16,9 +16,7 @@ from cudistr.plan import (
     draw_kernel,
     energy_order,
     key_energy,
-    lowrank_factors_kernel,
-    lowrank_rows_kernel,
-    lowrank_sums_kernel,
+    lowrank_steps,
     merge_kernel,
     passes,
     plan,
@@ -169,9 +167,8 @@ class _Steps:
             return self._one(exact(problem))
         columns = projection.columns
         if isinstance(projection, LowRank):
-            of = problem.dtype, problem.head_dim
-            self.names += [x(*of, problem.aligned).name for x in (lowrank_rows_kernel, lowrank_sums_kernel)]
-            self.names.append(lowrank_factors_kernel(*of, projection.rank, self.device).name)
+            steps = lowrank_steps(problem, projection.rank, self.device)
+            self.names += [step.kernel.name for step in (steps.rows, steps.sums, steps.factors)]
         self.names.append(project_kernel(problem, columns).name)
         if tolerance is not None:
             decide = decide_kernel(problem.head_dim, problem.head_dim_v)

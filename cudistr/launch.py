@@ -27,6 +27,9 @@ from cudistr.plan import (
     DTYPE_NUMBER,
     HOPPER_GROUP_ROWS,
     ITEMSIZE,
+    LOWRANK_KEYS,
+    LOWRANK_QUERIES,
+    LOWRANK_ROWS,
     MAX_PASSES,
     PROBE_ROWS,
     PROJECT_GROUP,
@@ -51,10 +54,8 @@ from cudistr.plan import (
     key_energy,
     key_spans,
     lowrank_columns,
-    lowrank_factors_kernel,
-    lowrank_rows_kernel,
-    lowrank_splits,
-    lowrank_sums_kernel,
+    lowrank_keys,
+    lowrank_steps,
     merge_kernel,
     merge_rows,
     merge_shard_kernel,
@@ -1138,14 +1139,11 @@ def _find_recipe(problem: Problem, rank: int) -> _Find:
     """Compile and prepare what finds the factors of a problem."""
     import cupy
 
-    assert problem.device is not None
-    device = device_properties(problem.device)
-    check_device(device, problem.device)
-    dtype, head_dim = problem.dtype, problem.head_dim
-    units = problem.batch * problem.heads_kv
-    row_splits, splits, query_splits = lowrank_splits(problem, device)
-    columns = lowrank_columns(head_dim)
-    halves = 1 if head_dim <= 128 else 2
+    index = problem.device
+    assert index is not None
+    device = device_properties(index)
+    check_device(device, index)
+    steps = lowrank_steps(problem, rank, device)
     extent = _extent(problem)
     values: dict[str, Any] = {
         **dict(zip(("q_batch", "q_head", "q_row"), problem.q_strides, strict=True)),
@@ -1153,36 +1151,24 @@ def _find_recipe(problem: Problem, rank: int) -> _Find:
         **{name: extent[name] for name in ("heads_per_kv", "seqlen_k", "band_low", "band_high")},
         **_near(problem),
         "heads_kv": problem.heads_kv,
-        "samples": min(problem.seqlen_k, lowrank.KEYS),
+        "samples": min(problem.seqlen_k, LOWRANK_KEYS),
         "sinks": near_keys(problem).sinks,
         "scale": problem.scale * LOG2_E,
     }
-    names = _LOWRANK_ROWS.names or ()
-    of_rows = {name: x for name, x in values.items() if name in names} | {"splits": row_splits}
-    rows = _launch(
-        lowrank_rows_kernel(dtype, head_dim, problem.aligned),
-        check_blocks(units * row_splits),
-        device,
-        problem.device,
-        _LOWRANK_ROWS,
-        of_rows,
-    )
-    of_sums = {**values, "row_splits": row_splits, "splits": splits, "query_splits": query_splits}
-    sums = _launch(
-        lowrank_sums_kernel(dtype, head_dim, problem.aligned),
-        check_blocks(halves**2 * units * (splits + query_splits)),
-        device,
-        problem.device,
-        _LOWRANK_SUMS,
-        of_sums,
-    )
-    names = _LOWRANK_FACTORS.names or ()
-    of_factors = {name: x for name, x in of_sums.items() if name in names}
-    kernel = lowrank_factors_kernel(dtype, head_dim, rank, device)
-    factors = _launch(kernel, check_blocks(units), device, problem.device, _LOWRANK_FACTORS, of_factors)
+    splits = {name: getattr(steps, name) for name in ("row_splits", "splits", "query_splits")}
+    of_factors = {name: splits[name] for name in ("splits", "query_splits")}
+
+    def prepared(step: Step, layout: np.dtype[Any], given: dict[str, Any]) -> _Launch:
+        return _launch(step.kernel, step.blocks, device, index, layout, given)
+
+    rows = prepared(steps.rows, _LOWRANK_ROWS, values | {"splits": steps.row_splits})
+    sums = prepared(steps.sums, _LOWRANK_SUMS, values | splits)
+    factors = prepared(steps.factors, _LOWRANK_FACTORS, of_factors)
+    head_dim, units = problem.head_dim, problem.batch * problem.heads_kv
+    columns = lowrank_columns(head_dim)
     arrays = (
-        lowrank.drawn(problem, lowrank.ROWS),
-        lowrank.drawn(problem, lowrank.QUERIES),
+        lowrank.drawn(problem, LOWRANK_ROWS),
+        lowrank.drawn(problem, LOWRANK_QUERIES),
         *(
             np.pad(x, ((0, columns - head_dim), (0, 0))).astype(np.float32)
             for x in (lowrank.start(head_dim, rank), lowrank.sketch_vectors(head_dim))
@@ -1191,20 +1177,24 @@ def _find_recipe(problem: Problem, rank: int) -> _Find:
     )
     drawn, queries, begin, vectors, widths = map(cupy.asarray, arrays)
     cupy.cuda.get_current_stream().synchronize()  # once: later calls may come on any stream
-    parts = 4 // ITEMSIZE[dtype]
-    steps = 2 * -(-head_dim * ITEMSIZE[dtype] // 64)
+    itemsize = ITEMSIZE[problem.dtype]
+    of_lanes = 4 // itemsize, 2 * -(-head_dim * itemsize // 64), 32, 4
     lanes = (
-        (units, -(-rank // PROJECT_GROUP) * 2, parts, steps, 32, 4),
-        (units, 1, parts, steps, 4, 4),
-        (units, 1, parts, steps, 32, 4),
+        (units, -(-rank // PROJECT_GROUP) * 2, *of_lanes),
+        (units, 1, *of_lanes[:2], 4, 4),
+        (units, 1, *of_lanes),
     )
-    in_shared = dict(kernel.constants)["IN_SHARED"]
-    parts_of_keys = row_splits * (2 if head_dim > 128 else 4)
+    in_shared = dict(steps.factors.kernel.constants)["IN_SHARED"]
     lengths = (
-        units * parts_of_keys * lowrank.ROWS * 3,
+        units
+        * steps.row_splits
+        * lowrank_keys(head_dim)
+        // 16
+        * LOWRANK_ROWS
+        * 3,  # a warp has 16 keys of a tile
         units * columns,
-        units * splits * columns**2,
-        units * query_splits * columns**2,
+        units * steps.splits * columns**2,
+        units * steps.query_splits * columns**2,
         0 if in_shared else units * 2 * columns * (rank + 2),
     )
     return _Find(rows, sums, factors, drawn, queries, begin, vectors, widths, lengths, lanes)

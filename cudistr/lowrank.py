@@ -9,27 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cudistr.normalize import Problem
+from cudistr.plan import LOWRANK_KEYS, LOWRANK_QUERIES, LOWRANK_ROWS
 from cudistr.reductions import MAX_RANK
 from cudistr.reference import kept, reduced_count, visible
 
-__all__ = [
-    "KEYS",
-    "QUERIES",
-    "ROWS",
-    "SKETCH",
-    "Found",
-    "drawn",
-    "find",
-    "sampled",
-    "sketch_vectors",
-    "start",
-]
+__all__ = ["SKETCH", "UNSEEN_ROW", "Found", "drawn", "find", "sampled", "sketch_vectors", "start"]
 
 # Twins of constants in tile/drawn.cuh, smxx_lowrank_sums.cu and smxx_lowrank_factors.cu.
-ROWS = 64  # of a KV head, whose softmax is computed
-QUERIES = 512  # whose products are summed
-KEYS = 2048  # whose products are summed, at most
-CENTER_KEYS = 128  # of these, that the mean is taken of
+CENTER_KEYS = 128  # of those that are looked at, that the mean is taken of
 PLAIN_PART = 0.03  # of all weights, that the keys have alike
 RIDGE = 1e-7  # of the trace of the sums of keys, on their diagonal
 DAMPED = 2e-6  # of a column's square, added to what is left of it: less than that is rounding
@@ -64,8 +51,8 @@ def drawn(problem: Problem, count: int) -> NDArray[np.int32]:
 
 def sampled(seqlen_k: int) -> NDArray[np.intp]:
     """The keys that are looked at: all, or one of each of 2048 equal parts of the sequence."""
-    samples = np.arange(min(seqlen_k, KEYS), dtype=np.int64)
-    if seqlen_k < KEYS:
+    samples = np.arange(min(seqlen_k, LOWRANK_KEYS), dtype=np.int64)
+    if seqlen_k < LOWRANK_KEYS:
         return samples
     places = (samples << 16) + (
         (samples * 2654435769 & 0xFFFFFFFF) >> 16
@@ -91,7 +78,7 @@ def sketch_vectors(head_dim: int) -> Float:
 
 def find(q: NDArray[Any], k: NDArray[Any], problem: Problem, rank: int) -> Found:
     """Factors for checked NumPy arrays, see :class:`cudistr.LowRank`."""
-    rows, queries = drawn(problem, ROWS), drawn(problem, QUERIES)
+    rows, queries = drawn(problem, LOWRANK_ROWS), drawn(problem, LOWRANK_QUERIES)
     shared = problem.heads // problem.heads_kv
     found = [
         _factors(q[b, h * shared : (h + 1) * shared], k[b, h], rows, queries, problem, rank)

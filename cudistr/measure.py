@@ -258,7 +258,7 @@ def _energies(
         orders, numbers = launch.columns(q, k if chosen.by_keys else None, chosen, stream)
     projection = None
     if isinstance(reduction, Projection | LowRank) and problem.rank is not None:
-        projection = compose.found(problem, reduction, q, k)
+        projection = compose.projection_of(problem, reduction, q, k)
     energies = np.zeros((problem.heads, rows, 4))
     shared = problem.heads // problem.heads_kv
     step = max(1, MAX_SCORES // problem.seqlen_k)

@@ -7,6 +7,7 @@ import functools
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from cudistr.reductions import BLOCK_Q_DEFAULT, LSH, Energy
 __all__ = [
     "Device",
     "Kernel",
+    "LowRankSteps",
     "Pass",
     "Plan",
     "Prepare",
@@ -42,7 +44,7 @@ __all__ = [
     "lowrank_factors_kernel",
     "lowrank_keys",
     "lowrank_rows_kernel",
-    "lowrank_splits",
+    "lowrank_steps",
     "lowrank_sums_kernel",
     "merge_kernel",
     "merge_rows",
@@ -1350,18 +1352,44 @@ def lowrank_factors_kernel(dtype: str, head_dim: int, rank: int, device: Device)
     )
 
 
-def lowrank_splits(problem: Problem, device: Device) -> tuple[int, int, int]:
-    """Into how many parts a unit's keys are split for the rows; and its keys, and its queries, for the sums.
+class LowRankSteps(NamedTuple):
+    """The kernels that find the low-rank factors of a call, one after another, and how the work of two is split.
 
-    The sums of every part are written, and read again by one thread block: so there is one for each multiprocessor.
+    A unit is a KV head of a batch entry. Its keys are split for the rows, and its keys and its queries for the sums.
     """
-    units = problem.batch * problem.heads_kv
+
+    rows: Step
+    sums: Step
+    factors: Step
+    row_splits: int
+    splits: int
+    query_splits: int
+
+
+def lowrank_steps(problem: Problem, rank: int, device: Device) -> LowRankSteps:
+    """What finds factors of so many columns.
+
+    The sums of every part are written, and read again by one thread block: so there is a part for each multiprocessor.
+    """
+    dtype, head_dim, units = problem.dtype, problem.head_dim, problem.batch * problem.heads_kv
     keys = min(problem.seqlen_k, LOWRANK_KEYS), LOWRANK_QUERIES
-    tiles, query_tiles = (-(-n // lowrank_keys(problem.head_dim)) for n in keys)
-    share = device.multiprocessors // ((1 if problem.head_dim <= 128 else 4) * units)
-    of_queries = max(1, min(round(share * query_tiles / (tiles + query_tiles)), query_tiles))
-    rows = max(1, min(2 * device.multiprocessors // units, tiles))
-    return rows, max(1, min(share - of_queries, tiles)), of_queries
+    tiles, query_tiles = (-(-n // lowrank_keys(head_dim)) for n in keys)
+    squares = 1 if head_dim <= 128 else 4  # of a part's sums, each by a thread block
+    share = device.multiprocessors // (squares * units)
+    query_splits = max(1, min(round(share * query_tiles / (tiles + query_tiles)), query_tiles))
+    splits = max(1, min(share - query_splits, tiles))
+    row_splits = max(1, min(2 * device.multiprocessors // units, tiles))
+    return LowRankSteps(
+        Step(lowrank_rows_kernel(dtype, head_dim, problem.aligned), check_blocks(units * row_splits)),
+        Step(
+            lowrank_sums_kernel(dtype, head_dim, problem.aligned),
+            check_blocks(squares * units * (splits + query_splits)),
+        ),
+        Step(lowrank_factors_kernel(dtype, head_dim, rank, device), check_blocks(units)),
+        row_splits,
+        splits,
+        query_splits,
+    )
 
 
 PROBE_ROWS = 64  # sampled rows of each head

@@ -587,9 +587,9 @@ def attention(
     problem = normalize.problem(q, k, v, reference=True, **options)  # type: ignore[arg-type]
     projection: Any = None
     if problem.rank is not None and not problem.empty:
-        from cudistr.compose import found  # which imports this module
+        from cudistr.compose import projection_of  # which imports this module
 
-        projection = found(problem, reduction, q, k)  # type: ignore[arg-type]
+        projection = projection_of(problem, reduction, q, k)  # type: ignore[arg-type]
     ranks = None
     if tolerance is not None:
         tolerance = normalize.check_tolerance(tolerance, problem, reduction)

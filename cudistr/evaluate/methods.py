@@ -252,7 +252,7 @@ def decided(q: Any, k: Any, v: Any, within: Within, causal: bool, xp: Any) -> ND
         )
         return np.array(report.ranks, np.int32)
     problem = normalize.problem(q, k, v, reduction=within.projection, causal=causal)
-    found = compose.found(problem, within.projection, q, k)
+    found = compose.projection_of(problem, within.projection, q, k)
     return reference.decide(q, k, v, problem, found, within.tolerance)[0]
 
 
@@ -273,7 +273,7 @@ def _on_cpu(
         orders, numbers = reference.solve_columns(q, reduction, of_keys)
     problem = normalize.problem(q, k, v, reduction=reduction, causal=causal)
     if isinstance(reduction, cudistr.LowRank):
-        reduction = compose.found(problem, reduction, q, k)
+        reduction = compose.projection_of(problem, reduction, q, k)
     rows_per_block = ROWS if orders is None else reduction.rows_per_block
     for h in range(heads):
         kv = h * k.shape[1] // heads

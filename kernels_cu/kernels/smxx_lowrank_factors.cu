@@ -17,6 +17,7 @@
 //   RANK        columns of Qhat and Khat, a multiple of 16
 //   IN_SHARED   1: both of the matrices that are iterated lie in shared memory; 0: in global memory
 //   SHARED_BYTES  what the plan reserves
+#include "tile/drawn.cuh"
 #include "tile/multiply.cuh"
 #include "tile/warp.cuh"
 
@@ -44,7 +45,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kColumns = HEAD_DIM <= 128 ? (HEAD_DIM + 31) / 32 * 32 : (HEAD_DIM + 63) / 64 * 64;
+constexpr int kColumns = kDrawnColumns<HEAD_DIM>;
 constexpr int kSquare = kColumns * kColumns;
 // Of matrices of RANK columns: four rows lie eight banks apart, and the columns of a row, or of two, in others.
 constexpr int kPitch = RANK + 2;

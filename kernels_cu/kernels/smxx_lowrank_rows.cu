@@ -43,19 +43,6 @@ struct SharedStorage {
 };
 static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel disagree on shared memory");
 
-// What a lane's part of a row adds up to.
-struct Softmax {
-    float maximum = -infinity(), sum = 0.f, reduced = 0.f;
-
-    DEVICE void rise(float top) {
-        const float rescale = exp2_approx(maximum - (top == -infinity() ? 0.f : top));
-        sum *= rescale;
-        reduced *= rescale;
-        maximum = top;
-    }
-    DEVICE float weight(float score) const { return exp2_approx(score - (maximum == -infinity() ? 0.f : maximum)); }
-};
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) smxx_lowrank_rows(const LowRankRowsParams params) {
@@ -88,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) smxx_lowrank_row
     OwnRows rows;
     rows.find(params.drawn, block_row + lane / 4, {params.band_low, params.band_high, call.seqlen_k}, params.near);
     const u32 queries = left_address<bf16>(shared.queries, block_row, lane);
-    Softmax softmax[2];
+    RowSums softmax[2];
     for (int tile = first_tile; tile < last_tile; ++tile) {
         ahead.store<true>(shared.keys, shared.center, call.samples - tile * kKeys);
         __syncthreads();
@@ -118,13 +105,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) smxx_lowrank_row
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        Softmax& own = softmax[half];
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-            own.rise(fmaxf(own.maximum, __shfl_xor_sync(kFullWarp, own.maximum, distance)));
-            own.sum += __shfl_xor_sync(kFullWarp, own.sum, distance);
-            own.reduced += __shfl_xor_sync(kFullWarp, own.reduced, distance);
-        }
+        RowSums& own = softmax[half];
+        own.gather(4);
         if (lane % 4 == 0) {
             const i64 place = ((static_cast<i64>(unit) * params.splits + split) * kKeyParts + part) * kDrawn;
             float* sums = params.sums + (place + block_row + lane / 4 + half * 8) * 3;

@@ -69,30 +69,20 @@ static_assert(sizeof(SharedStorage) == SHARED_BYTES, "the plan and the kernel di
 // lse of every drawn row, in powers of two, and the part of its weights that keys have which are not exact.
 DEVICE void merge_sums(SharedStorage& shared, const float* sums, int parts) {
     const int row = thread_index() / kShares, share = thread_index() % kShares;
-    float maximum = -infinity(), sum = 0.f, reduced = 0.f;
+    RowSums all;
 #pragma unroll 4
     for (int part = share; part < parts; part += kShares) {
         const float* own = sums + (static_cast<i64>(part) * kDrawn + row) * 3;
-        const float top = fmaxf(maximum, own[0]);
+        const float top = fmaxf(all.maximum, own[0]);
         const float base = top == -infinity() ? 0.f : top;
-        const float before = exp2_approx(maximum - base), now = exp2_approx(own[0] - base);
-        sum = sum * before + own[1] * now;
-        reduced = reduced * before + own[2] * now;
-        maximum = top;
+        const float before = exp2_approx(all.maximum - base), now = exp2_approx(own[0] - base);
+        all = {top, all.sum * before + own[1] * now, all.reduced * before + own[2] * now};
     }
-#pragma unroll
-    for (int distance = 1; distance < kShares; distance *= 2) {
-        const float top = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, distance));
-        const float rescale = exp2_approx(maximum - (top == -infinity() ? 0.f : top));
-        sum *= rescale;
-        reduced *= rescale;
-        sum += __shfl_xor_sync(kFullWarp, sum, distance);
-        reduced += __shfl_xor_sync(kFullWarp, reduced, distance);
-        maximum = top;
-    }
+    all.gather(kShares);
     if (share == 0) {
-        shared.lse[row] = sum > 0.f ? maximum + logf(sum) * kLog2E : infinity();  // of no key: all weights are 0
-        shared.reduced[row] = sum > 0.f ? reduced / sum : 0.f;
+        // Of no key: all weights are 0.
+        shared.lse[row] = all.sum > 0.f ? all.maximum + logf(all.sum) * kLog2E : infinity();
+        shared.reduced[row] = all.sum > 0.f ? all.reduced / all.sum : 0.f;
     }
 }
 

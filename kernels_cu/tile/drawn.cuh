@@ -44,6 +44,35 @@ struct DrawnCall {
 };
 static_assert(kMostKeys << 16 == 1 << 27, "places are parts of the sequence");
 
+// Columns of sums of products, filled up with zeros: whole matrix instructions, and beyond 128 two halves of those
+// (lowrank_columns in plan.py).
+template <int kHeadDim>
+constexpr int kDrawnColumns = kHeadDim > 128 ? (kHeadDim + 63) / 64 * 64 : (kHeadDim + 31) / 32 * 32;
+
+// What a part of a drawn row's softmax adds up to: its maximum, in powers of two, and sums of weights, of all keys and of those
+// that are not exact.
+struct RowSums {
+    float maximum = -infinity(), sum = 0.f, reduced = 0.f;
+
+    // Makes weights those beside a maximum that is not lower.
+    DEVICE void rise(float top) {
+        const float rescale = exp2_approx(maximum - (top == -infinity() ? 0.f : top));
+        sum *= rescale;
+        reduced *= rescale;
+        maximum = top;
+    }
+    DEVICE float weight(float score) const { return exp2_approx(score - (maximum == -infinity() ? 0.f : maximum)); }
+    // With those of the lanes next to this one, so many in all.
+    DEVICE void gather(int lanes) {
+#pragma unroll
+        for (int distance = 1; distance < lanes; distance *= 2) {
+            rise(fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, distance)));
+            sum += __shfl_xor_sync(kFullWarp, sum, distance);
+            reduced += __shfl_xor_sync(kFullWarp, reduced, distance);
+        }
+    }
+};
+
 // Two drawn rows of a lane, and what they see.
 struct OwnRows {
     KeySpan seen[2];
@@ -81,8 +110,7 @@ struct Drawn {
     static constexpr int kKeys = kWide ? 32 : 64;  // of a tile; lowrank_keys in plan.py
     static constexpr int kThreads = kWide ? 256 : 512;
     static constexpr int kKeyParts = kThreads / kWarpSize / kRowWarps;  // of a tile, that warps with the same rows share
-    // Filled up with zeros: whole matrix instructions, and beyond 128 two halves of those (lowrank_columns in plan.py).
-    static constexpr int kColumns = kWide ? (kHeadDim + 63) / 64 * 64 : (kHeadDim + 31) / 32 * 32;
+    static constexpr int kColumns = kDrawnColumns<kHeadDim>;
     static constexpr int kRowEights = kHeadDim / kEights;
     static_assert(kHeadDim % kEights == 0 && kKeys == kKeyParts * kPartKeys, "rows are whole eights, and warps share tiles");
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import cudistr
 from cudistr import LowRank, Projection, compose, lowrank, normalize, reference
+from cudistr.plan import LOWRANK_KEYS, LOWRANK_QUERIES, LOWRANK_ROWS
 from cudistr.worth import kind_of
 from tests.cpu.test_tolerance import errors, low_rank
 from tests.strategies import random
@@ -45,10 +46,10 @@ def test_scores_of_a_lower_rank_are_kept_whole(seed, rank, causal, kept):
 def test_they_are_nearly_the_best_of_their_rank(seed, slope, rank):
     # Without a scale all keys count alike, as in a projection that is fitted without values.
     q, k, v = decaying(
-        seed, head_dim=48, slope=slope, lengths=(lowrank.QUERIES // 2, 200), heads=2, heads_kv=1
+        seed, head_dim=48, slope=slope, lengths=(LOWRANK_QUERIES // 2, 200), heads=2, heads_kv=1
     )
     best = Projection.fit(q, k, rank=rank).score_error[0]
-    found = compose.found(problem(q, k, v, LowRank(rank), scale=0.0), LowRank(rank), q, k)
+    found = compose.projection_of(problem(q, k, v, LowRank(rank), scale=0.0), LowRank(rank), q, k)
     queries, keys = q.reshape(-1, 48).astype(np.float64), k[0, 0].astype(np.float64)
     keys -= keys.mean(axis=0)
     scores = queries @ keys.T
@@ -85,19 +86,19 @@ def test_a_constant_added_to_the_keys_changes_nothing(seed, size):
 @settings(max_examples=50)
 def test_sampled_keys(seqlen):
     keys = lowrank.sampled(seqlen)
-    if seqlen <= lowrank.KEYS:
+    if seqlen <= LOWRANK_KEYS:
         np.testing.assert_array_equal(keys, np.arange(seqlen))
         return
-    assert len(keys) == lowrank.KEYS
+    assert len(keys) == LOWRANK_KEYS
     # One of each part.
-    bounds = np.arange(lowrank.KEYS + 1) * seqlen // lowrank.KEYS
+    bounds = np.arange(LOWRANK_KEYS + 1) * seqlen // LOWRANK_KEYS
     assert (keys >= bounds[:-1]).all() and (keys <= bounds[1:]).all() and keys[-1] < seqlen
 
 
 def test_drawn_rows_are_those_that_see_reduced_keys():
     q, k, v = decaying(4, heads=6, heads_kv=2, lengths=(400, 400))
     one = problem(q, k, v, LowRank(16, near=100, sinks=20), causal=True)
-    rows = lowrank.drawn(one, lowrank.ROWS)
+    rows = lowrank.drawn(one, LOWRANK_ROWS)
     assert rows.shape == (64, 2) and rows.dtype == np.int32
     np.testing.assert_array_equal(rows[:, 0], np.arange(64) % 3)
     assert (rows[:, 1] >= 120).all() and (np.diff(rows[:, 1]) >= 0).all() and rows[-1, 1] < 400

@@ -200,6 +200,23 @@ def test_what_the_page_says_of_tolerances() -> None:
     assert len(found) >= 2 and all(error <= float(text.split(",")[0]) for error, text in found)
 
 
+def test_what_the_pages_say_of_low_rank() -> None:
+    """Less than half of the error of Energy with as many columns, and with a tolerance next to nothing is lost."""
+    found = [record for path, record in make_tables.records() if path.stem.endswith("-lowrank")]
+    evaluated = [x for x in found if "evaluated" in x]
+    assert {x["evaluated"]["model"].split("-")[0] for x in evaluated} == {"SmolLM2", "DINOv2 ViT"}
+    for record in evaluated:
+        rows = {row["method"]: row for row in record["rows"]}
+        for method in [x for x in rows if x.startswith("energy:")]:
+            same = method.replace("energy", "lowrank").replace(",near=0,sinks=0", "")
+            assert rows[same]["error_mean"] < rows[method]["error_mean"] / 2
+        for row in (row for method, row in rows.items() if "tolerance=0.1" in method):
+            if "perplexity" in row:
+                assert row["perplexity"] < 1.002 * rows["exact"]["perplexity"]
+            else:
+                assert row["cosine"] > 0.9998
+
+
 def test_the_front_of_a_figure() -> None:
     """Who is slower has to be nearer to exact attention than all that are faster, and of two alike one is enough."""
     points = [(3.0, 0.1), (1.0, 0.5), (2.0, 0.6), (3.0, 0.2), (4.0, 0.1), (5.0, 0.05)]
