@@ -64,7 +64,8 @@ def attention(
         The largest relative error ``||O - Ohat|| / ||O||`` that the output of a head of a batch entry may have,
         between 0 and 1. With a ``cudistr.Projection`` or a ``cudistr.LowRank``, 64 query rows of each head are
         computed exactly too in every call, and a head whose error may be larger than this is exact: see the notes.
-        Without a reduction the call is exact.
+        Without a reduction the call picks one: a ``cudistr.LowRank`` of half of head_dim where it was measured to be
+        faster, else exact attention.
     exact_if_faster : bool, optional
         Whether the call may be exact where exact attention was measured to be faster, as it is for short sequences:
         :func:`attention_plan` says what a call does. True allows it, False does not. None, the default, allows it
@@ -125,6 +126,12 @@ def attention(
     synchronisation, and can be captured. It is a statement about a sample and about calibration data: an error that
     sits in a few rows out of thousands, unlike any of the calibration data, can escape it. :func:`attention_error`
     with the same arguments says what was chosen, and measures it with other rows.
+
+    With a ``tolerance`` alone, a ``LowRank`` of half of head_dim is taken, under a causal mask with near=256 and sinks=64,
+    if a query sees one and a half times as many keys as :func:`attention_plan` gives for it to be faster, and if
+    there are ``18 / tolerance**2`` queries, with fewer of which one unseen row takes more than half of the squared
+    tolerance. Otherwise, and with a softcap or NumPy arrays, the call is exact. ``exact_if_faster=False`` takes it however
+    few keys there are.
 
     References
     ----------
@@ -200,7 +207,7 @@ def attention_error(
         - ``scores``: ``||S - Shat|| / ||S||`` over the visible keys, after ``softcap``, each row of S and Shat less
           its mean over these keys, because softmax does not see a constant added to a row;
         - ``output_heads``, ``scores_heads``: tuples with the same for each head;
-        - ``ranks``, only with a projection and ``tolerance``: columns that each head of each batch entry uses,
+        - ``ranks``, only with a ``tolerance``: columns that each head of each batch entry uses,
           head_dim if it is exact.
 
         Each is an ``Estimate`` with ``value`` and the ends ``low`` and ``high`` of a 95% interval.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cudistr import launch, lowrank, reference
-from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned
+from cudistr.normalize import Problem, Ranked, exact, row_strides, rows_aligned, with_rank
 from cudistr.plan import ITEMSIZE, Device, Pass, copies_queries, hopper_kernel, passes
 from cudistr.projection import ROW_MARGIN, Projection, ranks_allowed
-from cudistr.reductions import LowRank, Reduction
+from cudistr.reductions import MAX_RANK, RANK_MULTIPLE, LowRank, Reduction
 from cudistr.worth import Worth, worth
 
 __all__ = [
@@ -83,6 +84,17 @@ class Settled(NamedTuple):
     reduction: Reduction | None
     tolerance: float | None
     worth: Worth | None  # None where nothing is reduced, and on the host, whose reference is never about time
+    exact_because: str | None = None  # where a tolerance alone was asked for, and no reduction is taken
+
+
+# Of a reduction that is taken for a tolerance alone: its part of head_dim, what stays exact beside a causal mask, and how
+# many times the keys it has, from which on it is faster: as if two heads of three kept to the tolerance, since the others
+# take time and save none.
+PICKED_PART = 2
+PICKED_NEAR, PICKED_SINKS = 256, 64
+PICKED_KEYS = 1.5
+# Of the squared tolerance, what is left to the rows of a sample when the one that it may miss is counted.
+PICKED_ROOM = 0.5
 
 
 def _may_be_exact(tolerance: float | None, exact_if_faster: bool | None) -> bool:
@@ -97,6 +109,8 @@ def settle(
     exact_if_faster: bool | None,
 ) -> Settled:
     """Take exact attention for heads known to miss the tolerance, and in place of a reduction that is slower."""
+    if tolerance is not None and reduction is None:
+        return _picked(problem, tolerance, exact_if_faster is not False)
     if tolerance is not None and isinstance(reduction, Projection):
         reduction = reduction.narrowed(tolerance)
     if not problem.reduced or problem.device is None or problem.empty:
@@ -106,11 +120,50 @@ def settle(
         columns = reduction.rank
     elif isinstance(reduction, Projection):
         columns = sum(reduction.ranks) / len(reduction.ranks)
-    device, measured = launch.device_properties(problem.device), launch.break_even(problem.device)
-    found = worth(problem, device, columns, tolerance is not None, measured, anew)
+    found = _worth(problem, columns, tolerance is not None, anew)
     if found.exact_is_faster and _may_be_exact(tolerance, exact_if_faster):
         return Settled(exact(problem), None, None, found)
     return Settled(problem, reduction, tolerance, found)
+
+
+def _worth(problem: Problem, columns: float, within: bool, anew: bool) -> Worth:
+    assert problem.device is not None
+    device, measured = launch.device_properties(problem.device), launch.break_even(problem.device)
+    return worth(problem, device, columns, within, measured, anew)
+
+
+def _picked(problem: Problem, tolerance: float, may_be_exact: bool) -> Settled:
+    """For a tolerance alone: low-rank factors of the call where that is faster by what was measured, or exact attention.
+
+    Of the host, only what does not depend on time is asked.
+    """
+
+    def remains(because: str, found: Worth | None = None) -> Settled:
+        return Settled(problem, None, None, found, because)
+
+    rank = min(problem.head_dim // PICKED_PART, MAX_RANK) // RANK_MULTIPLE * RANK_MULTIPLE
+    if problem.empty:
+        return remains("there is nothing to compute")
+    if problem.device is None:
+        return remains("NumPy arrays are computed by the float64 reference")
+    if rank == 0 or problem.head_dim % RANK_MULTIPLE:
+        return remains(f"a head_dim of {problem.head_dim} leaves no rank to reduce it to")
+    if problem.softcap is not None:
+        return remains("with a softcap there is no LowRank")
+    rows = math.ceil(lowrank.UNSEEN_ROW**2 / (PICKED_ROOM * tolerance**2))
+    if problem.seqlen_q < rows:
+        return remains(
+            f"by a sample of rows, a tolerance of {tolerance:g} takes {rows} queries to say that a head keeps to it"
+        )
+    kept = (PICKED_NEAR, PICKED_SINKS) if problem.right == 0 else (0, 0)
+    reduction = LowRank(rank, *kept)
+    reduced = with_rank(problem, reduction)
+    found = _worth(reduced, rank, True, True)
+    if not may_be_exact:
+        return Settled(reduced, reduction, tolerance, found)
+    if found.least is None or found.keys < PICKED_KEYS * found.least:
+        return remains(f"{reduction} would not be sure to save time", found)
+    return Settled(reduced, reduction, tolerance, found)
 
 
 def attention(
@@ -127,7 +180,7 @@ def attention(
 ) -> tuple[Any, Any]:
     """Run a checked problem. Returns (out, lse); lse is None unless asked for."""
     if tolerance is not None or exact_if_faster:
-        problem, reduction, tolerance, _ = settle(problem, reduction, tolerance, exact_if_faster)
+        problem, reduction, tolerance, *_ = settle(problem, reduction, tolerance, exact_if_faster)
     projection = reduction if isinstance(reduction, Projection) else None
     if projection is not None and problem.rank is not None and (return_lse or problem.near or problem.sinks):
         projection.check_mean(problem.dtype)  # the mean is multiplied with q there

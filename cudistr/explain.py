@@ -75,7 +75,12 @@ def explain(
     check_device(launch.device_properties(problem.device), problem.device)
     settled = compose.settle(problem, reduction, tolerance, exact_if_faster)
     names, plans = _Steps(problem.device).of(settled, k, v)
-    if settled.worth is None:
+    if settled.exact_because is not None:
+        seen = "" if settled.worth is None else f": {settled.worth}"
+        reason = f"it keeps to any tolerance, and {settled.exact_because}{seen}"
+    elif reduction is None and settled.reduction is not None:
+        reason = f"picked for the tolerance: {settled.worth}"
+    elif settled.worth is None:
         reason = "as asked for"
     elif not settled.problem.reduced:
         reason = f"instead of {reduction}, because it is faster: {settled.worth}"
@@ -111,7 +116,7 @@ class _Steps:
         self.plans: list[Plan] = []
 
     def of(self, settled: compose.Settled, k: Any, v: Any) -> tuple[list[str], list[Plan]]:
-        problem, reduction, tolerance, _ = settled
+        problem, reduction, tolerance, *_ = settled
         if problem.rank is not None:
             assert isinstance(reduction, Projection | LowRank)
             self._projected(problem, reduction, v, tolerance)

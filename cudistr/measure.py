@@ -63,7 +63,7 @@ class ErrorReport:
     output_heads, scores_heads : tuple of Estimate
         The same for each head.
     ranks : tuple of tuple of int, or None
-        Only with a projection and a tolerance: columns that each head of each batch entry uses; head_dim is exact.
+        Only with a tolerance: columns that each head of each batch entry uses; head_dim is exact.
     """
 
     rows: int
@@ -195,8 +195,8 @@ def measure(
     xp = np if problem.device is None else importlib.import_module("cupy")
     with launch.placed(problem.device, stream):
         ranks: NDArray[np.int32] | None = None
-        within = tolerance is not None and isinstance(reduction, Projection | LowRank)
-        problem, reduction, tolerance, _ = compose.settle(problem, reduction, tolerance, exact_if_faster)
+        within = tolerance is not None
+        problem, reduction, tolerance, *_ = compose.settle(problem, reduction, tolerance, exact_if_faster)
         if within:
             ranks = np.full((problem.batch, problem.heads), problem.head_dim, np.int32)
             if problem.rank is not None:

@@ -172,6 +172,14 @@ def exact(problem: Problem) -> Problem:
     return dataclasses.replace(problem, reduction=None, rank=None, **changes)
 
 
+@functools.lru_cache(maxsize=1024)
+def with_rank(problem: Problem, reduction: LowRank) -> Problem:
+    """An exact problem with low-rank factors of its own, of fewer columns than it has."""
+    span = problem.seqlen_q + problem.seqlen_k
+    reduced = dataclasses.replace(problem, rank=reduction.rank)
+    return keeping(reduced, min(reduction.near, span), min(reduction.sinks, problem.seqlen_k))
+
+
 def keeping(problem: Problem, near: int, sinks: int) -> Problem:
     """The reduced problem with so many exact keys: to the key, or whole blocks of them where that is faster.
 
@@ -869,8 +877,8 @@ def check_merge(outs: Sequence[Any], lses: Sequence[Any], *, reference: bool = F
             )
 
 
-def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float | None:
-    """``tolerance`` of :func:`cudistr.attention` as a float, None where no call can be over it.
+def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float:
+    """``tolerance`` of :func:`cudistr.attention` as a float.
 
     Raises
     ------
@@ -884,8 +892,8 @@ def check_tolerance(tolerance: Any, problem: Problem, reduction: Any) -> float |
             f"tolerance must be between 0 and 1, got {number}. It is the largest relative error of the output of a "
             "head: pass 0.02, for example, or None."
         )
-    if reduction is None:  # exact
-        return None
+    if reduction is None:  # the call picks one
+        return number
     if not isinstance(reduction.outline, LowRank | Fitted):
         raise TypeError(
             f"tolerance is for a reduction that is a cudistr.LowRank or a cudistr.Projection, got reduction "

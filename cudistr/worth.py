@@ -87,6 +87,7 @@ METHODS = (
     "lowrank:{half}",
     "lowrank:{half},tolerance=0.99",
     "lowrank:{half},near=256,sinks=64",
+    "lowrank:{half},near=256,sinks=64,tolerance=0.99",
     "lowrank:{quarter}",
     "lowrank:{quarter},near=256,sinks=64",
 )

@@ -116,8 +116,8 @@ class Group:
             As for :func:`cudistr.attention`, of the whole sequence. With an LSH and ``"context"``, ranges of the
             layout of q must begin at multiples of ``block_q``: ``Layout.split(..., block=block_q)``.
         tolerance : float, optional
-            As for :func:`cudistr.attention`; only with ``parallel="heads"``, because its decision takes all keys. An
-            Energy, and an LSH with ``representative="rank1"``, are for ``"heads"`` alone for the same reason. On GPUs
+            As for :func:`cudistr.attention`; of a reduction only with ``parallel="heads"``, because its decision takes
+            all keys; in the ring a call without a reduction is exact. An Energy, and an LSH with ``representative="rank1"``, are for ``"heads"`` alone for the same reason. On GPUs
             ranks whose projection would save no time are exact, as there.
         return_lse : bool, default False
             Whether to return ``lse`` too.
@@ -182,13 +182,16 @@ class Group:
                     f"parallel must be one of {', '.join(map(repr, PARALLEL))}, got {parallel!r}."
                 )
             left, right = (None if x is None else int(x) for x in window or (None, None))
+            within = None if tolerance is None else normalize.check_tolerance(tolerance, problem, reduction)
+            if reduction is None and parallel == "context":
+                within = None  # exact attention keeps to any
             options = solve.Options(
                 reduction,
                 problem.scale,
                 problem.softcap,
                 left,
                 0 if causal else right,
-                None if tolerance is None else normalize.check_tolerance(tolerance, problem, reduction),
+                within,
             )
             if options.tolerance is not None and parallel == "context":
                 raise ValueError(

@@ -200,6 +200,12 @@ def test_head_parallel_with_tolerance_decides_as_one_call():
     check(2, q, k, v, Layout.split(200, 2), parallel="heads", reduction=projection, tolerance=0.05)
 
 
+@pytest.mark.parametrize("parallel", ["context", "heads"])
+def test_a_tolerance_without_a_reduction_is_for_both_ways(parallel):
+    q, k, v = arrays((200, 200), heads=4, heads_kv=4, head_dim=32)
+    check(2, q, k, v, Layout.split(200, 2), parallel=parallel, tolerance=0.05)
+
+
 def test_a_share_of_heads_that_use_no_columns_has_those_of_one_product():
     q, k, v = arrays((100, 100), heads=4, heads_kv=4, head_dim=32)
     whole = of_ranks(q, k, 0, 0, 32, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudistr
-from cudistr import Projection, launch, normalize, reference
+from cudistr import Projection, compose, launch, normalize, reference
 from cudistr.normalize import MAX_SEQLEN
+from cudistr.plan import Device
+from cudistr.tuned import Kept
 from tests.strategies import random
 
 
@@ -177,7 +180,93 @@ def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():
     q, k, v = low_rank(4, 4, 0.1, seqlen=10, head_dim=24)
     np.testing.assert_array_equal(cudistr.attention(q, k, v, tolerance=0.02), cudistr.attention(q, k, v))
     report = cudistr.attention_error(q, k, v, tolerance=0.02)
-    assert report.ranks is None and report.output.value < 1e-6
+    assert report.ranks == ((24, 24, 24),) and report.output.value < 1e-6
+
+
+HOPPER, AMPERE = Device(90, 227 * 1024), Device(80, 163 * 1024)
+
+
+def asked(n, head_dim=64, dtype=np.float16, **options):
+    """A problem on a device, without arrays."""
+    shape = (1, 1, n, head_dim)
+    q = np.lib.stride_tricks.as_strided(np.zeros(8, dtype), shape, (0, 0, 0, np.dtype(dtype).itemsize))
+    found = normalize.problem(q, q, q, **options)
+    return dataclasses.replace(found, aligned=True, device=0, **dict.fromkeys(STRIDES, (0, 0, head_dim)))
+
+
+STRIDES = ("q_strides", "k_strides", "v_strides")
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Says which device there is, and what was measured on it."""
+
+    def there(device, keys=None):
+        every = [("lowrank half", *more) for more in itertools.product((False, True), repeat=2)]
+        kinds = [] if keys is None else every
+        families = ("hopper", "portable", "float32")
+        found = [(kind, (family, d), keys) for kind in kinds for family in families for d in (64, 128)]
+        monkeypatch.setattr(launch, "device_properties", lambda index: device)
+        monkeypatch.setattr(launch, "break_even", lambda index: Kept(tuple(found)))
+
+    return there
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE])
+@pytest.mark.parametrize(
+    ("head_dim", "rank"), [(32, 16), (48, 16), (64, 32), (80, 32), (96, 48), (128, 64), (256, 128)]
+)
+def test_a_tolerance_alone_picks_half_of_the_columns(devices, device, head_dim, rank):
+    devices(device, 1000.0)
+    found = compose.settle(asked(4000, head_dim), None, 0.1, None)
+    assert found.reduction == cudistr.LowRank(rank) and found.tolerance == 0.1
+    assert found.problem == asked(4000, head_dim, reduction=cudistr.LowRank(rank))
+    causal = compose.settle(asked(4000, head_dim, causal=True), None, 0.1, None)
+    beside = cudistr.LowRank(rank, near=256, sinks=64)
+    assert causal.reduction == beside
+    assert causal.problem == asked(4000, head_dim, causal=True, reduction=beside)
+    # Exact keys of few, and of many.
+    for n in (100, 5000):
+        kept = compose.settle(asked(n, head_dim, causal=True), None, 0.99, False)
+        assert kept.problem == asked(n, head_dim, causal=True, reduction=beside)
+
+
+@pytest.mark.parametrize(
+    ("n", "tolerance", "options", "because"),
+    [
+        (4000, 0.06, {}, "takes 5000 queries"),
+        (1799, 0.1, {}, "takes 1800 queries"),
+        (4000, 0.1, {"softcap": 3.0}, "softcap"),
+        (4000, 0.1, {"head_dim": 24}, "a head_dim of 24 leaves no rank"),
+        (4000, 0.1, {"head_dim": 16}, "a head_dim of 16 leaves no rank"),
+        (0, 0.1, {}, "nothing to compute"),
+    ],
+)
+def test_a_tolerance_alone_is_exact_where_nothing_can_be_picked(devices, n, tolerance, options, because):
+    devices(HOPPER, 10.0)
+    problem = asked(n, **options)
+    for exact_if_faster in (None, True, False):
+        found = compose.settle(problem, None, tolerance, exact_if_faster)
+        assert found[:3] == (problem, None, None) and because in found.exact_because
+
+
+def test_a_tolerance_alone_is_exact_where_that_may_be_faster(devices):
+    devices(HOPPER, 4000.0)
+    few, enough = (compose.settle(asked(n), None, 0.1, None) for n in (5999, 6000))
+    assert few.reduction is None and "LowRank(rank=32, near=0, sinks=0)" in few.exact_because
+    assert few.worth.least == 4000 and not few.worth.exact_is_faster  # but only if every head keeps to it
+    assert enough.reduction == cudistr.LowRank(32)
+    assert compose.settle(asked(5999), None, 0.1, True).reduction is None
+    assert compose.settle(asked(5999), None, 0.1, False).reduction == cudistr.LowRank(32)
+    # A query sees half of them.
+    assert compose.settle(asked(11900, causal=True), None, 0.1, None).reduction is None
+    assert compose.settle(asked(12100, causal=True), None, 0.1, None).reduction is not None
+    devices(HOPPER)
+    assert compose.settle(asked(10000), None, 0.1, None).reduction is None
+    assert compose.settle(asked(60000), None, 0.1, None).reduction == cudistr.LowRank(32)
+    # What was not measured is not taken for faster.
+    assert compose.settle(asked(60000, dtype=np.float32), None, 0.1, None).worth.least is None
+    assert compose.settle(asked(60000, dtype=np.float32), None, 0.1, None).reduction is None
 
 
 @pytest.mark.parametrize(
