@@ -158,6 +158,8 @@ def _picked(problem: Problem, tolerance: float, may_be_exact: bool) -> Settled:
     kept = (PICKED_NEAR, PICKED_SINKS) if problem.right == 0 else (0, 0)
     reduction = LowRank(rank, *kept)
     reduced = with_rank(problem, reduction)
+    if kept != (0, 0) and not any(x.reduced for x in passes(reduced)):
+        return remains("all of these keys would stay exact")
     found = _worth(reduced, rank, True, True)
     if not may_be_exact:
         return Settled(reduced, reduction, tolerance, found)

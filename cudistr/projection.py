@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ["Projection", "wide"]
 FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
-# Of the unweighted sums, as a part of the trace: a sample of rows does not see every direction that other data uses.
+# Of the unweighted sums, by the weighted ones' trace: a sample of rows does not see every direction that other data uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
 WEIGHT_ROWS = 512  # of a head and a batch entry, that weights are found of
 ERROR_ROWS = 2048  # the same of errors
@@ -62,10 +62,9 @@ class Projection(Reduction):
         Keys that stay exact, see :meth:`with_near`.
     score_error : float64 array (heads_kv,)
         ``||S - Shat|| / ||S||`` of each KV head on the calibration data, S with the mean over the keys taken off
-        each row. Exactly the part of ``singular_values`` that was cut off; with weights, see :meth:`fit`, of the
-        weighted scores.
+        each row, and weighted as the notes say. Exactly the part of ``singular_values`` that was cut off.
     singular_values : float64 array (heads_kv, head_dim)
-        Of the scores of all calibration queries with all calibration keys, largest first.
+        Of the weighted scores of all calibration queries with all calibration keys, largest first.
     output_errors : float64 array (heads_kv, head_dim / 16 rounded up + 1)
         ``||O - Ohat|| / ||O||`` of each KV head on calibration rows that the fit has not seen, if it was fitted with
         v: for the ranks 0, 16, 32, ... and last head_dim. (heads_kv, 0) without v.
@@ -83,10 +82,13 @@ class Projection(Reduction):
     eigenvalues ``s^2`` and vectors ``U`` of ``Cq K^T K Cq^T``, since ``A = K^T K B / s``. Under grouped-query
     attention the queries of all heads that share a KV head count together.
 
-    An error of the scores is felt where the softmax looks. To first order, a score error ``q^T E (k_j - mean)`` changes
-    the output of a row by ``G E^T q`` with ``G = sum_j p_j (v_j - o) (k_j - mean)^T``, j over the keys that are not
-    exact. With v, :meth:`fit` puts the mean of ``G^T G`` over sampled rows in place of ``K^T K``, and weights each
-    query by ``||G||^2``; a part of the unweighted sums stays for the directions that the sample lacks.
+    An error of the scores is felt where the softmax looks. So each key counts by how much it gets of the softmax of
+    sampled rows, if it is not exact for them: to second order the divergence of a softmax from one whose scores are off
+    by ``e_j`` is half the variance of ``e_j`` under it. With v, more is known: to first order, a score error
+    ``q^T E (k_j - mean)`` changes the output of a row by ``G E^T q`` with ``G = sum_j p_j (v_j - o) (k_j - mean)^T``, j
+    over the keys that are not exact. Then :meth:`fit` puts the mean of ``G^T G`` over these rows in place of ``K^T K``,
+    and weights each query by ``||G||^2``. A part of the unweighted sums stays for the directions that the sample lacks.
+    With ``scale=0`` all keys count alike, and without v the factors are those of the scores themselves.
 
     On a GPU one kernel makes Qhat and Khat, and the attention kernel takes from them as many columns as a head uses. A
     head whose rank is head_dim is exact: it multiplies q and k themselves. A head of rank 0 multiplies nothing: a query
@@ -191,12 +193,12 @@ class Projection(Reduction):
             Instead of ``rank``: each head gets the smallest rank, in steps of 16 from 0 on, whose ``score_error``, with
             v whose ``output_errors``, is at most this. Between 0 and 1.
         causal, scale
-            As :func:`cudistr.attention` will be called; only of use with v.
+            As :func:`cudistr.attention` will be called: they say which keys are attended to.
         near, sinks : int, default 0
-            As for :meth:`with_near`. With v, rows are weighted by what they see of the other keys.
+            As for :meth:`with_near`. Rows are weighted by what they see of the other keys.
         rows : int, optional
-            With v: query rows of each head and batch entry that are sampled for the weights, by default 512, or half of
-            those that there are. Errors are found of the others, at most 2048; where there are no others, of the same.
+            Query rows of each head and batch entry that are sampled for the weights, by default 512, or half of those
+            that there are. With v, errors are found of the others, at most 2048; where there are no others, of the same.
         seed : int, default 0
             Of that sample, 0 to 2**32 - 1.
 
@@ -613,18 +615,23 @@ class _Sums:
             return
         shared = problem.heads // problem.heads_kv
         xp = np if problem.device is None else importlib.import_module("cupy")
-        with launch.placed(problem.device, adopted.stream):
+        # What is not finite is refused when all sums are there.
+        with launch.placed(problem.device, adopted.stream), np.errstate(invalid="ignore", over="ignore"):
             for b in range(problem.batch):
                 sums: list[Any] = []
                 for h in range(problem.heads_kv):
                     rows = wide(q[b, h * shared : (h + 1) * shared], xp).reshape(-1, head_dim)
                     keys = wide(k[b, h], xp)
                     sums.append(xp.concatenate([rows.T @ rows, keys.T @ keys, keys.sum(axis=0)[None]]))
-                    if v is not None:
-                        for j in range(h * shared, (h + 1) * shared):
-                            self.weighted[:, h] += _host(
-                                _felt(q[b, j], k[b, h], v[b, h], problem, self._drawn, xp)
-                            )
+                    of_head = range(h * shared, (h + 1) * shared)
+                    if v is None:
+                        own = [q[b, j] for j in of_head]
+                        self.weighted[1, h] += _host(_received(own, k[b, h], problem, self._drawn, xp))
+                        continue
+                    for j in of_head:
+                        self.weighted[:, h] += _host(
+                            _felt(q[b, j], k[b, h], v[b, h], problem, self._drawn, xp)
+                        )
                 self.sums += _host(xp.stack(sums))
         self.count += problem.batch * problem.seqlen_k
 
@@ -742,20 +749,38 @@ def _softmax(scores: Any, xp: Any) -> Any:
     return weights / xp.where(total == 0, np.float32(1), total)
 
 
+def _weights(
+    q: Any, keys: Any, problem: normalize.Problem, every: NDArray[np.intp], xp: Any
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Of some rows of one head, some at a time: which, their queries, and the softmax over all keys."""
+    step = max(1, MAX_WEIGHTED // max(problem.seqlen_k, problem.head_dim * problem.head_dim_v))
+    for start in range(0, len(every), step):
+        rows = xp.asarray(every[start : start + step])
+        queries = _single(q[rows], xp)
+        scores = np.float32(problem.scale) * (queries @ keys.T)
+        seen = reference.visible(rows, problem, xp)
+        yield rows, queries, _softmax(xp.where(seen, scores, np.float32(-np.inf)), xp)
+
+
+def _received(heads: list[Any], k: Any, problem: normalize.Problem, drawn: Any, xp: Any) -> Any:
+    """Of a KV head: ``sum_j w_j k_j k_j^T`` of keys less their mean, w what they get of the drawn rows."""
+    keys, centred = _single(k, xp), wide(k, xp)
+    centred -= centred.mean(axis=0)
+    received = xp.zeros(problem.seqlen_k)
+    for q in heads:
+        for rows, _, weights in _weights(q, keys, problem, drawn(problem), xp):
+            received += xp.where(reference.kept(rows, problem, xp), np.float32(0), weights).sum(axis=0)
+    return centred.T @ (received[:, None] * centred)
+
+
 def _felt(q: Any, k: Any, v: Any, problem: normalize.Problem, drawn: Any, xp: Any) -> Any:
     """Of one head: ``sum ||G||^2 q q^T`` and ``sum G^T G`` over the drawn rows, see the notes of `Projection`."""
     keys, values = _single(k, xp), _single(v, xp)
     centred = keys - keys.mean(axis=0)
-    every = drawn(problem)
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
     total = xp.zeros((2, head_dim, head_dim))
-    row_step = max(1, MAX_WEIGHTED // max(problem.seqlen_k, head_dim * head_dim_v))
     key_step = max(1, MAX_WEIGHTED // (head_dim * head_dim_v))
-    for start in range(0, len(every), row_step):
-        rows = xp.asarray(every[start : start + row_step])
-        queries = _single(q[rows], xp)
-        scores = np.float32(problem.scale) * (queries @ keys.T)
-        weights = _softmax(xp.where(reference.visible(rows, problem, xp), scores, np.float32(-np.inf)), xp)
+    for rows, queries, weights in _weights(q, keys, problem, drawn(problem), xp):
         out = weights @ values
         weights = xp.where(reference.kept(rows, problem, xp), np.float32(0), weights)
         felt = -out[:, :, None] * (weights @ centred)[:, None]
@@ -809,7 +834,7 @@ def _mixed(plain: NDArray[np.float64], weighted: NDArray[np.float64], part: floa
     traces = [np.trace(x, axis1=1, axis2=2)[:, None, None] for x in (plain, weighted)]
     some = (traces[0] > 0) & (traces[1] > 0)
     scaled = weighted * np.where(some, traces[0] / np.where(some, traces[1], 1.0), 0.0)
-    return np.where(some, scaled + part * plain, plain)
+    return np.where(some, (scaled + part * plain) / (1 + part), plain)
 
 
 def _root(squares: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -31,14 +31,14 @@ NEAR = "near=256,sinks=64"
 DEFAULTS = {
     "smollm2": [
         "exact", "lsh:2", "lsh:4", f"lsh:2,{NEAR}", f"lsh:2,representative=mean,{NEAR}",
-        f"projection:32,weights=plain,{NEAR}", f"projection:48,share=yes,{NEAR}",
+        f"projection:32,weights=attention,{NEAR}", f"projection:48,share=yes,{NEAR}",
         f"projection:32,share=yes,{NEAR}", f"projection:18,share=yes,{NEAR}", f"projection:16,share=yes,{NEAR}",
         f"projection:32,share=yes,fit=static,{NEAR}", f"projection:18,share=yes,fit=static,{NEAR}",
         f"projection,tolerance=0.02,{NEAR}", f"projection,tolerance=0.02,fit=static,{NEAR}",
         "fp8", "fp8,rotate=yes",
     ],
     "dinov2": [
-        "exact", "lsh:2", "lsh:4", "lsh:2,representative=mean", "projection:32,weights=plain", "projection:32",
+        "exact", "lsh:2", "lsh:4", "lsh:2,representative=mean", "projection:32,weights=attention", "projection:32",
         "projection:48,share=yes", "projection:32,share=yes", "projection:32,share=yes,fit=static",
         "projection,tolerance=0.02", "projection,tolerance=0.02,fit=static",
         "fp8", "fp8,rotate=yes", "hyper", "hydra", "flatten",

@@ -22,6 +22,7 @@ __all__ = ["Method", "Within", "attend", "decided", "mean_dim", "parse", "prepar
 ROWS = 128  # of a block of queries on the CPU: those of LSH's default
 FIT_MARGIN = 0.5  # of a tolerance: what a fit without a rank is made for
 FITS = ("self", "static")
+WEIGHTS = ("output", "attention")  # Projection.fit with v, or without
 # Of projection, besides near and sinks. A tolerance of 0 is none; a static fit goes by so many first tokens of each
 # text, 0 for all.
 OPTIONS = {"fit": "self", "weights": "output", "share": "no", "tolerance": 0.0, "tokens": 0}
@@ -112,8 +113,11 @@ def parse(spec: str) -> Method:
         options["tolerance"] = _tolerance(options)
     if kind == "projection":
         options = OPTIONS | options
-        if options["fit"] not in FITS:
-            raise EvalError(f"--reduction: fit must be one of {', '.join(FITS)}, got {options['fit']!r}")
+        for name, allowed in (("fit", FITS), ("weights", WEIGHTS)):
+            if options[name] not in allowed:
+                raise EvalError(
+                    f"--reduction: {name} must be one of {', '.join(allowed)}, got {options[name]!r}"
+                )
         options["tolerance"] = _tolerance(options)
         tokens = options["tokens"]
         if not isinstance(tokens, int) or tokens < 0 or (tokens and options["fit"] != "static"):

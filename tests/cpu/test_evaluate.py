@@ -55,6 +55,7 @@ def test_parse() -> None:
         ("fp8,near=2", "fp8 has no option near. Allowed: rotate"),
         ("fp8,rotate=1", "rotate must be yes or no, got 1"),
         ("projection:32,fit=mine", "fit must be one of self, static, got 'mine'"),
+        ("projection:32,weights=plain", "weights must be one of output, attention, got 'plain'"),
         ("projection:32,tokens=2048", "tokens must be a number such as 2048, and go with fit=static"),
         ("projection:32,fit=static,tokens=few", "tokens must be a number such as 2048"),
         ("projection:32,fit=static,tokens=-1", "tokens must be a number such as 2048"),

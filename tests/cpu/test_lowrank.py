@@ -44,11 +44,11 @@ def test_scores_of_a_lower_rank_are_kept_whole(seed, rank, causal, kept):
 @settings(max_examples=20)
 @given(st.integers(0, 2**16), st.sampled_from([3.0, 6.0, 20.0]), st.sampled_from([16, 32]))
 def test_they_are_nearly_the_best_of_their_rank(seed, slope, rank):
-    # Without a scale all keys count alike, as in a projection that is fitted without values.
+    # Without a scale all keys count alike.
     q, k, v = decaying(
         seed, head_dim=48, slope=slope, lengths=(LOWRANK_QUERIES // 2, 200), heads=2, heads_kv=1
     )
-    best = Projection.fit(q, k, rank=rank).score_error[0]
+    best = Projection.fit(q, k, rank=rank, scale=0.0).score_error[0]
     found = compose.projection_of(problem(q, k, v, LowRank(rank), scale=0.0), LowRank(rank), q, k)
     queries, keys = q.reshape(-1, 48).astype(np.float64), k[0, 0].astype(np.float64)
     keys -= keys.mean(axis=0)
@@ -67,7 +67,7 @@ def test_keys_count_by_the_attention_they_get():
     exact = reference.attention(q, k, v)
     anew, plain = (
         errors(reference.attention(q, k, v, reduction=x), exact)[0, 0]
-        for x in (LowRank(16), Projection.fit(q, k, rank=16))
+        for x in (LowRank(16), Projection.fit(q, k, rank=16, scale=0.0))
     )
     assert anew < 0.2 * plain
 

@@ -122,6 +122,32 @@ def test_enough_keys_are_reduced():
     same_bits(found, cudistr.attention(*given, **options))
 
 
+@pytest.mark.parametrize("family", ["portable", "hopper"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_tolerance_alone(family, causal, monkeypatch):
+    monkeypatch.setenv("CUDISTR_KERNEL", family)
+    given = [on_device(x) for x in inputs(3, np.float16, lengths=(400, 400), head_dim=32)]
+    options = {"causal": causal, "tolerance": 0.99}
+    picked = LowRank(16, near=256, sinks=64) if causal else LowRank(16)
+    plan = cudistr.attention_plan(*given, **options, exact_if_faster=False)
+    assert plan.reduction == picked and "picked for the tolerance: a query sees" in plan.reason
+    assert plan.kernels == cudistr.attention_plan(*given, **options, reduction=picked, exact_if_faster=False).kernels
+    found, asked = (
+        cudistr.attention(*given, **options, reduction=x, exact_if_faster=False, return_lse=True)
+        for x in (None, picked)
+    )
+    for one, like in zip(found, asked, strict=True):
+        same_bits(one, like)
+    report = cudistr.attention_error(*given, **options, exact_if_faster=False)
+    assert 16 in {r for entry in report.ranks for r in entry} and report.output.value > 0.01
+    # So few keys are too few.
+    plan = cudistr.attention_plan(*given, **options)
+    assert plan.reduction is None and "would not be sure to save time: a query sees" in plan.reason
+    same_bits(cudistr.attention(*given, **options), cudistr.attention(*given, causal=causal))
+    report = cudistr.attention_error(*given, **options)
+    assert {r for entry in report.ranks for r in entry} == {32} and report.output.value < 2e-3
+
+
 def test_plan_of_nothing():
     q = on_device(random(0, 1, 2, 0, 32))
     k = on_device(random(0, 1, 2, 8, 32))
