@@ -127,11 +127,11 @@ def attention(
     sits in a few rows out of thousands, unlike any of the calibration data, can escape it. :func:`attention_error`
     with the same arguments says what was chosen, and measures it with other rows.
 
-    With a ``tolerance`` alone, a ``LowRank`` of half of head_dim is taken, under a causal mask with near=256 and sinks=64,
-    if a query sees one and a half times as many keys as :func:`attention_plan` gives for it to be faster, and if
-    there are ``18 / tolerance**2`` queries, with fewer of which one unseen row takes more than half of the squared
-    tolerance. Otherwise, and with a softcap or NumPy arrays, the call is exact. ``exact_if_faster=False`` takes it however
-    few keys there are.
+    With a ``tolerance`` alone, a ``LowRank`` of half of head_dim is taken, under a causal mask with ``near=256`` and
+    ``sinks=64``, if a query sees one and a half times as many keys as :func:`attention_plan` gives for it to be faster,
+    and if there are ``18 / tolerance**2`` queries, with fewer of which one unseen row takes more than half of the
+    squared tolerance. Otherwise, and with a softcap or NumPy arrays, the call is exact. With ``exact_if_faster=False``
+    it is taken however few keys there are.
 
     References
     ----------

@@ -87,9 +87,9 @@ class Settled(NamedTuple):
     exact_because: str | None = None  # where a tolerance alone was asked for, and no reduction is taken
 
 
-# Of a reduction that is taken for a tolerance alone: its part of head_dim, what stays exact beside a causal mask, and how
-# many times the keys it has, from which on it is faster: as if two heads of three kept to the tolerance, since the others
-# take time and save none.
+# Of a reduction that is taken for a tolerance alone: its part of head_dim, what stays exact beside a causal mask, and
+# how many times the keys there are, from which on it is faster: as if two heads of three kept to the tolerance, since
+# the others take time and save none.
 PICKED_PART = 2
 PICKED_NEAR, PICKED_SINKS = 256, 64
 PICKED_KEYS = 1.5
@@ -133,10 +133,7 @@ def _worth(problem: Problem, columns: float, within: bool, anew: bool) -> Worth:
 
 
 def _picked(problem: Problem, tolerance: float, may_be_exact: bool) -> Settled:
-    """For a tolerance alone: low-rank factors of the call where that is faster by what was measured, or exact attention.
-
-    Of the host, only what does not depend on time is asked.
-    """
+    """For a tolerance alone: low-rank factors of the call where these were measured to be faster, or exact attention."""
 
     def remains(because: str, found: Worth | None = None) -> Settled:
         return Settled(problem, None, None, found, because)

@@ -24,7 +24,8 @@ __all__ = ["Projection", "wide"]
 FORMAT = "cudistr projection 1"
 # Of the largest singular value: below, float64 sums of squares have no digit left (the square root of its epsilon).
 NOISE = 1e-7
-# Of the unweighted sums, by the weighted ones' trace: a sample of rows does not see every direction that other data uses.
+# Of the unweighted sums, by the weighted ones' trace: a sample of rows does not see every direction that other data
+# uses.
 PLAIN_KEYS, PLAIN_QUERIES = 0.03, 1.0
 WEIGHT_ROWS = 512  # of a head and a batch entry, that weights are found of
 ERROR_ROWS = 2048  # the same of errors
@@ -198,7 +199,7 @@ class Projection(Reduction):
             As for :meth:`with_near`. Rows are weighted by what they see of the other keys.
         rows : int, optional
             Query rows of each head and batch entry that are sampled for the weights, by default 512, or half of those
-            that there are. With v, errors are found of the others, at most 2048; where there are no others, of the same.
+            that there are. With v, errors are found of the others, at most 2048; of the same if there are no others.
         seed : int, default 0
             Of that sample, 0 to 2**32 - 1.
 

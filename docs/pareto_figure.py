@@ -19,6 +19,7 @@ NAMES = ("eval-smollm2", "eval-dinov2")  # of the records, one panel each
 KINDS = {
     "lsh": ("LSH", "C3", "o"),
     "projection": ("Projection", "C0", "s"),
+    "lowrank": ("LowRank", "C4", "v"),
     "energy": ("Energy", "C2", "^"),
     "hyper": ("HyperAttention", "C1", "D"),
 }

@@ -117,8 +117,9 @@ class Group:
             layout of q must begin at multiples of ``block_q``: ``Layout.split(..., block=block_q)``.
         tolerance : float, optional
             As for :func:`cudistr.attention`; of a reduction only with ``parallel="heads"``, because its decision takes
-            all keys; in the ring a call without a reduction is exact. An Energy, and an LSH with ``representative="rank1"``, are for ``"heads"`` alone for the same reason. On GPUs
-            ranks whose projection would save no time are exact, as there.
+            all keys, while in the ring a call without a reduction is exact. An Energy, a LowRank, and an LSH with
+            ``representative="rank1"``, are for ``"heads"`` alone for the same reason. On GPUs ranks whose projection
+            would save no time are exact, as there.
         return_lse : bool, default False
             Whether to return ``lse`` too.
 

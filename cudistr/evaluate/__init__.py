@@ -35,12 +35,14 @@ DEFAULTS = {
         f"projection:32,share=yes,{NEAR}", f"projection:18,share=yes,{NEAR}", f"projection:16,share=yes,{NEAR}",
         f"projection:32,share=yes,fit=static,{NEAR}", f"projection:18,share=yes,fit=static,{NEAR}",
         f"projection,tolerance=0.02,{NEAR}", f"projection,tolerance=0.02,fit=static,{NEAR}",
+        f"lowrank:32,{NEAR}", f"lowrank:32,{NEAR},tolerance=0.1",
         "fp8", "fp8,rotate=yes",
     ],
     "dinov2": [
         "exact", "lsh:2", "lsh:4", "lsh:2,representative=mean", "projection:32,weights=attention", "projection:32",
         "projection:48,share=yes", "projection:32,share=yes", "projection:32,share=yes,fit=static",
         "projection,tolerance=0.02", "projection,tolerance=0.02,fit=static",
+        "lowrank:32", "lowrank:32,tolerance=0.1",
         "fp8", "fp8,rotate=yes", "hyper", "hydra", "flatten",
     ],
 }  # fmt: skip

@@ -113,10 +113,10 @@ def parse(spec: str) -> Method:
         options["tolerance"] = _tolerance(options)
     if kind == "projection":
         options = OPTIONS | options
-        for name, allowed in (("fit", FITS), ("weights", WEIGHTS)):
-            if options[name] not in allowed:
+        for name, choices in (("fit", FITS), ("weights", WEIGHTS)):
+            if options[name] not in choices:
                 raise EvalError(
-                    f"--reduction: {name} must be one of {', '.join(allowed)}, got {options[name]!r}"
+                    f"--reduction: {name} must be one of {', '.join(choices)}, got {options[name]!r}"
                 )
         options["tolerance"] = _tolerance(options)
         tokens = options["tokens"]

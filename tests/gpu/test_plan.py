@@ -131,7 +131,10 @@ def test_a_tolerance_alone(family, causal, monkeypatch):
     picked = LowRank(16, near=256, sinks=64) if causal else LowRank(16)
     plan = cudistr.attention_plan(*given, **options, exact_if_faster=False)
     assert plan.reduction == picked and "picked for the tolerance: a query sees" in plan.reason
-    assert plan.kernels == cudistr.attention_plan(*given, **options, reduction=picked, exact_if_faster=False).kernels
+    assert (
+        plan.kernels
+        == cudistr.attention_plan(*given, **options, reduction=picked, exact_if_faster=False).kernels
+    )
     found, asked = (
         cudistr.attention(*given, **options, reduction=x, exact_if_faster=False, return_lse=True)
         for x in (None, picked)
