@@ -133,7 +133,7 @@ def _worth(problem: Problem, columns: float, within: bool, anew: bool) -> Worth:
 
 
 def _picked(problem: Problem, tolerance: float, may_be_exact: bool) -> Settled:
-    """For a tolerance alone: low-rank factors of the call where these were measured to be faster, or exact attention."""
+    """For a tolerance alone: low-rank factors of the call, or exact attention where these may not be faster."""
 
     def remains(because: str, found: Worth | None = None) -> Settled:
         return Settled(problem, None, None, found, because)

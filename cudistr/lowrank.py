@@ -17,7 +17,7 @@ __all__ = ["SKETCH", "UNSEEN_ROW", "Found", "drawn", "find", "sampled", "sketch_
 
 # Twins of constants in tile/drawn.cuh, smxx_lowrank_sums.cu and smxx_lowrank_factors.cu.
 CENTER_KEYS = 128  # of those that are looked at, that the mean is taken of
-PLAIN_PART = 0.03  # of all weights, that the keys have alike
+PLAIN_PART = 0.1  # of all weights, that the keys have alike
 RIDGE = 1e-7  # of the trace of the sums of keys, on their diagonal
 DAMPED = 2e-6  # of a column's square, added to what is left of it: less than that is rounding
 # With a tolerance, a row that is not drawn may be off by so many times the root mean square of an output: once.

@@ -332,11 +332,11 @@ class LowRank(Reduction):
     Notes
     -----
     What is found, for each KV head of each batch entry, from its keys, or 2048 of them all over the sequence, and from
-    rows of all query heads that share it: 512 rows give ``S = sum_i q_i q_i^T``; the softmax of 64 rows gives each key
-    a weight ``w_j``, what it receives of them if it does not stay exact, and 3% of the sum of weights is shared out
-    equally; ``T = sum_j w_j (k_j - mean) (k_j - mean)^T``, with the mean of 128 keys. To second order the divergence of
-    a softmax from one whose scores are off by ``e_j`` is half the variance of ``e_j`` under it: so keys count by the
-    attention they get.
+    rows of all query heads that share it: 512 rows give ``S = sum_i q_i q_i^T``. The softmax of 64 rows gives each key
+    a weight ``w_j``, what it receives of them if it does not stay exact; a tenth of the sum of weights is shared out
+    equally. Then ``T = sum_j w_j (k_j - mean) (k_j - mean)^T``, with the mean of 128 keys. To second order the
+    divergence of a softmax from one whose scores are off by ``e_j`` is half the variance of ``e_j`` under it: so keys
+    count by the attention they get.
 
     ``B`` has ``B^T T B = 1``, and spans the vectors of ``S T`` with the largest eigenvalues, but for what two rounds of
     subspace iteration from random vectors leave out; ``A = T B``. These are the factors of a Projection for the same

@@ -45,7 +45,7 @@ struct LowRankSumsParams {
 namespace {
 
 constexpr int kQueries = 512;        // LOWRANK_QUERIES in plan.py
-constexpr float kPlainPart = 0.03f;  // of all weights, that the keys have alike
+constexpr float kPlainPart = 0.1f;   // of all weights, that the keys have alike
 constexpr int kHalves = OfColumns::kWide ? 2 : 1;
 constexpr int kSide = kColumns / kHalves;  // of the square that a thread block makes
 constexpr int kSideWarps = kSide / 32;     // warps below one another, of 32 columns each
