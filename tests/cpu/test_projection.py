@@ -74,9 +74,8 @@ def projected_scores(q: np.ndarray, k: np.ndarray, projection: Projection) -> np
 def test_frobenius_identity(heads, batch, seqlen_q, seqlen_k, rank):
     # The squared error of the scores is exactly the sum of the squared singular values that were cut off.
     q, k = decaying(1, batch, heads[0], seqlen_q, 64), decaying(2, batch, heads[1], seqlen_k, 64)
-    if (
-        batch > 1
-    ):  # softmax does not see how the means of batch entries differ, and weighted sums do not either
+    if batch > 1:
+        # Softmax does not see how the means of batch entries differ, and weighted sums do not either.
         k -= k.mean(axis=2, keepdims=True)
     projection = Projection.fit(q, k, rank=rank, scale=0.0)  # all keys count alike
     scores = centred_scores(q, k)
