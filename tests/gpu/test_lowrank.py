@@ -59,9 +59,10 @@ def check_found(
     layout="contiguous",
     slope=None,
     rounding=ROUNDING,
+    batch=2,
 ):
     """Hold the factors of a call to those of the host, and what smxx_project.cu reads to the factors."""
-    q, k, v = arrays(rank, dtype, lengths=lengths, head_dim=head_dim, slope=slope)
+    q, k, v = arrays(rank, dtype, batch=batch, lengths=lengths, head_dim=head_dim, slope=slope)
     given = normalize.adopt(
         **{name: on_device(x, layout) for name, x in zip("qkv", (q, k, v), strict=True)}
     ).arrays
