@@ -1185,13 +1185,9 @@ def _find_recipe(problem: Problem, rank: int) -> _Find:
         (units, 1, *of_lanes),
     )
     in_shared = dict(steps.factors.kernel.constants)["IN_SHARED"]
+    key_parts = lowrank_keys(head_dim) // 16  # of a tile, each of a warp
     lengths = (
-        units
-        * steps.row_splits
-        * lowrank_keys(head_dim)
-        // 16
-        * LOWRANK_ROWS
-        * 3,  # a warp has 16 keys of a tile
+        units * steps.row_splits * key_parts * LOWRANK_ROWS * 3,
         units * columns,
         units * steps.splits * columns**2,
         units * steps.query_splits * columns**2,

@@ -175,9 +175,7 @@ def exact(problem: Problem) -> Problem:
 @functools.lru_cache(maxsize=1024)
 def with_rank(problem: Problem, reduction: LowRank) -> Problem:
     """An exact problem with low-rank factors of its own, of fewer columns than it has."""
-    span = problem.seqlen_q + problem.seqlen_k
-    reduced = dataclasses.replace(problem, rank=reduction.rank)
-    return keeping(reduced, min(reduction.near, span), min(reduction.sinks, problem.seqlen_k))
+    return keeping(dataclasses.replace(problem, rank=reduction.rank), reduction.near, reduction.sinks)
 
 
 def keeping(problem: Problem, near: int, sinks: int) -> Problem:
@@ -195,6 +193,10 @@ def keeping(problem: Problem, near: int, sinks: int) -> Problem:
         if problem.reduction is not None and not problem.reduction.by_keys:
             columns = max(columns, problem.head_dim)
             block = (128, 192) if columns <= 64 else (128, 128) if columns <= 128 else (1, 1)
+    near, sinks = (
+        min(near, problem.seqlen_q + problem.seqlen_k),
+        min(sinks, problem.seqlen_k),
+    )  # more is no more
     return dataclasses.replace(problem, near=near, sinks=sinks, exact_block=block)
 
 
@@ -622,12 +624,10 @@ def _problem(
         tf32=tf32,
         device=device,
         family=family,
-        near=min(near, span),
-        sinks=min(sinks, seqlen_k),
         restore=reduction is not None and reduction.by_keys and bool(near or sinks) and softcap is None,
         rank=rank,
     )
-    return keeping(found, found.near, found.sinks) if found.reduced else found
+    return keeping(found, near, sinks) if found.reduced else found
 
 
 def _check_steps(name: str, shape: tuple[int, ...], steps: tuple[int, ...], itemsize: int) -> None:

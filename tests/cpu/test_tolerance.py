@@ -186,6 +186,7 @@ def test_without_a_reduction_a_call_keeps_to_it_by_being_exact():
 
 
 HOPPER, AMPERE = Device(90, 227 * 1024), Device(80, 163 * 1024)
+STRIDES = ("q_strides", "k_strides", "v_strides")
 
 
 def asked(n, head_dim=64, dtype=np.float16, **options):
@@ -194,9 +195,6 @@ def asked(n, head_dim=64, dtype=np.float16, **options):
     q = np.lib.stride_tricks.as_strided(np.zeros(8, dtype), shape, (0, 0, 0, np.dtype(dtype).itemsize))
     found = normalize.problem(q, q, q, **options)
     return dataclasses.replace(found, aligned=True, device=0, **dict.fromkeys(STRIDES, (0, 0, head_dim)))
-
-
-STRIDES = ("q_strides", "k_strides", "v_strides")
 
 
 @pytest.fixture

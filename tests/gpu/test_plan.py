@@ -142,13 +142,14 @@ def test_a_tolerance_alone(family, causal, monkeypatch):
     for one, like in zip(found, asked, strict=True):
         same_bits(one, like)
     report = cudistr.attention_error(*given, **options, exact_if_faster=False)
-    assert 16 in {r for entry in report.ranks for r in entry} and report.output.value > 0.01
+    rounding = 2e-3  # above float16's 2^-11
+    assert 16 in {r for entry in report.ranks for r in entry} and report.output.value > 5 * rounding
     # So few keys are too few.
     plan = cudistr.attention_plan(*given, **options)
     assert plan.reduction is None and "would not be sure to save time: a query sees" in plan.reason
     same_bits(cudistr.attention(*given, **options), cudistr.attention(*given, causal=causal))
     report = cudistr.attention_error(*given, **options)
-    assert {r for entry in report.ranks for r in entry} == {32} and report.output.value < 2e-3
+    assert {r for entry in report.ranks for r in entry} == {32} and report.output.value < rounding
 
 
 def test_plan_of_nothing():
